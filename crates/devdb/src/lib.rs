@@ -1,0 +1,1 @@
+//! A PostgreSQL for development and tests that needs no set-up.

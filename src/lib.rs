@@ -1,0 +1,2 @@
+//! The database layer of BruhMCP.
+#![deny(missing_docs)]
