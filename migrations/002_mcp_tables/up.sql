@@ -1,0 +1,287 @@
+-- The services on offer, the users' connections to them (instances) and the credentials of those, as ciphertext.
+-- "One more call on this instance" is the hottest statement of the system: nothing here may cost it a HOT update.
+
+SET LOCAL lock_timeout = '5s';
+
+CREATE TYPE mcp_auth_type AS ENUM ('api_key', 'oauth');
+CREATE TYPE mcp_oauth_status AS ENUM ('pending', 'completed', 'failed', 'expired');
+CREATE TYPE mcp_instance_status AS ENUM ('active', 'inactive', 'expired');
+
+-- Half of each page stays free, so that the counters are always updated in place (HOT).
+CREATE TABLE mcp_table (
+    mcp_service_id          uuid          NOT NULL DEFAULT gen_random_uuid(),
+    mcp_service_name        text          NOT NULL,
+    display_name            text          NOT NULL,
+    description             text,
+    icon_url_path           text,
+    port                    integer       NOT NULL,
+    type                    mcp_auth_type NOT NULL,
+    is_active               boolean       NOT NULL DEFAULT true,
+    total_instances_created bigint        NOT NULL DEFAULT 0,
+    active_instances_count  bigint        NOT NULL DEFAULT 0,
+    created_at              timestamptz   NOT NULL DEFAULT now(),
+    updated_at              timestamptz   NOT NULL DEFAULT now(),
+    CONSTRAINT mcp_table_pkey PRIMARY KEY (mcp_service_id),
+    CONSTRAINT mcp_table_mcp_service_name_key UNIQUE (mcp_service_name),
+    CONSTRAINT mcp_table_port_key UNIQUE (port),
+    CONSTRAINT mcp_table_mcp_service_name_check CHECK (mcp_service_name ~ '^[a-z0-9][a-z0-9_-]{0,49}$'),
+    CONSTRAINT mcp_table_display_name_check CHECK (char_length(display_name) BETWEEN 1 AND 100),
+    CONSTRAINT mcp_table_port_check CHECK (port BETWEEN 1 AND 65535),
+    CONSTRAINT mcp_table_total_instances_created_check CHECK (total_instances_created >= 0),
+    CONSTRAINT mcp_table_active_instances_count_check CHECK (active_instances_count >= 0)
+) WITH (fillfactor = 50);
+CREATE TRIGGER mcp_table_update_updated_at
+    BEFORE UPDATE ON mcp_table
+    FOR EACH ROW WHEN (
+        (OLD.mcp_service_id, OLD.mcp_service_name, OLD.display_name, OLD.description, OLD.icon_url_path, OLD.port,
+            OLD.type, OLD.is_active, OLD.created_at, OLD.updated_at)
+        IS DISTINCT FROM
+        (NEW.mcp_service_id, NEW.mcp_service_name, NEW.display_name, NEW.description, NEW.icon_url_path, NEW.port,
+            NEW.type, NEW.is_active, NEW.created_at, NEW.updated_at)
+    )
+    EXECUTE FUNCTION update_updated_at_column();
+
+COMMENT ON TABLE mcp_table IS 'The registry of MCP services.';
+COMMENT ON COLUMN mcp_table.port IS 'TCP port on which the service listens.';
+COMMENT ON COLUMN mcp_table.is_active IS 'False: no new instances; those that exist go on.';
+COMMENT ON COLUMN mcp_table.total_instances_created IS 'Instances ever created. Kept by triggers, when a transaction commits.';
+COMMENT ON COLUMN mcp_table.active_instances_count IS
+    'Instances that are active and completed. Kept by triggers, when a transaction commits.';
+COMMENT ON COLUMN mcp_table.updated_at IS 'Not touched by the counters.';
+
+-- A fifth of each page stays free for HOT updates. No index, not even a partial one or in a predicate, may name
+-- usage_count, last_used_at, updated_at, version or last_modified.
+CREATE TABLE mcp_service_table (
+    instance_id            uuid                NOT NULL DEFAULT gen_random_uuid(),
+    user_id                uuid                NOT NULL,
+    mcp_service_id         uuid                NOT NULL,
+    oauth_status           mcp_oauth_status    NOT NULL DEFAULT 'pending',
+    status                 mcp_instance_status NOT NULL DEFAULT 'active',
+    expires_at             timestamptz,
+    last_used_at           timestamptz,
+    usage_count            bigint              NOT NULL DEFAULT 0,
+    custom_name            text,
+    renewed_count          integer             NOT NULL DEFAULT 0,
+    last_renewed_at        timestamptz,
+    credentials_updated_at timestamptz,
+    created_at             timestamptz         NOT NULL DEFAULT now(),
+    updated_at             timestamptz         NOT NULL DEFAULT now(),
+    CONSTRAINT mcp_service_table_pkey PRIMARY KEY (instance_id),
+    CONSTRAINT mcp_service_table_user_id_fkey FOREIGN KEY (user_id) REFERENCES users (id) ON DELETE CASCADE,
+    CONSTRAINT mcp_service_table_mcp_service_id_fkey
+        FOREIGN KEY (mcp_service_id) REFERENCES mcp_table (mcp_service_id) ON DELETE RESTRICT,
+    CONSTRAINT mcp_service_table_usage_count_check CHECK (usage_count >= 0),
+    CONSTRAINT mcp_service_table_custom_name_check CHECK (char_length(custom_name) <= 255),
+    CONSTRAINT mcp_service_table_renewed_count_check CHECK (renewed_count >= 0)
+) WITH (fillfactor = 80);
+CREATE INDEX mcp_service_table_user_id_created_at_idx ON mcp_service_table (user_id, created_at DESC);
+CREATE INDEX mcp_service_table_user_id_active_idx ON mcp_service_table (user_id)
+    WHERE status = 'active' AND oauth_status = 'completed';
+CREATE INDEX mcp_service_table_mcp_service_id_idx ON mcp_service_table (mcp_service_id);
+CREATE INDEX mcp_service_table_expires_at_idx ON mcp_service_table (expires_at)
+    WHERE expires_at IS NOT NULL AND status <> 'expired';
+CREATE INDEX mcp_service_table_created_at_idx ON mcp_service_table (created_at)
+    WHERE oauth_status IN ('pending', 'failed');
+CREATE TRIGGER mcp_service_table_update_updated_at
+    BEFORE UPDATE ON mcp_service_table
+    FOR EACH ROW WHEN (OLD.* IS DISTINCT FROM NEW.*)
+    EXECUTE FUNCTION update_updated_at_column();
+
+COMMENT ON TABLE mcp_service_table IS 'Instances: users'' connections to MCP services.';
+COMMENT ON COLUMN mcp_service_table.instance_id IS 'Stands in the instance''s public URL, and is random for that reason.';
+COMMENT ON COLUMN mcp_service_table.oauth_status IS 'Copy of mcp_credentials.oauth_status, kept by a trigger.';
+COMMENT ON COLUMN mcp_service_table.expires_at IS 'NULL: never.';
+COMMENT ON COLUMN mcp_service_table.usage_count IS 'Calls through this instance.';
+COMMENT ON COLUMN mcp_service_table.custom_name IS 'The user''s own name for it.';
+
+CREATE TABLE mcp_credentials (
+    credential_id           uuid             NOT NULL DEFAULT gen_random_uuid(),
+    instance_id             uuid             NOT NULL,
+    api_key                 bytea,
+    client_id               text,
+    client_secret           bytea,
+    access_token            bytea,
+    refresh_token           bytea,
+    token_expires_at        timestamptz,
+    token_scope             text,
+    oauth_status            mcp_oauth_status NOT NULL DEFAULT 'pending',
+    oauth_completed_at      timestamptz,
+    oauth_authorization_url text,
+    oauth_state             text,
+    created_at              timestamptz      NOT NULL DEFAULT now(),
+    updated_at              timestamptz      NOT NULL DEFAULT now(),
+    CONSTRAINT mcp_credentials_pkey PRIMARY KEY (credential_id),
+    CONSTRAINT mcp_credentials_instance_id_fkey
+        FOREIGN KEY (instance_id) REFERENCES mcp_service_table (instance_id) ON DELETE CASCADE,
+    CONSTRAINT mcp_credentials_instance_id_key UNIQUE (instance_id),
+    CONSTRAINT mcp_credentials_oauth_state_key UNIQUE (oauth_state),
+    -- 29 octets: a nonce of 12, a tag of 16 and one octet of text. Shorter can't be ciphertext.
+    CONSTRAINT mcp_credentials_api_key_check CHECK (octet_length(api_key) BETWEEN 29 AND 16384),
+    CONSTRAINT mcp_credentials_client_secret_check CHECK (octet_length(client_secret) BETWEEN 29 AND 16384),
+    CONSTRAINT mcp_credentials_access_token_check CHECK (octet_length(access_token) BETWEEN 29 AND 16384),
+    CONSTRAINT mcp_credentials_refresh_token_check CHECK (octet_length(refresh_token) BETWEEN 29 AND 16384),
+    CONSTRAINT check_credential_type CHECK (
+        (api_key IS NOT NULL AND client_id IS NULL AND client_secret IS NULL)
+        OR (api_key IS NULL AND client_id IS NOT NULL AND client_secret IS NOT NULL)
+    ),
+    CONSTRAINT check_oauth_tokens CHECK (
+        (access_token IS NULL AND refresh_token IS NULL)
+        OR (client_id IS NOT NULL AND client_secret IS NOT NULL)
+    ),
+    CONSTRAINT check_oauth_status_consistency CHECK ((oauth_status = 'pending') = (oauth_completed_at IS NULL))
+);
+CREATE INDEX mcp_credentials_token_expires_at_idx ON mcp_credentials (token_expires_at)
+    WHERE refresh_token IS NOT NULL AND oauth_status = 'completed';
+CREATE TRIGGER mcp_credentials_update_updated_at
+    BEFORE UPDATE ON mcp_credentials
+    FOR EACH ROW WHEN (OLD.* IS DISTINCT FROM NEW.*)
+    EXECUTE FUNCTION update_updated_at_column();
+
+COMMENT ON TABLE mcp_credentials IS 'The credentials of an instance: an API key, or an OAuth client and its tokens.';
+COMMENT ON COLUMN mcp_credentials.api_key IS 'Ciphertext.';
+COMMENT ON COLUMN mcp_credentials.client_secret IS 'Ciphertext.';
+COMMENT ON COLUMN mcp_credentials.access_token IS 'Ciphertext.';
+COMMENT ON COLUMN mcp_credentials.refresh_token IS 'Ciphertext.';
+COMMENT ON COLUMN mcp_credentials.token_expires_at IS 'When access_token ends; NULL: unknown or never.';
+COMMENT ON COLUMN mcp_credentials.token_scope IS 'Scopes granted, separated by spaces (RFC 6749, 3.3).';
+COMMENT ON COLUMN mcp_credentials.oauth_status IS 'The truth; mcp_service_table has a copy. An API key is completed at once.';
+COMMENT ON COLUMN mcp_credentials.oauth_completed_at IS 'When oauth_status left pending.';
+COMMENT ON COLUMN mcp_credentials.oauth_authorization_url IS 'Where the user grants access; secret while pending, as it holds the state.';
+COMMENT ON COLUMN mcp_credentials.oauth_state IS 'The state parameter of the pending authorisation (RFC 6749, 10.12); consumed once.';
+
+-- The instance's copy of oauth_status. An instance that loses its credentials is pending again.
+CREATE FUNCTION mcp_credentials_sync_oauth_status() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+BEGIN
+    IF TG_OP <> 'INSERT' AND (TG_OP = 'DELETE' OR OLD.instance_id <> NEW.instance_id) THEN
+        UPDATE mcp_service_table
+           SET oauth_status = 'pending'
+         WHERE instance_id = OLD.instance_id AND oauth_status <> 'pending';
+    END IF;
+    IF TG_OP <> 'DELETE' THEN
+        UPDATE mcp_service_table
+           SET oauth_status = NEW.oauth_status
+         WHERE instance_id = NEW.instance_id AND oauth_status <> NEW.oauth_status;
+    END IF;
+    RETURN NULL;
+END
+$$;
+CREATE TRIGGER mcp_credentials_sync_oauth_status
+    AFTER INSERT OR DELETE OR UPDATE OF oauth_status, instance_id ON mcp_credentials
+    FOR EACH ROW EXECUTE FUNCTION mcp_credentials_sync_oauth_status();
+
+CREATE FUNCTION mcp_service_table_check_oauth_status() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+BEGIN
+    IF EXISTS (
+        SELECT FROM mcp_credentials
+         WHERE instance_id = NEW.instance_id AND oauth_status <> NEW.oauth_status
+    ) THEN
+        RAISE EXCEPTION 'the oauth_status of instance % follows its credentials and can''t be set to %',
+            NEW.instance_id, NEW.oauth_status
+            USING ERRCODE = 'check_violation',
+                  TABLE = 'mcp_service_table',
+                  CONSTRAINT = 'mcp_service_table_oauth_status_synced',
+                  HINT = 'Update mcp_credentials.oauth_status.';
+    END IF;
+    RETURN NULL;
+END
+$$;
+CREATE TRIGGER mcp_service_table_oauth_status_synced
+    AFTER UPDATE OF oauth_status ON mcp_service_table
+    FOR EACH ROW WHEN (OLD.oauth_status <> NEW.oauth_status)
+    EXECUTE FUNCTION mcp_service_table_check_oauth_status();
+
+-- A service that is being disabled meanwhile may still get the instance: to close that gap, each create would have to
+-- lock the registry row, and users of one service would wait for each other.
+CREATE FUNCTION mcp_service_table_check_service() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+BEGIN
+    IF TG_OP = 'UPDATE' THEN
+        RAISE EXCEPTION 'instance % keeps its service', OLD.instance_id
+            USING ERRCODE = 'check_violation',
+                  TABLE = 'mcp_service_table',
+                  CONSTRAINT = 'mcp_service_table_service_fixed';
+    END IF;
+    IF EXISTS (SELECT FROM mcp_table WHERE mcp_service_id = NEW.mcp_service_id AND NOT is_active) THEN
+        RAISE EXCEPTION 'service % is disabled and takes no new instance', NEW.mcp_service_id
+            USING ERRCODE = 'check_violation',
+                  TABLE = 'mcp_table',
+                  CONSTRAINT = 'mcp_table_service_disabled';
+    END IF;
+    RETURN NEW;
+END
+$$;
+CREATE TRIGGER mcp_service_table_service_enabled
+    BEFORE INSERT ON mcp_service_table
+    FOR EACH ROW EXECUTE FUNCTION mcp_service_table_check_service();
+CREATE TRIGGER mcp_service_table_service_fixed
+    BEFORE UPDATE OF mcp_service_id ON mcp_service_table
+    FOR EACH ROW WHEN (OLD.mcp_service_id <> NEW.mcp_service_id)
+    EXECUTE FUNCTION mcp_service_table_check_service();
+
+-- Deferred: the registry row is locked only while the transaction commits.
+CREATE FUNCTION mcp_service_table_count_instances() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+DECLARE
+    created bigint := 0;
+    active  bigint := 0;
+BEGIN
+    IF TG_OP = 'TRUNCATE' THEN
+        UPDATE mcp_table SET active_instances_count = 0 WHERE active_instances_count <> 0;
+        RETURN NULL;
+    END IF;
+    IF TG_OP = 'INSERT' THEN
+        created := 1;
+    ELSIF OLD.status = 'active' AND OLD.oauth_status = 'completed' THEN
+        active := -1;
+    END IF;
+    IF TG_OP <> 'DELETE' AND NEW.status = 'active' AND NEW.oauth_status = 'completed' THEN
+        active := active + 1;
+    END IF;
+    UPDATE mcp_table
+       SET total_instances_created = total_instances_created + created,
+           active_instances_count  = active_instances_count + active
+     WHERE mcp_service_id = coalesce(NEW.mcp_service_id, OLD.mcp_service_id);
+    RETURN NULL;
+END
+$$;
+CREATE CONSTRAINT TRIGGER mcp_service_table_count_insert
+    AFTER INSERT ON mcp_service_table
+    DEFERRABLE INITIALLY DEFERRED
+    FOR EACH ROW EXECUTE FUNCTION mcp_service_table_count_instances();
+CREATE CONSTRAINT TRIGGER mcp_service_table_count_update
+    AFTER UPDATE OF status, oauth_status ON mcp_service_table
+    DEFERRABLE INITIALLY DEFERRED
+    FOR EACH ROW WHEN (
+        (OLD.status = 'active' AND OLD.oauth_status = 'completed')
+        <> (NEW.status = 'active' AND NEW.oauth_status = 'completed')
+    )
+    EXECUTE FUNCTION mcp_service_table_count_instances();
+CREATE CONSTRAINT TRIGGER mcp_service_table_count_delete
+    AFTER DELETE ON mcp_service_table
+    DEFERRABLE INITIALLY DEFERRED
+    FOR EACH ROW WHEN (OLD.status = 'active' AND OLD.oauth_status = 'completed')
+    EXECUTE FUNCTION mcp_service_table_count_instances();
+CREATE TRIGGER mcp_service_table_count_truncate
+    AFTER TRUNCATE ON mcp_service_table
+    FOR EACH STATEMENT EXECUTE FUNCTION mcp_service_table_count_instances();
+
+REVOKE EXECUTE ON FUNCTION
+    mcp_credentials_sync_oauth_status(),
+    mcp_service_table_check_oauth_status(),
+    mcp_service_table_check_service(),
+    mcp_service_table_count_instances()
+FROM PUBLIC;
+
+DO $$
+BEGIN
+    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'app_user') THEN
+        GRANT SELECT ON mcp_table TO app_user;
+        GRANT SELECT, INSERT, UPDATE, DELETE ON mcp_service_table, mcp_credentials TO app_user;
+    END IF;
+    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'app_admin') THEN
+        GRANT ALL ON mcp_table, mcp_service_table, mcp_credentials TO app_admin;
+    END IF;
+END
+$$;

@@ -1,0 +1,100 @@
+-- What was done with tokens and credentials, kept for 90 days at least. No foreign keys: an audit outlives what it is
+-- about, and a cascade would contradict append-only.
+
+SET LOCAL lock_timeout = '5s';
+
+CREATE TYPE token_audit_status AS ENUM ('success', 'failure', 'pending', 'warning');
+
+CREATE TABLE token_audit_log (
+    audit_id      bigint             NOT NULL GENERATED ALWAYS AS IDENTITY,
+    instance_id   uuid               NOT NULL,
+    user_id       uuid,
+    operation     text               NOT NULL,
+    status        token_audit_status NOT NULL,
+    method        text,
+    error_type    text,
+    error_message text,
+    metadata      jsonb,
+    created_at    timestamptz        NOT NULL DEFAULT now(),
+    CONSTRAINT token_audit_log_pkey PRIMARY KEY (audit_id),
+    CONSTRAINT token_audit_log_operation_check CHECK (operation <> '')
+);
+CREATE INDEX token_audit_log_instance_id_created_at_idx ON token_audit_log (instance_id, created_at DESC);
+CREATE INDEX token_audit_log_created_at_idx ON token_audit_log (created_at);
+
+COMMENT ON TABLE token_audit_log IS 'What was done with tokens and credentials. Append-only for 90 days.';
+COMMENT ON COLUMN token_audit_log.instance_id IS 'No foreign key: the instance may be gone.';
+COMMENT ON COLUMN token_audit_log.user_id IS 'No foreign key: the user may be gone. NULL: done by the system.';
+COMMENT ON COLUMN token_audit_log.operation IS 'What was done, such as token_refresh.';
+COMMENT ON COLUMN token_audit_log.method IS 'How, such as oauth or api_key.';
+COMMENT ON COLUMN token_audit_log.metadata IS 'Never a secret.';
+
+CREATE FUNCTION token_audit_log_refuse_change() RETURNS trigger
+LANGUAGE plpgsql AS $$
+BEGIN
+    RAISE EXCEPTION 'token_audit_log is append-only: % refused', TG_OP
+        USING ERRCODE = 'check_violation',
+              TABLE = 'token_audit_log',
+              CONSTRAINT = 'token_audit_log_append_only',
+              HINT = 'cleanup_old_token_audit_logs() deletes what is older than 90 days.';
+END
+$$;
+REVOKE EXECUTE ON FUNCTION token_audit_log_refuse_change() FROM PUBLIC;
+CREATE TRIGGER token_audit_log_append_only
+    BEFORE UPDATE OR TRUNCATE ON token_audit_log
+    FOR EACH STATEMENT EXECUTE FUNCTION token_audit_log_refuse_change();
+CREATE TRIGGER token_audit_log_keep_90_days
+    BEFORE DELETE ON token_audit_log
+    FOR EACH ROW WHEN (OLD.created_at > now() - interval '90 days')
+    EXECUTE FUNCTION token_audit_log_refuse_change();
+
+-- Rows that another clean-up is deleting are left to it.
+CREATE FUNCTION cleanup_old_token_audit_logs(max_rows integer DEFAULT NULL) RETURNS bigint
+LANGUAGE sql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+    WITH old AS MATERIALIZED (
+        SELECT audit_id
+          FROM token_audit_log
+         WHERE created_at < now() - interval '90 days'
+         ORDER BY created_at
+         LIMIT max_rows
+           FOR UPDATE SKIP LOCKED
+    ), deleted AS (
+        DELETE FROM token_audit_log USING old WHERE token_audit_log.audit_id = old.audit_id RETURNING 1
+    )
+    SELECT count(*) FROM deleted
+$$;
+REVOKE EXECUTE ON FUNCTION cleanup_old_token_audit_logs(integer) FROM PUBLIC;
+COMMENT ON FUNCTION cleanup_old_token_audit_logs(integer) IS
+    'Deletes rows older than 90 days, oldest first, at most max_rows (NULL: all); returns how many.';
+
+CREATE VIEW token_audit_summary AS
+SELECT instance_id,
+       operation,
+       status,
+       method,
+       count(*)                                                                AS operation_count,
+       count(*) FILTER (WHERE status = 'success')                              AS success_count,
+       count(*) FILTER (WHERE status = 'failure')                              AS failure_count,
+       round(100.0 * count(*) FILTER (WHERE status = 'success') / count(*), 2) AS success_rate,
+       max(created_at)                                                         AS last_operation,
+       min(created_at)                                                         AS first_operation
+  FROM token_audit_log
+ WHERE created_at >= now() - interval '30 days'
+ GROUP BY instance_id, operation, status, method;
+
+COMMENT ON VIEW token_audit_summary IS 'The last 30 days of token_audit_log.';
+COMMENT ON COLUMN token_audit_summary.success_rate IS 'Percent, two decimals.';
+
+DO $$
+BEGIN
+    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'app_user') THEN
+        GRANT SELECT, INSERT ON token_audit_log TO app_user;
+        GRANT SELECT ON token_audit_summary TO app_user;
+    END IF;
+    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'app_admin') THEN
+        GRANT SELECT, INSERT ON token_audit_log TO app_admin;
+        GRANT SELECT ON token_audit_summary TO app_admin;
+        GRANT EXECUTE ON FUNCTION cleanup_old_token_audit_logs(integer) TO app_admin;
+    END IF;
+END
+$$;

@@ -1,0 +1,43 @@
+-- An edit token: whoever writes back what he read names the version he read, and finds no row if somebody was faster.
+-- Counting a call is not an edit and leaves the version alone.
+
+SET LOCAL lock_timeout = '5s';
+
+ALTER TABLE mcp_service_table
+    ADD COLUMN version       integer     NOT NULL DEFAULT 1,
+    ADD COLUMN last_modified timestamptz NOT NULL DEFAULT now();
+ALTER TABLE mcp_credentials
+    ADD COLUMN version       integer     NOT NULL DEFAULT 1,
+    ADD COLUMN last_modified timestamptz NOT NULL DEFAULT now();
+
+COMMENT ON COLUMN mcp_service_table.version IS 'Goes up by one with each change but the counting of calls; never set by hand.';
+COMMENT ON COLUMN mcp_service_table.last_modified IS 'When version went up last.';
+COMMENT ON COLUMN mcp_credentials.version IS 'Goes up by one with each change; never set by hand.';
+COMMENT ON COLUMN mcp_credentials.last_modified IS 'When version went up last.';
+
+CREATE FUNCTION update_version_and_timestamp() RETURNS trigger
+LANGUAGE plpgsql AS $$
+BEGIN
+    NEW.version := OLD.version + 1;
+    NEW.last_modified := now();
+    RETURN NEW;
+END
+$$;
+
+-- version and last_modified are among the columns, so that a value set by hand doesn't stay.
+CREATE TRIGGER mcp_service_table_update_version
+    BEFORE UPDATE ON mcp_service_table
+    FOR EACH ROW WHEN (
+        (OLD.instance_id, OLD.user_id, OLD.mcp_service_id, OLD.oauth_status, OLD.status, OLD.expires_at,
+            OLD.custom_name, OLD.renewed_count, OLD.last_renewed_at, OLD.credentials_updated_at, OLD.created_at,
+            OLD.version, OLD.last_modified)
+        IS DISTINCT FROM
+        (NEW.instance_id, NEW.user_id, NEW.mcp_service_id, NEW.oauth_status, NEW.status, NEW.expires_at,
+            NEW.custom_name, NEW.renewed_count, NEW.last_renewed_at, NEW.credentials_updated_at, NEW.created_at,
+            NEW.version, NEW.last_modified)
+    )
+    EXECUTE FUNCTION update_version_and_timestamp();
+CREATE TRIGGER mcp_credentials_update_version
+    BEFORE UPDATE ON mcp_credentials
+    FOR EACH ROW WHEN (OLD.* IS DISTINCT FROM NEW.*)
+    EXECUTE FUNCTION update_version_and_timestamp();

@@ -1,0 +1,167 @@
+-- What a user may have: one active instance on the free plan, any number on pro. The limit holds whichever path makes
+-- an instance active, at every isolation level: each activation first updates the user's plan row, so that a second one
+-- waits for it, or fails with a serialization error where its snapshot is older.
+
+SET LOCAL lock_timeout = '5s';
+
+CREATE TYPE plan_type AS ENUM ('free', 'pro');
+
+-- A fifth of each page stays free: each activation updates the row in place.
+CREATE TABLE user_plans (
+    plan_id       uuid        NOT NULL DEFAULT gen_random_uuid(),
+    user_id       uuid        NOT NULL,
+    plan_type     plan_type   NOT NULL,
+    max_instances integer,
+    features      jsonb       NOT NULL DEFAULT '{}',
+    expires_at    timestamptz,
+    created_at    timestamptz NOT NULL DEFAULT now(),
+    updated_at    timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT user_plans_pkey PRIMARY KEY (plan_id),
+    CONSTRAINT user_plans_user_id_fkey FOREIGN KEY (user_id) REFERENCES users (id) ON DELETE CASCADE,
+    CONSTRAINT unique_user_plan UNIQUE (user_id),
+    CONSTRAINT check_max_instances_for_plan CHECK (
+        CASE plan_type
+            WHEN 'free' THEN max_instances IS NOT DISTINCT FROM 1
+            WHEN 'pro' THEN max_instances IS NULL
+            ELSE false
+        END
+    ),
+    CONSTRAINT user_plans_features_check CHECK (jsonb_typeof(features) = 'object')
+) WITH (fillfactor = 80);
+CREATE TRIGGER user_plans_update_updated_at
+    BEFORE UPDATE ON user_plans
+    FOR EACH ROW WHEN (OLD.* IS DISTINCT FROM NEW.*)
+    EXECUTE FUNCTION update_updated_at_column();
+
+COMMENT ON TABLE user_plans IS 'The plan of each user. Every user has one from the first moment on.';
+COMMENT ON COLUMN user_plans.max_instances IS
+    'How many instances may be active and completed at a time; NULL: any number. When it falls below what is active, those are switched off.';
+COMMENT ON COLUMN user_plans.features IS 'Features that are switched on for this user, an object.';
+COMMENT ON COLUMN user_plans.expires_at IS 'From then on no instance can be activated; NULL: never.';
+
+CREATE FUNCTION assign_default_plan() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+BEGIN
+    INSERT INTO user_plans (user_id, plan_type, max_instances) VALUES (NEW.id, 'free', 1);
+    RETURN NULL;
+END
+$$;
+CREATE TRIGGER users_assign_default_plan
+    AFTER INSERT ON users
+    FOR EACH ROW EXECUTE FUNCTION assign_default_plan();
+
+CREATE FUNCTION mcp_service_table_check_active_limit() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+DECLARE
+    plan   user_plans;
+    active bigint;
+BEGIN
+    -- An update, though nothing changes: after a mere row lock, a transaction at REPEATABLE READ would count the
+    -- instances of its old snapshot.
+    UPDATE user_plans
+       SET max_instances = max_instances
+     WHERE user_id = NEW.user_id
+    RETURNING * INTO plan;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'user % has no plan', NEW.user_id
+            USING ERRCODE = 'check_violation',
+                  TABLE = 'mcp_service_table',
+                  CONSTRAINT = 'user_plan_missing';
+    END IF;
+    IF plan.expires_at <= now() THEN
+        RAISE EXCEPTION 'the plan of user % expired at %', NEW.user_id, plan.expires_at
+            USING ERRCODE = 'check_violation',
+                  TABLE = 'mcp_service_table',
+                  CONSTRAINT = 'user_plan_expired';
+    END IF;
+    IF plan.max_instances IS NOT NULL THEN
+        SELECT count(*)
+          INTO active
+          FROM mcp_service_table
+         WHERE user_id = NEW.user_id AND status = 'active' AND oauth_status = 'completed';
+        IF active > plan.max_instances THEN
+            RAISE EXCEPTION 'user % may have % active instance(s)', NEW.user_id, plan.max_instances
+                USING ERRCODE = 'check_violation',
+                      TABLE = 'mcp_service_table',
+                      CONSTRAINT = 'user_plan_active_limit',
+                      HINT = 'Deactivate another instance, or upgrade the plan.';
+        END IF;
+    END IF;
+    RETURN NULL;
+END
+$$;
+-- Immediate, so that the statement fails and not the commit; a transaction that swaps one instance for another in
+-- either order says SET CONSTRAINTS ALL DEFERRED.
+CREATE CONSTRAINT TRIGGER mcp_service_table_active_limit_insert
+    AFTER INSERT ON mcp_service_table
+    DEFERRABLE INITIALLY IMMEDIATE
+    FOR EACH ROW WHEN (NEW.status = 'active' AND NEW.oauth_status = 'completed')
+    EXECUTE FUNCTION mcp_service_table_check_active_limit();
+CREATE CONSTRAINT TRIGGER mcp_service_table_active_limit_update
+    AFTER UPDATE OF status, oauth_status, user_id ON mcp_service_table
+    DEFERRABLE INITIALLY IMMEDIATE
+    FOR EACH ROW WHEN (
+        NEW.status = 'active' AND NEW.oauth_status = 'completed'
+        AND (OLD.status <> 'active' OR OLD.oauth_status <> 'completed' OR OLD.user_id <> NEW.user_id)
+    )
+    EXECUTE FUNCTION mcp_service_table_check_active_limit();
+
+CREATE FUNCTION user_plans_deactivate_surplus() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+DECLARE
+    surplus uuid;
+BEGIN
+    IF NEW.max_instances >= (
+        SELECT count(*)
+          FROM mcp_service_table
+         WHERE user_id = NEW.user_id AND status = 'active' AND oauth_status = 'completed'
+    ) THEN
+        RETURN NULL;
+    END IF;
+    -- One by one in registry order, in which the counters of mcp_table are locked at commit.
+    FOR surplus IN
+        SELECT instance_id
+          FROM mcp_service_table
+         WHERE user_id = NEW.user_id AND status = 'active' AND oauth_status = 'completed'
+         ORDER BY mcp_service_id, instance_id
+           FOR NO KEY UPDATE
+    LOOP
+        UPDATE mcp_service_table
+           SET status = CASE WHEN expires_at <= now() THEN 'expired' ELSE 'inactive' END::mcp_instance_status
+         WHERE instance_id = surplus;
+    END LOOP;
+    RETURN NULL;
+END
+$$;
+CREATE TRIGGER user_plans_deactivate_surplus_insert
+    AFTER INSERT ON user_plans
+    FOR EACH ROW WHEN (NEW.max_instances IS NOT NULL)
+    EXECUTE FUNCTION user_plans_deactivate_surplus();
+CREATE TRIGGER user_plans_deactivate_surplus_update
+    AFTER UPDATE OF max_instances ON user_plans
+    FOR EACH ROW WHEN (
+        NEW.max_instances IS NOT NULL AND (OLD.max_instances IS NULL OR NEW.max_instances < OLD.max_instances)
+    )
+    EXECUTE FUNCTION user_plans_deactivate_surplus();
+
+REVOKE EXECUTE ON FUNCTION
+    assign_default_plan(),
+    mcp_service_table_check_active_limit(),
+    user_plans_deactivate_surplus()
+FROM PUBLIC;
+
+DO $$
+BEGIN
+    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'app_user') THEN
+        GRANT SELECT, INSERT, UPDATE ON user_plans TO app_user;
+    END IF;
+    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'app_admin') THEN
+        GRANT ALL ON user_plans TO app_admin;
+    END IF;
+END
+$$;
+
+-- The users that are there already. Who has more than one active instance gets them switched off, as by a downgrade.
+INSERT INTO user_plans (user_id, plan_type, max_instances) SELECT id, 'free', 1 FROM users;
+-- The counters are due at commit; a migration that follows in the same transaction may want to alter their tables.
+SET CONSTRAINTS ALL IMMEDIATE;

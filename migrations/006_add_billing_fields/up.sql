@@ -1,0 +1,55 @@
+-- Who pays for a plan, and the ledger of gateway webhooks. A gateway delivers an event more than once, and two gateways
+-- may use the same id: the pair is the key.
+
+SET LOCAL lock_timeout = '5s';
+
+CREATE TYPE plan_payment_status AS ENUM ('none', 'active', 'cancelled', 'failed', 'past_due');
+CREATE TYPE payment_gateway AS ENUM ('stripe', 'razorpay');
+CREATE TYPE webhook_status AS ENUM ('pending', 'processed', 'failed', 'skipped');
+
+ALTER TABLE user_plans
+    ADD COLUMN subscription_id text,
+    ADD COLUMN customer_id     text,
+    ADD COLUMN payment_status  plan_payment_status NOT NULL DEFAULT 'none',
+    ADD CONSTRAINT user_plans_subscription_id_key UNIQUE (subscription_id),
+    ADD CONSTRAINT user_plans_customer_id_key UNIQUE (customer_id),
+    ADD CONSTRAINT user_plans_subscription_id_check CHECK (subscription_id <> ''),
+    ADD CONSTRAINT user_plans_customer_id_check CHECK (customer_id <> '');
+
+COMMENT ON COLUMN user_plans.subscription_id IS 'Subscription at the payment gateway.';
+COMMENT ON COLUMN user_plans.customer_id IS 'Customer at the payment gateway. Unique, because saved cards are read by it.';
+COMMENT ON COLUMN user_plans.payment_status IS 'None: nobody pays for this plan.';
+
+CREATE TABLE webhook_events (
+    event_id          uuid            NOT NULL DEFAULT gen_random_uuid(),
+    external_event_id text            NOT NULL,
+    event_type        text            NOT NULL,
+    payment_gateway   payment_gateway NOT NULL,
+    processed_at      timestamptz,
+    payload           jsonb           NOT NULL,
+    processing_status webhook_status  NOT NULL DEFAULT 'pending',
+    error_message     text,
+    created_at        timestamptz     NOT NULL DEFAULT now(),
+    CONSTRAINT webhook_events_pkey PRIMARY KEY (event_id),
+    CONSTRAINT webhook_events_payment_gateway_external_event_id_key UNIQUE (payment_gateway, external_event_id),
+    CONSTRAINT webhook_events_external_event_id_check CHECK (external_event_id <> ''),
+    CONSTRAINT webhook_events_processed_at_check CHECK ((processing_status = 'pending') = (processed_at IS NULL))
+);
+CREATE INDEX webhook_events_created_at_idx ON webhook_events (created_at)
+    WHERE processing_status IN ('pending', 'failed');
+
+COMMENT ON TABLE webhook_events IS 'Webhooks of the payment gateways: recorded first, processed after.';
+COMMENT ON COLUMN webhook_events.external_event_id IS 'The gateway''s id of the event; unique together with the gateway.';
+COMMENT ON COLUMN webhook_events.processed_at IS 'When it was processed, skipped or failed last; NULL exactly while pending.';
+COMMENT ON COLUMN webhook_events.error_message IS 'Why it failed.';
+
+DO $$
+BEGIN
+    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'app_user') THEN
+        GRANT SELECT, INSERT, UPDATE ON webhook_events TO app_user;
+    END IF;
+    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'app_admin') THEN
+        GRANT ALL ON webhook_events TO app_admin;
+    END IF;
+END
+$$;

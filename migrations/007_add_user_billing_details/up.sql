@@ -1,0 +1,53 @@
+-- Billing address and saved cards. A card is a gateway's token with what may be shown of it; its number and security
+-- code must never get here (PCI DSS 3.3, 3.5).
+
+SET LOCAL lock_timeout = '5s';
+
+CREATE TABLE user_billing_details (
+    billing_id      uuid        NOT NULL DEFAULT gen_random_uuid(),
+    user_id         uuid        NOT NULL,
+    address_line1   text        NOT NULL,
+    address_line2   text,
+    city            text        NOT NULL,
+    state           text        NOT NULL,
+    country         text        NOT NULL,
+    zip_code        text        NOT NULL,
+    cards           jsonb       NOT NULL DEFAULT '[]',
+    default_card_id text,
+    created_at      timestamptz NOT NULL DEFAULT now(),
+    updated_at      timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT user_billing_details_pkey PRIMARY KEY (billing_id),
+    CONSTRAINT user_billing_details_user_id_fkey FOREIGN KEY (user_id) REFERENCES users (id) ON DELETE CASCADE,
+    CONSTRAINT unique_user_billing UNIQUE (user_id),
+    CONSTRAINT user_billing_details_address_line1_check CHECK (char_length(address_line1) BETWEEN 1 AND 255),
+    CONSTRAINT user_billing_details_address_line2_check CHECK (char_length(address_line2) <= 255),
+    CONSTRAINT user_billing_details_city_check CHECK (char_length(city) BETWEEN 1 AND 100),
+    CONSTRAINT user_billing_details_state_check CHECK (char_length(state) BETWEEN 1 AND 100),
+    CONSTRAINT user_billing_details_country_check CHECK (char_length(country) BETWEEN 1 AND 100),
+    CONSTRAINT user_billing_details_zip_code_check CHECK (char_length(zip_code) BETWEEN 1 AND 20),
+    CONSTRAINT user_billing_details_cards_check CHECK (jsonb_typeof(cards) = 'array'),
+    CONSTRAINT user_billing_details_no_card_secrets CHECK (
+        NOT jsonb_path_exists(
+            cards, 'strict $.** ? (@.type() == "object").keyvalue() ? (@.key like_regex "^(number|cvv|cvc)$" flag "i")'
+        )
+    )
+);
+CREATE TRIGGER user_billing_details_update_updated_at
+    BEFORE UPDATE ON user_billing_details
+    FOR EACH ROW WHEN (OLD.* IS DISTINCT FROM NEW.*)
+    EXECUTE FUNCTION update_updated_at_column();
+
+COMMENT ON TABLE user_billing_details IS 'Billing address and saved cards of a user.';
+COMMENT ON COLUMN user_billing_details.cards IS 'Gateway tokens and what may be shown of a card; never its number or security code.';
+COMMENT ON COLUMN user_billing_details.default_card_id IS 'The id of one of cards.';
+
+DO $$
+BEGIN
+    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'app_user') THEN
+        GRANT SELECT, INSERT, UPDATE, DELETE ON user_billing_details TO app_user;
+    END IF;
+    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'app_admin') THEN
+        GRANT ALL ON user_billing_details TO app_admin;
+    END IF;
+END
+$$;
