@@ -1,2 +1,4 @@
 //! The database layer of BruhMCP.
 #![deny(missing_docs)]
+
+pub mod migrations;
