@@ -5,6 +5,7 @@ pub mod enums;
 mod error;
 pub mod ids;
 mod keyset;
+pub mod migrations;
 pub mod models;
 #[expect(
     missing_docs,
