@@ -209,7 +209,9 @@ fn what_is_left_behind_works_on() {
         .psql("INSERT INTO support_tickets (user_id, subject) VALUES (9999, 'nobody')")
         .unwrap_err();
     assert!(error.contains("support_tickets_user_id_fkey"), "{error}");
-    psql("INSERT INTO support_tickets (user_id, subject, plan) VALUES (398, 'a', 'basic'), (399, 'b', 'basic')");
+    psql(
+        "INSERT INTO support_tickets (user_id, subject, plan) VALUES (398, 'a', 'basic'), (399, 'b', 'basic')",
+    );
     psql("DELETE FROM bruhmcp_archive.users WHERE id = 398");
     assert_eq!(
         psql("SELECT user_id FROM support_tickets WHERE user_id IN (398, 399)"),
