@@ -22,7 +22,7 @@ DECLARE
         'update_updated_at_column', 'mcp_credentials_sync_oauth_status', 'mcp_service_table_check_oauth_status',
         'mcp_service_table_check_service', 'mcp_service_table_count_instances', 'token_audit_log_refuse_change',
         'cleanup_old_token_audit_logs', 'update_version_and_timestamp', 'assign_default_plan',
-        'mcp_service_table_check_active_limit', 'user_plans_deactivate_surplus', 'user_billing_details_has_card_secret'
+        'mcp_service_table_check_active_limit', 'user_plans_deactivate_surplus'
     ];
     origin          CONSTANT oid     := (SELECT oid FROM pg_namespace WHERE nspname = current_schema());
     archive_existed CONSTANT boolean := to_regnamespace('bruhmcp_archive') IS NOT NULL;
@@ -114,7 +114,7 @@ BEGIN
         EXECUTE format('GRANT USAGE ON SCHEMA bruhmcp_archive TO %s', owner);
     END LOOP;
 
-    -- Everything that depends on something in the archive and isn't, like an index or a trigger, a part of it.
+    -- What depends on something in the archive without being a part of it, as its constraints and triggers are.
     WITH RECURSIVE archived AS (
         SELECT 'pg_class'::regclass::oid AS classid, oid AS objid
         FROM pg_class
@@ -146,7 +146,8 @@ BEGIN
     -- down.sql recognises the archive, and the schema it came from, by the first words.
     EXECUTE format(
         'COMMENT ON SCHEMA bruhmcp_archive IS %L',
-        format('Moved from schema %I by migration 000_cleanup_old_tables, which moves it back when reverted.', current_schema())
+        format('Moved from schema %I by migration 000_cleanup_old_tables', current_schema())
+            || ', which moves it back when reverted.'
             || E'\nIt holds password hashes: drop it when it is no longer needed.'
             || coalesce(E'\nLeft behind, but still pointing in here:' || left_behind, '')
     );
