@@ -1,5 +1,27 @@
 //! Columns that nobody must see by accident: their types have no `Serialize`, and a `Debug` that says nothing. A row that
-//! derives `Serialize` without skipping such a column doesn't compile.
+//! derives `Serialize` without skipping such a column doesn't compile:
+//!
+//! ```compile_fail,E0277
+//! use bruhmcp_db::{Sealed, SecretText, TokenDigest};
+//!
+//! #[derive(serde::Serialize)]
+//! struct Row {
+//!     name: String,
+//!     password: SecretText,
+//! }
+//! ```
+//!
+//! Skipped, it does:
+//!
+//! ```
+//! # use bruhmcp_db::{Sealed, SecretText, TokenDigest};
+//! #[derive(serde::Serialize)]
+//! struct Row {
+//!     name: String,
+//!     #[serde(skip_serializing)]
+//!     password: SecretText,
+//! }
+//! ```
 
 use diesel_derive_newtype::DieselNewType;
 

@@ -158,7 +158,10 @@ fn all_migrations_run_on_top_and_back() {
 /// Whatever the later migrations create, 000 must find on a database that has it already.
 #[test]
 fn no_name_of_a_later_migration_is_forgotten() {
-    let database = support::database();
+    let database = support::empty_database();
+    for path in support::up_sql() {
+        database.psql_file(&path).unwrap();
+    }
     let before = database.dump(&[]);
     let created = objects(&database, "public");
     assert!(

@@ -2,4 +2,9 @@
 #![expect(clippy::unwrap_used, reason = "a test that can't go on panics")]
 
 mod archive;
+mod conventions;
+mod enums;
+mod migrations;
+mod models;
+mod rules;
 mod support;
