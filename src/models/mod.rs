@@ -16,7 +16,9 @@ mod users;
 mod webhook_events;
 
 pub use account_credits::{AccountCredit, AccountCreditChangeset, NewAccountCredit};
-pub use auth_tokens::{AuthToken, AuthTokenChangeset, NewAuthToken};
+pub use auth_tokens::{
+    AuthToken, CodeCheck, ConsumeError, MAX_CODE_ATTEMPTS, NewAuthToken, Rotation,
+};
 pub use mcp_credentials::{McpCredential, McpCredentialChangeset, NewMcpCredential};
 pub use mcp_service_table::{McpInstance, McpInstanceChangeset, NewMcpInstance};
 pub use mcp_table::{McpService, McpServiceChangeset, NewMcpService};
@@ -29,5 +31,5 @@ pub use user_billing_details::{
 };
 pub use user_plans::{NewUserPlan, UserPlan, UserPlanChangeset};
 pub use user_subscriptions::{NewUserSubscription, UserSubscription, UserSubscriptionChangeset};
-pub use users::{NewUser, User, UserChangeset};
+pub use users::{EmailError, InvalidEmail, NewUser, User, UserChangeset, canonical_email};
 pub use webhook_events::{NewWebhookEvent, WebhookEvent, WebhookEventChangeset};
