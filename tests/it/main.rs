@@ -8,3 +8,5 @@ mod migrations;
 mod models;
 mod rules;
 mod support;
+mod tokens;
+mod users;
