@@ -1,7 +1,7 @@
 //! Auth tokens: one-time codes, links and refresh tokens, as digests.
 
 use chrono::{DateTime, TimeDelta, Utc};
-use diesel::dsl::{case_when, not, now, sql};
+use diesel::dsl::{case_when, exists, not, now, sql};
 use diesel::pg::Pg;
 use diesel::prelude::*;
 use diesel::sql_types::{BigInt, Interval, SmallInt, Timestamptz};
@@ -409,32 +409,24 @@ impl AuthToken {
     ) -> QueryResult<Rotation> {
         let type_ = AuthTokenType::Refresh;
         conn.transaction(|conn| {
-            if let Some(used) = Self::take(conn, type_, presented)? {
-                return Self::insert_live(conn, used.user_id, type_, successor, lifetime)
+            let owner = lock_owner(type_, presented);
+            let Some(user_id) = owner.first(conn).optional()? else {
+                return Ok(Rotation::Unknown);
+            };
+            if Self::take(conn, type_, presented)?.is_some() {
+                return Self::insert_live(conn, user_id, type_, successor, lifetime)
                     .map(Rotation::Rotated);
             }
-            let state = auth_tokens::table
+            let alive = auth_tokens::table
                 .filter(auth_tokens::type_.eq(type_))
                 .filter(auth_tokens::token.eq(presented))
-                .inner_join(users::table)
-                .filter(users::is_active)
-                .select((
-                    auth_tokens::user_id,
-                    auth_tokens::is_used,
-                    // What was revoked while this transaction waited has ended after its `now`.
-                    auth_tokens::expires_at.le(clock_timestamp()),
-                ))
-                .first(conn)
-                .optional()?;
-            Ok(match state {
-                Some((_, _, true)) => Rotation::Expired,
-                Some((user_id, true, false)) => {
-                    Self::revoke_all(conn, user_id, Some(&[type_]))?;
-                    Rotation::Reused(user_id)
-                }
-                // Not used: its user has become active since.
-                Some((_, false, false)) | None => Rotation::Unknown,
-            })
+                // By its `now`, a transaction that waited for a revocation comes before it.
+                .filter(auth_tokens::expires_at.gt(clock_timestamp()));
+            if !diesel::select(exists(alive)).get_result(conn)? {
+                return Ok(Rotation::Expired);
+            }
+            Self::revoke_all(conn, user_id, Some(&[type_]))?;
+            Ok(Rotation::Reused(user_id))
         })
     }
 
