@@ -11,8 +11,8 @@ use sha2::Sha256;
 use crate::ids::UserId;
 use crate::secret::TokenDigest;
 
-/// What a secret is good for, and for whom. All of it goes into the digest, so that a digest is worth nothing as another
-/// type, and a code's digest is worth nothing in another user's row.
+/// What a secret is good for, and for whom. All of it goes into the digest, so that a digest is worth nothing as
+/// another type, and a code's digest is worth nothing in another user's row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TokenPurpose<'a> {
     /// A six-digit code, to sign in: [`AuthTokenType::EmailOtp`](crate::enums::AuthTokenType::EmailOtp).
@@ -36,8 +36,8 @@ pub enum TokenPurpose<'a> {
     Refresh,
 }
 
-/// The key under which secrets are digested. It must not be in the database: six digits are soon guessed by who has both
-/// the digest and the key.
+/// The key under which secrets are digested. It must not be in the database: six digits are soon guessed by who has
+/// both the digest and the key.
 ///
 /// With another key all digests differ: codes and links out there stop working and users must sign in again.
 ///
@@ -78,7 +78,8 @@ impl TokenKey {
     pub fn digest(&self, purpose: TokenPurpose<'_>, secret: &SecretString) -> TokenDigest {
         let mut mac = Hmac::<Sha256>::new_from_slice(self.0.expose_secret())
             .expect("HMAC takes a key of any length");
-        // Each part ends where no other reading is possible: a zero after the name, 16 octets, a length before the text.
+        // Each part ends where no other reading is possible: a zero after the name, 16 octets, a length before the
+        // text.
         match purpose {
             TokenPurpose::EmailOtp { user_id } => {
                 mac.update(b"email_otp\0");

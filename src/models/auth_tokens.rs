@@ -118,8 +118,8 @@ diesel::define_sql_function! {
 // Diesel can't tell a table from itself in a subquery.
 diesel::alias!(const PRESENTED: Alias<Presented> = auth_tokens as presented);
 
-/// The owner of a token, if active, as a subquery that locks the row. PostgreSQL runs it once, before the statement around
-/// it locks the token.
+/// The owner of a token, if active, as a subquery that locks the row. PostgreSQL runs it once, before the statement
+/// around it locks the token.
 #[diesel::dsl::auto_type]
 fn lock_owner<'a>(type_: AuthTokenType, digest: &'a TokenDigest) -> _ {
     let owner = PRESENTED
@@ -137,8 +137,8 @@ fn lock_owner<'a>(type_: AuthTokenType, digest: &'a TokenDigest) -> _ {
 /// (`FOR NO KEY UPDATE`), so that operations on the tokens of one user go one after the other, without deadlocks, and
 /// those of different users don't wait for each other. A transaction that does more comes here last.
 ///
-/// The digests are keyed, so it does no harm that SQL compares them in a time that depends on them: nobody without the key can
-/// make a digest that begins like another.
+/// The digests are keyed, so it does no harm that SQL compares them in a time that depends on them: nobody without the
+/// key can make a digest that begins like another.
 impl AuthToken {
     /// Inserts a row and returns it with its defaults. [`issue`](Self::issue) also looks after the token that the row
     /// replaces, and whether the user is active.
@@ -194,8 +194,8 @@ impl AuthToken {
             .map(|deleted| deleted == 1)
     }
 
-    /// Issues a token that lives for `lifetime` from now on, by the database's clock. The live token of the same user and
-    /// type, if there is one, is replaced: it counts as used from then on. Refresh tokens stand beside each other.
+    /// Issues a token that lives for `lifetime` from now on, by the database's clock. The live token of the same user
+    /// and type, if there is one, is replaced: it counts as used from then on. Refresh tokens stand beside each other.
     ///
     /// `None`: there is no such user, or not an active one.
     ///
@@ -252,12 +252,12 @@ impl AuthToken {
             .get_result(conn)
     }
 
-    /// Consumes the token of a link (`password_reset` or `email_verification`) and returns it: to one caller, whoever else
-    /// presents it at the same time. Tokens of other types are unknown here: guesses at a code must be counted, and a
-    /// refresh token has a successor.
+    /// Consumes the token of a link (`password_reset` or `email_verification`) and returns it: to one caller, whoever
+    /// else presents it at the same time. Tokens of other types are unknown here: guesses at a code must be counted,
+    /// and a refresh token has a successor.
     ///
-    /// One statement. Only where it finds nothing, a second one looks why. Locks the user's row. As part of a transaction,
-    /// the token is only used if that commits.
+    /// One statement. Only where it finds nothing, a second one looks why. Locks the user's row. As part of a
+    /// transaction, the token is only used if that commits.
     ///
     /// # Errors
     /// [`ConsumeError::Expired`], [`Used`](ConsumeError::Used), [`Unknown`](ConsumeError::Unknown); none of them aborts
@@ -312,15 +312,15 @@ impl AuthToken {
             .optional()
     }
 
-    /// Compares a guess with the user's live code (`email_otp` or `email_change_pending`; other types are unknown here):
-    /// the right one consumes it, a wrong one is counted, in one statement. Where it finds no code to compare with, a
-    /// second one looks why. However many guess at the same time, [`MAX_CODE_ATTEMPTS`] are compared at most.
+    /// Compares a guess with the user's live code (`email_otp` or `email_change_pending`; other types are unknown
+    /// here): the right one consumes it, a wrong one is counted, in one statement. Where it finds no code to compare
+    /// with, a second one looks why. However many guess at the same time, [`MAX_CODE_ATTEMPTS`] are compared at most.
     ///
-    /// The outcomes are not errors, as an error that rolls back the caller's transaction would also take back the count:
-    /// **commit after a wrong guess.**
+    /// The outcomes are not errors, as an error that rolls back the caller's transaction would also take back the
+    /// count: **commit after a wrong guess.**
     ///
-    /// Locks the user's row. A new code has new attempts; [`count_issued_since`](Self::count_issued_since) limits those.
-    /// Where no account has the address, answer as for [`CodeCheck::Wrong`].
+    /// Locks the user's row. A new code has new attempts; [`count_issued_since`](Self::count_issued_since) limits
+    /// those. Where no account has the address, answer as for [`CodeCheck::Wrong`].
     ///
     /// # Errors
     /// Only those of the connection.
@@ -387,13 +387,13 @@ impl AuthToken {
 
     /// Puts a new refresh token, which lives for `lifetime` from now on, in the place of the one presented.
     ///
-    /// A token that was used before is taken for stolen: the thief or the user presents it a second time, and nobody knows
-    /// who has its successor. All refresh tokens of the user are revoked, and each device signs in again. A token raises that alarm
-    /// once; after it, it counts as expired.
+    /// A token that was used before is taken for stolen: the thief or the user presents it a second time, and nobody
+    /// knows who has its successor. All refresh tokens of the user are revoked, and each device signs in again. A token
+    /// raises that alarm once; after it, it counts as expired.
     ///
-    /// The same token presented twice at a time is no different: one call wins and the other revokes what the first just
-    /// got. So a client must not repeat a refresh whose answer was lost, nor run two at once (tabs of a browser share one):
-    /// its user signs in again.
+    /// The same token presented twice at a time is no different: one call wins and the other revokes what the first
+    /// just got. So a client must not repeat a refresh whose answer was lost, nor run two at once (tabs of a browser
+    /// share one): its user signs in again.
     ///
     /// [`Rotation::Reused`] is no error, as an error that rolls back the caller's transaction would also take back the
     /// revocation: **commit after it.** Runs in a transaction, or a savepoint of the caller's, and locks the user's row
@@ -460,11 +460,11 @@ impl AuthToken {
             .map(|revoked| revoked == 1)
     }
 
-    /// Revokes the tokens of a user, those of the types in `only` (`None`: all). They end at once, the refresh tokens that
-    /// were used among them: what they led to is revoked, so presenting one later is no reuse.
+    /// Revokes the tokens of a user, those of the types in `only` (`None`: all). They end at once, the refresh tokens
+    /// that were used among them: what they led to is revoked, so presenting one later is no reuse.
     ///
-    /// Runs in a transaction, or a savepoint of the caller's, and locks the user's row until the transaction ends: a token
-    /// issued meanwhile comes before and is revoked, or after and stays.
+    /// Runs in a transaction, or a savepoint of the caller's, and locks the user's row until the transaction ends: a
+    /// token issued meanwhile comes before and is revoked, or after and stays.
     ///
     /// # Errors
     /// Only those of the connection.
@@ -492,11 +492,11 @@ impl AuthToken {
         })
     }
 
-    /// How many tokens of a type were issued to a user from a moment on, live or not: to limit how often mail is sent. The moment is the
-    /// caller's, and compared with the database's clock.
+    /// How many tokens of a type were issued to a user from a moment on, live or not: to limit how often mail is sent.
+    /// The moment is the caller's, and compared with the database's clock.
     ///
-    /// To hold the limit against parallel requests, issue first, count after, in one transaction, and roll back where it
-    /// is one too many: others that issue for the same user wait meanwhile.
+    /// To hold the limit against parallel requests, issue first, count after, in one transaction, and roll back where
+    /// it is one too many: others that issue for the same user wait meanwhile.
     ///
     /// # Errors
     /// Only those of the connection.
@@ -514,11 +514,11 @@ impl AuthToken {
             .get_result(conn)
     }
 
-    /// Deletes tokens that expired `keep` ago or earlier, oldest first, `limit` at most; says how many. Call it again until
-    /// it is fewer than `limit`.
+    /// Deletes tokens that expired `keep` ago or earlier, oldest first, `limit` at most; says how many. Call it again
+    /// until it is fewer than `limit`.
     ///
-    /// `keep` must be as long as the time over which [`count_issued_since`](Self::count_issued_since) counts. Used refresh tokens stay until
-    /// they expire, so that their reuse is detected.
+    /// `keep` must be as long as the time over which [`count_issued_since`](Self::count_issued_since) counts. Used
+    /// refresh tokens stay until they expire, so that their reuse is detected.
     ///
     /// Several at a time share the work: each leaves alone what another has locked.
     ///

@@ -108,11 +108,12 @@ pub enum EmailError {
     Database(#[from] diesel::result::Error),
 }
 
-/// The one spelling of an address under which an account is kept and found: without white space around it, in lower case.
+/// The one spelling of an address under which an account is kept and found: without white space around it, in lower
+/// case.
 ///
-/// What it accepts is what `users_email_canonical` accepts: one `@` with something on either side, 255 characters at most. White
-/// space inside, in the sense of Unicode, and NUL, which PostgreSQL can't store, are refused whatever the database's
-/// locale thinks of them. Whether mail arrives there, only a mail can tell.
+/// What it accepts is what `users_email_canonical` accepts: one `@` with something on either side, 255 characters at
+/// most. White space inside, in the sense of Unicode, and NUL, which PostgreSQL can't store, are refused whatever the
+/// database's locale thinks of them. Whether mail arrives there, only a mail can tell.
 ///
 /// # Errors
 /// [`InvalidEmail`].
@@ -229,7 +230,8 @@ impl User {
     /// Makes an account and returns it. `new.email` may be in any spelling; the account has the [canonical
     /// one](canonical_email). The free plan comes with it, by a trigger.
     ///
-    /// One statement. Of several sign-ups with one address at the same time one wins, and the others wait for its outcome.
+    /// One statement. Of several sign-ups with one address at the same time one wins, and the others wait for its
+    /// outcome.
     ///
     /// # Errors
     /// [`EmailError::InvalidEmail`] and [`EmailTaken`](EmailError::EmailTaken), neither of which aborts the caller's
@@ -296,8 +298,9 @@ impl User {
     }
 
     /// Gives an active user another address, in any spelling; `None` where there is no such user, or not an active one.
-    /// `email_verified` becomes `proven`: whether the user has shown that mail to the new address arrives, as by the code
-    /// of an [`EmailChangePending`](AuthTokenType::EmailChangePending) token. Nothing carries over from the old address.
+    /// `email_verified` becomes `proven`: whether the user has shown that mail to the new address arrives, as by the
+    /// code of an [`EmailChangePending`](AuthTokenType::EmailChangePending) token. Nothing carries over from the old
+    /// address.
     ///
     /// Codes and links that went to the old address are revoked; refresh tokens stay, so the user stays signed in.
     ///
@@ -364,8 +367,8 @@ impl User {
         })
     }
 
-    /// Lets a deactivated user sign in again; `None` where there is no such user, or an anonymised one. Tokens that were
-    /// revoked stay so.
+    /// Lets a deactivated user sign in again; `None` where there is no such user, or an anonymised one. Tokens that
+    /// were revoked stay so.
     ///
     /// One statement.
     ///
@@ -380,9 +383,9 @@ impl User {
             .optional()
     }
 
-    /// Removes the person for good and keeps the rows that are money; `None` where there is no such user. A user without such rows can be
-    /// [deleted](Self::delete) instead. The gateway's own records, and a subscription that still runs there, are the
-    /// caller's to end first.
+    /// Removes the person for good and keeps the rows that are money; `None` where there is no such user. A user
+    /// without such rows can be [deleted](Self::delete) instead. The gateway's own records, and a subscription that
+    /// still runs there, are the caller's to end first.
     ///
     /// - The user's names, password, gateway customer and last login go; the address becomes
     ///   `<id>@anonymised.invalid`; the user is inactive.

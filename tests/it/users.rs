@@ -18,8 +18,8 @@ use proptest::test_runner::{Config, TestRunner};
 
 use crate::support::{self, TestDatabase};
 
-/// What each of `threads` got that did `work` at the same time, on connections of their own. `work` is told the thread's
-/// number.
+/// What each of `threads` got that did `work` at the same time, on connections of their own. `work` is told the
+/// thread's number.
 pub(crate) fn race<T: Send>(
     database: &TestDatabase,
     threads: usize,
