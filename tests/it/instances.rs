@@ -549,7 +549,7 @@ fn a_call_is_counted_and_leaves_the_version() {
     );
     assert!(!McpInstance::record_call(conn, InstanceId::new()).unwrap());
 
-    // Diesel keeps the prepared statement: the second call sends nothing but its values.
+    // Kept prepared: a call sends nothing but its value.
     let prepared = diesel::sql_query(
         "SELECT FROM pg_prepared_statements WHERE statement LIKE 'UPDATE%usage_count%'",
     );
