@@ -299,8 +299,7 @@ fn calls_are_counted_in_place() {
     let gmail = service(conn, "gmail", 4001);
     let ids = [(); 5].map(|()| create(conn, user, gmail).unwrap());
     let before = ids.map(|id| find(conn, id).version);
-    let updates = "SELECT pg_stat_force_next_flush();
-                   SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables
+    let updates = "SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables
                     WHERE relname = 'mcp_service_table'";
     let count = |conn: &mut PgConnection| {
         conn.batch_execute("SELECT pg_stat_force_next_flush()")
@@ -315,7 +314,10 @@ fn calls_are_counted_in_place() {
         assert!(McpInstance::record_call(conn, ids[n % 5]).unwrap());
     }
     let (all, hot) = count(conn);
-    assert_eq!((all - all_before, hot - hot_before), (500, 500));
+    assert_eq!(all - all_before, 500);
+    // Not always all: while an old transaction is open anywhere on the server, pages may be cleaned up too late. An index
+    // on a column that a call writes would leave none.
+    assert!(hot - hot_before >= 450, "{} of 500", hot - hot_before);
     for (id, version) in ids.into_iter().zip(before) {
         let instance = find(conn, id);
         assert_eq!((instance.usage_count, instance.version), (100, version));
