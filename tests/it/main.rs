@@ -2,10 +2,14 @@
 #![expect(clippy::unwrap_used, reason = "a test that can't go on panics")]
 
 mod archive;
+mod concurrency;
 mod conventions;
 mod enums;
+mod instances;
 mod migrations;
 mod models;
+mod monitor;
+mod plans;
 mod rules;
 mod support;
 mod tokens;
