@@ -253,6 +253,11 @@ impl KeyRing {
         [FORMAT, self.newest.0]
     }
 
+    /// Whether a value is sealed under the newest key, as far as its first octets tell.
+    pub(crate) fn is_newest(&self, sealed: &Sealed) -> bool {
+        sealed.as_ciphertext().starts_with(&self.newest_header())
+    }
+
     fn key(&self, key_id: u8) -> Option<&Aes256Gcm> {
         let mut keys = std::iter::once(&self.newest).chain(&self.older);
         keys.find(|(id, _)| *id == key_id).map(|(_, key)| key)

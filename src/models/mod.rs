@@ -17,7 +17,12 @@ mod webhook_events;
 
 pub use account_credits::{AccountCredit, AccountCreditChangeset, NewAccountCredit};
 pub use auth_tokens::{AuthToken, AuthTokenChangeset, NewAuthToken};
-pub use mcp_credentials::{McpCredential, McpCredentialChangeset, NewMcpCredential};
+#[cfg(feature = "crypto")]
+pub use mcp_credentials::Resealed;
+pub use mcp_credentials::{
+    CompletedInstance, CredentialError, McpCredential, McpCredentialChangeset, NewMcpCredential,
+    OauthCompletion, OauthError, OauthTokens,
+};
 pub use mcp_service_table::{McpInstance, McpInstanceChangeset, NewMcpInstance};
 pub use mcp_table::{McpService, McpServiceChangeset, NewMcpService};
 pub use subscription_transactions::{
