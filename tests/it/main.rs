@@ -6,5 +6,9 @@ mod conventions;
 mod enums;
 mod migrations;
 mod models;
+#[cfg(feature = "crypto")]
+mod oauth;
 mod rules;
+#[cfg(feature = "crypto")]
+mod sealing;
 mod support;
