@@ -19,7 +19,12 @@ pub use account_credits::{AccountCredit, AccountCreditChangeset, NewAccountCredi
 pub use auth_tokens::{
     AuthToken, CodeCheck, ConsumeError, MAX_CODE_ATTEMPTS, NewAuthToken, Rotation,
 };
-pub use mcp_credentials::{McpCredential, McpCredentialChangeset, NewMcpCredential};
+#[cfg(feature = "crypto")]
+pub use mcp_credentials::Resealed;
+pub use mcp_credentials::{
+    CompletedInstance, CredentialError, McpCredential, McpCredentialChangeset, NewMcpCredential,
+    OauthCompletion, OauthError, OauthTokens,
+};
 pub use mcp_service_table::{
     CredentialState, InstanceDetails, InstanceError, InstanceFilter, McpInstance,
     McpInstanceChangeset, NewMcpInstance, RenameError,

@@ -9,8 +9,12 @@ mod instances;
 mod migrations;
 mod models;
 mod monitor;
+#[cfg(feature = "crypto")]
+mod oauth;
 mod plans;
 mod rules;
+#[cfg(feature = "crypto")]
+mod sealing;
 mod support;
 mod tokens;
 mod users;

@@ -1,0 +1,738 @@
+//! OAuth: authorisations, refreshes, the queue of those that are due, and changes guarded by a version.
+
+use std::collections::HashSet;
+use std::sync::{Barrier, LazyLock};
+use std::thread;
+
+use bruhmcp_db::crypto::{KeyRing, SecretColumn};
+use bruhmcp_db::enums::{AuditStatus, AuthType, InstanceStatus, OauthStatus, PlanType};
+use bruhmcp_db::ids::{CredentialId, InstanceId, ServiceId, UserId};
+use bruhmcp_db::models::{
+    CompletedInstance, CredentialError, McpCredential, McpInstance, McpInstanceChangeset,
+    McpService, NewMcpCredential, NewMcpInstance, NewMcpService, NewUser, OauthError, OauthTokens,
+    TokenAudit, User, UserPlan, UserPlanChangeset,
+};
+use bruhmcp_db::{Isolation, SecretText, retry_transaction};
+use chrono::{DateTime, TimeDelta, Utc};
+use diesel::prelude::*;
+use secrecy::{ExposeSecret, SecretSlice, SecretString};
+
+use crate::support::{TestDatabase, database};
+
+pub(crate) static RING: LazyLock<KeyRing> =
+    LazyLock::new(|| KeyRing::new([(1, SecretSlice::from(vec![1; 32]))]).unwrap());
+
+/// A user with the plan that comes with it, free.
+fn user(conn: &mut PgConnection, email: &str) -> UserId {
+    let new = NewUser {
+        id: None,
+        first_name: "Asha",
+        last_name: "",
+        email,
+        password: None,
+        email_verified: None,
+        razorpay_customer_id: None,
+        is_active: None,
+    };
+    User::insert(conn, &new).unwrap().id
+}
+
+/// A user who may have any number of active instances.
+pub(crate) fn pro_user(conn: &mut PgConnection) -> UserId {
+    let user_id = user(conn, "pro@example.in");
+    let pro = UserPlanChangeset {
+        plan_type: Some(PlanType::Pro),
+        max_instances: Some(None),
+        ..Default::default()
+    };
+    change_plan(conn, user_id, &pro);
+    user_id
+}
+
+fn change_plan(conn: &mut PgConnection, user_id: UserId, changes: &UserPlanChangeset<'_>) {
+    let plan = UserPlan::find_by_user(conn, user_id).unwrap().unwrap();
+    UserPlan::update(conn, plan.plan_id, changes).unwrap();
+}
+
+pub(crate) fn service(conn: &mut PgConnection) -> ServiceId {
+    let new = NewMcpService {
+        mcp_service_id: None,
+        mcp_service_name: "gmail",
+        display_name: "Gmail",
+        description: None,
+        icon_url_path: None,
+        port: 49296,
+        type_: AuthType::Oauth,
+        is_active: None,
+    };
+    McpService::insert(conn, &new).unwrap().mcp_service_id
+}
+
+pub(crate) fn instance(
+    conn: &mut PgConnection,
+    user_id: UserId,
+    mcp_service_id: ServiceId,
+) -> InstanceId {
+    let new = NewMcpInstance {
+        instance_id: None,
+        user_id,
+        mcp_service_id,
+        oauth_status: None,
+        status: None,
+        expires_at: None,
+        custom_name: None,
+    };
+    McpInstance::insert(conn, &new).unwrap().instance_id
+}
+
+pub(crate) fn insert_api_key(
+    conn: &mut PgConnection,
+    instance_id: InstanceId,
+    api_key: &str,
+) -> McpCredential {
+    let new = NewMcpCredential::api_key(&RING, instance_id, &SecretString::from(api_key)).unwrap();
+    McpCredential::insert(conn, &new).unwrap()
+}
+
+/// OAuth credentials of a new instance, pending, without a state.
+fn pending(conn: &mut PgConnection, user_id: UserId, service_id: ServiceId) -> McpCredential {
+    let instance_id = instance(conn, user_id, service_id);
+    let secret = SecretString::from("client secret");
+    let new = NewMcpCredential::oauth(&RING, instance_id, "client", &secret).unwrap();
+    McpCredential::insert(conn, &new).unwrap()
+}
+
+/// OAuth credentials of a new instance, completed with tokens that end then.
+pub(crate) fn completed(
+    conn: &mut PgConnection,
+    user_id: UserId,
+    service_id: ServiceId,
+    expires_at: DateTime<Utc>,
+) -> McpCredential {
+    let id = pending(conn, user_id, service_id).credential_id;
+    let tokens = OauthTokens {
+        expires_at: Some(expires_at),
+        ..tokens(id, "first")
+    };
+    McpCredential::complete_oauth(conn, id, &tokens)
+        .unwrap()
+        .credential
+}
+
+/// The tokens `access <name>` and `refresh <name>`.
+fn tokens(credential_id: CredentialId, name: &str) -> OauthTokens<'static> {
+    OauthTokens::seal(
+        &RING,
+        credential_id,
+        &SecretString::from(format!("access {name}")),
+        Some(&SecretString::from(format!("refresh {name}"))),
+        Some(in_minutes(60)),
+        Some("mail.read mail.send"),
+    )
+    .unwrap()
+}
+
+pub(crate) fn text(credential: &McpCredential, column: SecretColumn) -> String {
+    let secret = credential.open(&RING, column).unwrap().unwrap();
+    secret.expose_secret().to_owned()
+}
+
+fn state(name: &str) -> SecretText {
+    SecretText::new(format!("state {name}"))
+}
+
+fn url(name: &str) -> SecretText {
+    SecretText::new(format!("https://accounts.example/authorize?state={name}"))
+}
+
+/// To the microsecond, as the database keeps it.
+fn in_minutes(minutes: i64) -> DateTime<Utc> {
+    let micros = (Utc::now() + TimeDelta::minutes(minutes)).timestamp_micros();
+    DateTime::from_timestamp_micros(micros).unwrap()
+}
+
+fn find(conn: &mut PgConnection, credential: &McpCredential) -> McpCredential {
+    McpCredential::find(conn, credential.credential_id)
+        .unwrap()
+        .unwrap()
+}
+
+fn find_instance(conn: &mut PgConnection, credential: &McpCredential) -> McpInstance {
+    McpInstance::find(conn, credential.instance_id)
+        .unwrap()
+        .unwrap()
+}
+
+fn change_instance(
+    conn: &mut PgConnection,
+    credential: &McpCredential,
+    changes: &McpInstanceChangeset<'_>,
+) {
+    McpInstance::update(conn, credential.instance_id, changes).unwrap();
+}
+
+/// Runs `work` in this many threads that begin together, each with its number and a connection of its own.
+pub(crate) fn together<T: Send>(
+    database: &TestDatabase,
+    threads: usize,
+    work: impl Fn(usize, &mut PgConnection) -> T + Sync,
+) -> Vec<T> {
+    let barrier = Barrier::new(threads);
+    let (barrier, work) = (&barrier, &work);
+    thread::scope(|scope| {
+        let spawn = |number| {
+            scope.spawn(move || {
+                let mut conn = database.connect();
+                barrier.wait();
+                work(number, &mut conn)
+            })
+        };
+        let handles: Vec<_> = (0..threads).map(spawn).collect();
+        let join = |handle: thread::ScopedJoinHandle<'_, T>| handle.join().unwrap();
+        handles.into_iter().map(join).collect()
+    })
+}
+
+#[test]
+fn an_authorisation_from_first_to_last() {
+    let database = database();
+    let conn = &mut database.connect();
+    let user_id = user(conn, "asha@example.in");
+    let service_id = service(conn);
+    let new = pending(conn, user_id, service_id);
+    let id = new.credential_id;
+    assert_eq!(new.oauth_status, OauthStatus::Pending);
+
+    let begun = McpCredential::begin_oauth(conn, id, &state("a"), &url("a")).unwrap();
+    assert_eq!(begun.oauth_state, Some(state("a")));
+    assert_eq!(begun.oauth_authorization_url, Some(url("a")));
+
+    let taken = McpCredential::take_by_state(conn, &state("a")).unwrap();
+    assert_eq!(taken.credential_id, id);
+    assert_eq!(taken.oauth_status, OauthStatus::Pending);
+    assert_eq!(
+        (&taken.oauth_state, &taken.oauth_authorization_url),
+        (&None, &None)
+    );
+
+    let done = McpCredential::complete_oauth(conn, id, &tokens(id, "one")).unwrap();
+    assert_eq!(done.instance, CompletedInstance::Active);
+    assert_eq!(done.credential, find(conn, &new));
+    assert_eq!(done.credential.oauth_status, OauthStatus::Completed);
+    assert_eq!(
+        done.credential.token_scope.as_deref(),
+        Some("mail.read mail.send")
+    );
+    assert_eq!(
+        text(&done.credential, SecretColumn::AccessToken),
+        "access one"
+    );
+    assert_eq!(
+        text(&done.credential, SecretColumn::RefreshToken),
+        "refresh one"
+    );
+    let instance = find_instance(conn, &new);
+    assert_eq!(instance.oauth_status, OauthStatus::Completed);
+    assert_eq!(instance.status, InstanceStatus::Active);
+    let first_update = instance.credentials_updated_at.unwrap();
+
+    // A refresh that brings no refresh token and no scope.
+    let refreshed = OauthTokens {
+        refresh_token: None,
+        scope: None,
+        ..tokens(id, "two")
+    };
+    let version = done.credential.version;
+    let row = McpCredential::store_refreshed(conn, id, version, &refreshed).unwrap();
+    assert_eq!(text(&row, SecretColumn::AccessToken), "access two");
+    assert_eq!(text(&row, SecretColumn::RefreshToken), "refresh one");
+    assert_eq!(row.token_scope.as_deref(), Some("mail.read mail.send"));
+    assert_eq!(row.token_expires_at, refreshed.expires_at);
+    assert!(find_instance(conn, &new).credentials_updated_at.unwrap() > first_update);
+
+    let row = McpCredential::refresh_refused(conn, id, row.version).unwrap();
+    assert_eq!(row.oauth_status, OauthStatus::Expired);
+    assert_eq!(find_instance(conn, &new).oauth_status, OauthStatus::Expired);
+    let log = TokenAudit::list_by_instance(conn, new.instance_id, 10).unwrap();
+    let log: Vec<_> = log
+        .iter()
+        .map(|row| (row.status, row.error_type.as_deref()))
+        .collect();
+    assert_eq!(
+        log,
+        [
+            (AuditStatus::Failure, Some("invalid_grant")),
+            (AuditStatus::Success, None)
+        ]
+    );
+
+    // Once more, and the user refuses.
+    let again = McpCredential::begin_oauth(conn, id, &state("b"), &url("b")).unwrap();
+    assert_eq!(again.oauth_status, OauthStatus::Pending);
+    assert_eq!(again.oauth_completed_at, None);
+    let failed = McpCredential::fail_oauth(conn, id).unwrap();
+    assert_eq!(failed.oauth_status, OauthStatus::Failed);
+    assert!(failed.oauth_completed_at.is_some());
+    assert_eq!(failed.oauth_state, None);
+    assert_eq!(failed.oauth_authorization_url, None);
+
+    // And then grants access, by an account that gives no refresh token.
+    McpCredential::begin_oauth(conn, id, &state("c"), &url("c")).unwrap();
+    let other = OauthTokens {
+        refresh_token: None,
+        ..tokens(id, "three")
+    };
+    let done = McpCredential::complete_oauth(conn, id, &other).unwrap();
+    assert_eq!(done.instance, CompletedInstance::Active);
+    assert_eq!(done.credential.refresh_token, None);
+    assert_eq!(done.credential.oauth_state, None);
+}
+
+#[test]
+fn steps_out_of_place_are_refused() {
+    let database = database();
+    let conn = &mut database.connect();
+    let user_id = pro_user(conn);
+    let service_id = service(conn);
+    let one = pending(conn, user_id, service_id).credential_id;
+    let other = pending(conn, user_id, service_id).credential_id;
+    let instance_id = instance(conn, user_id, service_id);
+    let api_key = insert_api_key(conn, instance_id, "key").credential_id;
+
+    for id in [api_key, CredentialId::new()] {
+        let begun = McpCredential::begin_oauth(conn, id, &state("x"), &url("x"));
+        assert!(matches!(begun, Err(OauthError::NotOauth)), "{begun:?}");
+        let completed = McpCredential::complete_oauth(conn, id, &tokens(id, "x"));
+        assert!(
+            matches!(completed, Err(OauthError::NotOauth)),
+            "{completed:?}"
+        );
+        let failed = McpCredential::fail_oauth(conn, id);
+        assert!(matches!(failed, Err(OauthError::NotOauth)), "{failed:?}");
+    }
+
+    McpCredential::begin_oauth(conn, one, &state("a"), &url("a")).unwrap();
+    let taken = McpCredential::begin_oauth(conn, other, &state("a"), &url("a"));
+    assert!(matches!(taken, Err(OauthError::StateTaken)), "{taken:?}");
+    assert!(!format!("{taken:?}").contains("state a"), "{taken:?}");
+
+    // Begun again, the first state is unknown.
+    McpCredential::begin_oauth(conn, one, &state("b"), &url("b")).unwrap();
+    let replaced = McpCredential::take_by_state(conn, &state("a"));
+    assert!(
+        matches!(replaced, Err(OauthError::UnknownState)),
+        "{replaced:?}"
+    );
+    McpCredential::take_by_state(conn, &state("b")).unwrap();
+    let used = McpCredential::take_by_state(conn, &state("b"));
+    assert!(matches!(used, Err(OauthError::UnknownState)), "{used:?}");
+
+    McpCredential::complete_oauth(conn, one, &tokens(one, "x")).unwrap();
+    let twice = McpCredential::complete_oauth(conn, one, &tokens(one, "y"));
+    assert!(matches!(twice, Err(OauthError::NotPending)), "{twice:?}");
+    let late = McpCredential::fail_oauth(conn, one);
+    assert!(matches!(late, Err(OauthError::NotPending)), "{late:?}");
+}
+
+#[test]
+fn a_state_is_consumed_once() {
+    let database = database();
+    let conn = &mut database.connect();
+    let user_id = user(conn, "asha@example.in");
+    let service_id = service(conn);
+    let id = pending(conn, user_id, service_id).credential_id;
+    McpCredential::begin_oauth(conn, id, &state("a"), &url("a")).unwrap();
+
+    let taken = together(&database, 32, |_, conn| match McpCredential::take_by_state(
+        conn,
+        &state("a"),
+    ) {
+        Ok(row) => Some(row.credential_id),
+        Err(OauthError::UnknownState) => None,
+        Err(error) => panic!("{error:?}"),
+    });
+    let taken: Vec<_> = taken.into_iter().flatten().collect();
+    assert_eq!(taken, [id]);
+}
+
+#[test]
+fn completing_never_loses_the_tokens() {
+    let database = database();
+    let conn = &mut database.connect();
+    let service_id = service(conn);
+    let complete = |conn: &mut PgConnection, credential: &McpCredential| {
+        let id = credential.credential_id;
+        let done = McpCredential::complete_oauth(conn, id, &tokens(id, "kept")).unwrap();
+        assert_eq!(done.credential.oauth_status, OauthStatus::Completed);
+        let stored = find(conn, credential);
+        assert_eq!(text(&stored, SecretColumn::RefreshToken), "refresh kept");
+        let instance = find_instance(conn, credential);
+        assert_eq!(instance.oauth_status, OauthStatus::Completed);
+        assert!(instance.credentials_updated_at.is_some());
+        (done.instance, instance.status)
+    };
+
+    let asha = user(conn, "asha@example.in");
+    let inactive = pending(conn, asha, service_id);
+    let changes = McpInstanceChangeset {
+        status: Some(InstanceStatus::Inactive),
+        ..Default::default()
+    };
+    change_instance(conn, &inactive, &changes);
+    assert_eq!(
+        complete(conn, &inactive),
+        (CompletedInstance::NotActive, InstanceStatus::Inactive)
+    );
+
+    let expired = pending(conn, asha, service_id);
+    let changes = McpInstanceChangeset {
+        status: Some(InstanceStatus::Expired),
+        ..Default::default()
+    };
+    change_instance(conn, &expired, &changes);
+    assert_eq!(
+        complete(conn, &expired),
+        (CompletedInstance::NotActive, InstanceStatus::Expired)
+    );
+
+    // Past its end, though nobody has marked it yet.
+    let due = pending(conn, asha, service_id);
+    let changes = McpInstanceChangeset {
+        expires_at: Some(Some(in_minutes(-1))),
+        ..Default::default()
+    };
+    change_instance(conn, &due, &changes);
+    assert_eq!(
+        complete(conn, &due),
+        (CompletedInstance::NotActive, InstanceStatus::Expired)
+    );
+
+    let first = pending(conn, asha, service_id);
+    assert_eq!(
+        complete(conn, &first),
+        (CompletedInstance::Active, InstanceStatus::Active)
+    );
+    let second = pending(conn, asha, service_id);
+    assert_eq!(
+        complete(conn, &second),
+        (CompletedInstance::LimitReached, InstanceStatus::Inactive)
+    );
+
+    let ravi = user(conn, "ravi@example.in");
+    let third = pending(conn, ravi, service_id);
+    let ended = UserPlanChangeset {
+        expires_at: Some(Some(in_minutes(-1))),
+        ..Default::default()
+    };
+    change_plan(conn, ravi, &ended);
+    assert_eq!(
+        complete(conn, &third),
+        (CompletedInstance::PlanExpired, InstanceStatus::Inactive)
+    );
+
+    let mina = user(conn, "mina@example.in");
+    let fourth = pending(conn, mina, service_id);
+    let plan = UserPlan::find_by_user(conn, mina).unwrap().unwrap();
+    assert!(UserPlan::delete(conn, plan.plan_id).unwrap());
+    assert_eq!(
+        complete(conn, &fourth),
+        (CompletedInstance::PlanMissing, InstanceStatus::Inactive)
+    );
+}
+
+fn one_of_32_completions_is_active(isolation: Isolation) {
+    let database = database();
+    let conn = &mut database.connect();
+    let user_id = user(conn, "asha@example.in");
+    let service_id = service(conn);
+    let rows: Vec<_> = (0..32)
+        .map(|_| pending(conn, user_id, service_id))
+        .collect();
+
+    let outcomes = together(&database, rows.len(), |number, conn| {
+        let id = rows[number].credential_id;
+        let tokens = tokens(id, &number.to_string());
+        let complete = |conn: &mut PgConnection| McpCredential::complete_oauth(conn, id, &tokens);
+        retry_transaction(conn, isolation, complete)
+            .unwrap()
+            .instance
+    });
+    let count = |wanted| {
+        outcomes
+            .iter()
+            .filter(|outcome| **outcome == wanted)
+            .count()
+    };
+    assert_eq!(count(CompletedInstance::Active), 1, "{outcomes:?}");
+    assert_eq!(count(CompletedInstance::LimitReached), 31, "{outcomes:?}");
+
+    for (number, row) in rows.iter().enumerate() {
+        let stored = find(conn, row);
+        assert_eq!(stored.oauth_status, OauthStatus::Completed);
+        assert_eq!(
+            text(&stored, SecretColumn::RefreshToken),
+            format!("refresh {number}")
+        );
+        let status = find_instance(conn, row).status;
+        let expected = match outcomes[number] {
+            CompletedInstance::Active => InstanceStatus::Active,
+            _ => InstanceStatus::Inactive,
+        };
+        assert_eq!(status, expected);
+    }
+    let service = McpService::find(conn, service_id).unwrap().unwrap();
+    assert_eq!(service.active_instances_count, 1);
+}
+
+#[test]
+fn one_of_32_completions_is_active_at_read_committed() {
+    one_of_32_completions_is_active(Isolation::ReadCommitted);
+}
+
+#[test]
+fn one_of_32_completions_is_active_at_repeatable_read() {
+    one_of_32_completions_is_active(Isolation::RepeatableRead);
+}
+
+#[test]
+fn one_of_32_completions_is_active_at_serializable() {
+    one_of_32_completions_is_active(Isolation::Serializable);
+}
+
+#[test]
+fn changes_are_guarded_by_the_version() {
+    let database = database();
+    let conn = &mut database.connect();
+    let user_id = pro_user(conn);
+    let service_id = service(conn);
+    let oauth = completed(conn, user_id, service_id, in_minutes(60));
+    let instance_id = instance(conn, user_id, service_id);
+    let api_key = insert_api_key(conn, instance_id, "old");
+    let (oauth_id, key_id) = (oauth.credential_id, api_key.credential_id);
+    let seal = |text: &str, id, column| RING.seal(&SecretString::from(text), id, column).unwrap();
+    let new_key = seal("new", key_id, SecretColumn::ApiKey);
+    let new_secret = seal("new", oauth_id, SecretColumn::ClientSecret);
+
+    let key = McpCredential::replace_api_key(conn, key_id, api_key.version, &new_key).unwrap();
+    assert_eq!(text(&key, SecretColumn::ApiKey), "new");
+    assert!(find_instance(conn, &key).credentials_updated_at.is_some());
+    let secret =
+        McpCredential::replace_client_secret(conn, oauth_id, oauth.version, &new_secret).unwrap();
+    assert_eq!(text(&secret, SecretColumn::ClientSecret), "new");
+    assert_eq!(secret.oauth_status, OauthStatus::Completed);
+
+    // With the versions read first, which have passed.
+    let (old, tokens) = (oauth.version, tokens(oauth_id, "late"));
+    let conflicts = [
+        McpCredential::replace_api_key(conn, key_id, api_key.version, &new_key),
+        McpCredential::replace_client_secret(conn, oauth_id, old, &new_secret),
+        McpCredential::store_refreshed(conn, oauth_id, old, &tokens),
+        McpCredential::refresh_refused(conn, oauth_id, old),
+    ];
+    for (conflict, current) in conflicts.iter().zip([&key, &secret, &secret, &secret]) {
+        let Err(CredentialError::Conflict(row)) = conflict else {
+            panic!("{conflict:?}");
+        };
+        assert_eq!(**row, *current);
+    }
+    assert_eq!(find(conn, &key), key);
+    assert_eq!(find(conn, &secret), secret);
+
+    // Of the other sort, or of none.
+    let unknown = CredentialId::new();
+    let misfits = [
+        McpCredential::replace_api_key(conn, oauth_id, secret.version, &new_key),
+        McpCredential::replace_client_secret(conn, key_id, key.version, &new_secret),
+        McpCredential::store_refreshed(conn, key_id, key.version, &tokens),
+        McpCredential::refresh_refused(conn, key_id, key.version),
+        McpCredential::replace_api_key(conn, unknown, 1, &new_key),
+        McpCredential::store_refreshed(conn, unknown, 1, &tokens),
+    ];
+    for misfit in misfits {
+        assert!(
+            matches!(misfit, Err(CredentialError::NotFound)),
+            "{misfit:?}"
+        );
+    }
+    // Nothing of all that was refreshed.
+    let log = TokenAudit::list_by_instance(conn, oauth.instance_id, 10).unwrap();
+    assert_eq!(log, []);
+}
+
+/// Each update adds one to a number under the seal, so a lost one would show in the sum.
+#[test]
+fn of_10_000_guarded_updates_none_is_lost() {
+    const ROWS: usize = 4;
+    const THREADS: usize = 8;
+    const EACH: usize = 10_000 / THREADS;
+
+    let database = database();
+    let conn = &mut database.connect();
+    let user_id = pro_user(conn);
+    let service_id = service(conn);
+    let rows: Vec<_> = (0..ROWS)
+        .map(|_| {
+            let instance_id = instance(conn, user_id, service_id);
+            insert_api_key(conn, instance_id, "0")
+        })
+        .collect();
+
+    together(&database, THREADS, |number, conn| {
+        let mut row = rows[number % ROWS].clone();
+        let id = row.credential_id;
+        let mut done = 0;
+        while done < EACH {
+            let count: usize = text(&row, SecretColumn::ApiKey).parse().unwrap();
+            let next = SecretString::from((count + 1).to_string());
+            let next = RING.seal(&next, id, SecretColumn::ApiKey).unwrap();
+            row = match McpCredential::replace_api_key(conn, id, row.version, &next) {
+                Ok(row) => {
+                    done += 1;
+                    row
+                }
+                Err(CredentialError::Conflict(current)) => *current,
+                Err(error) => panic!("{error:?}"),
+            };
+        }
+    });
+
+    for row in &rows {
+        let row = find(conn, row);
+        assert_eq!(
+            text(&row, SecretColumn::ApiKey),
+            (10_000 / ROWS).to_string()
+        );
+        assert_eq!(row.version, 1 + i32::try_from(10_000 / ROWS).unwrap());
+    }
+}
+
+#[test]
+fn a_refresh_that_failed_for_now_waits() {
+    let database = database();
+    let conn = &mut database.connect();
+    let user_id = pro_user(conn);
+    let service_id = service(conn);
+    let first = completed(conn, user_id, service_id, in_minutes(1));
+    let second = completed(conn, user_id, service_id, in_minutes(2));
+    completed(conn, user_id, service_id, in_minutes(60));
+    let due = |conn: &mut PgConnection, not_failed_since| {
+        let rows = McpCredential::lock_due_for_refresh(conn, in_minutes(10), not_failed_since, 10)
+            .unwrap();
+        let ids: Vec<_> = rows.iter().map(|row| row.credential_id).collect();
+        ids
+    };
+    let (past, future) = (in_minutes(-5), in_minutes(5));
+    assert_eq!(due(conn, past), [first.credential_id, second.credential_id]);
+
+    let audit =
+        McpCredential::refresh_failed(conn, first.instance_id, "network", Some("timed out"))
+            .unwrap();
+    assert_eq!(audit.status, AuditStatus::Failure);
+    assert_eq!(audit.operation, "token_refresh");
+    assert_eq!(audit.error_type.as_deref(), Some("network"));
+    assert_eq!(audit.error_message.as_deref(), Some("timed out"));
+    // Nothing happened to the authorisation; it is due again later.
+    assert_eq!(find(conn, &first), first);
+    assert_eq!(due(conn, past), [second.credential_id]);
+    assert_eq!(
+        due(conn, future),
+        [first.credential_id, second.credential_id]
+    );
+
+    // What is refreshed is due no more, and neither is what the provider refused.
+    let id = first.credential_id;
+    McpCredential::store_refreshed(conn, id, first.version, &tokens(id, "new")).unwrap();
+    McpCredential::refresh_refused(conn, second.credential_id, second.version).unwrap();
+    assert_eq!(due(conn, future), []);
+}
+
+#[test]
+fn eight_workers_refresh_each_row_once() {
+    const ROWS: usize = 200;
+    let database = database();
+    let conn = &mut database.connect();
+    let user_id = pro_user(conn);
+    let service_id = service(conn);
+    for number in 0..ROWS {
+        let minutes = i64::try_from(number % 10).unwrap();
+        completed(conn, user_id, service_id, in_minutes(minutes - 5));
+    }
+
+    let refreshed = together(&database, 8, |_, conn| {
+        let mut refreshed = Vec::new();
+        loop {
+            let batch = conn
+                .transaction(|conn| {
+                    let due = in_minutes(10);
+                    let taken = McpCredential::lock_due_for_refresh(conn, due, in_minutes(-1), 3)?;
+                    for row in &taken {
+                        let id = row.credential_id;
+                        assert_eq!(text(row, SecretColumn::RefreshToken), "refresh first");
+                        McpCredential::store_refreshed(
+                            conn,
+                            id,
+                            row.version,
+                            &tokens(id, "second"),
+                        )?;
+                    }
+                    Ok::<_, CredentialError>(taken)
+                })
+                .unwrap();
+            if batch.is_empty() {
+                return refreshed;
+            }
+            refreshed.extend(batch.into_iter().map(|row| row.credential_id));
+        }
+    });
+    let refreshed: Vec<_> = refreshed.into_iter().flatten().collect();
+    assert_eq!(refreshed.len(), ROWS);
+    let distinct: HashSet<_> = refreshed.iter().collect();
+    assert_eq!(distinct.len(), ROWS);
+    let left = McpCredential::lock_due_for_refresh(conn, in_minutes(10), Utc::now(), 1).unwrap();
+    assert_eq!(left, []);
+}
+
+/// The plan of the operation's own statement can't be asked for; how often the index was scanned can.
+#[test]
+fn the_refresh_queue_reads_its_index() {
+    let database = database();
+    database
+        .psql(
+            "INSERT INTO users (first_name, last_name, email) VALUES ('Asha', '', 'asha@example.in');
+             UPDATE user_plans SET plan_type = 'pro', max_instances = NULL;
+             INSERT INTO mcp_table (mcp_service_name, display_name, port, type) VALUES ('gmail', 'Gmail', 49296, 'oauth');
+             INSERT INTO mcp_service_table (user_id, mcp_service_id)
+             SELECT id, mcp_service_id FROM users, mcp_table, generate_series(1, 3000);
+             INSERT INTO mcp_credentials
+                 (instance_id, client_id, client_secret, access_token, refresh_token, token_expires_at, oauth_status,
+                  oauth_completed_at)
+             SELECT instance_id, 'client', secret, secret, secret, now() + n * interval '1 minute', 'completed', now()
+               FROM (SELECT instance_id, row_number() OVER () AS n, decode(repeat('00', 40), 'hex') AS secret
+                       FROM mcp_service_table) AS instances;
+             ANALYZE",
+        )
+        .unwrap();
+    let scans = |conn: &mut PgConnection| {
+        diesel::sql_query("SELECT pg_stat_force_next_flush()")
+            .execute(conn)
+            .unwrap();
+        database
+            .psql(
+                "SELECT idx_scan FROM pg_stat_user_indexes \
+                  WHERE indexrelname = 'mcp_credentials_token_expires_at_idx'",
+            )
+            .unwrap()
+    };
+
+    let conn = &mut database.connect();
+    // The worst that a prepared statement may come to.
+    diesel::sql_query("SET plan_cache_mode = force_generic_plan")
+        .execute(conn)
+        .unwrap();
+    assert_eq!(scans(conn), "0\n");
+    let rows =
+        McpCredential::lock_due_for_refresh(conn, in_minutes(10), in_minutes(-1), 5).unwrap();
+    assert_eq!(rows.len(), 5);
+    assert!(rows.is_sorted_by_key(|row| row.token_expires_at));
+    assert_eq!(scans(conn), "1\n");
+}

@@ -1,0 +1,405 @@
+//! Sealing of credentials, and rotation of its keys.
+
+use std::error::Error;
+
+use aes_gcm::aead::{Aead, KeyInit, Payload};
+use aes_gcm::{Aes256Gcm, Nonce};
+use bruhmcp_db::crypto::{KeyRing, KeyRingError, OpenError, SealError, SecretColumn};
+use bruhmcp_db::enums::OauthStatus;
+use bruhmcp_db::ids::CredentialId;
+use bruhmcp_db::models::{
+    CredentialError, McpCredential, McpCredentialChangeset, McpInstance, NewMcpCredential,
+    OauthTokens, Resealed,
+};
+use bruhmcp_db::{ConstraintViolation, Sealed};
+use chrono::Utc;
+use diesel::prelude::*;
+use diesel::result::Error::DatabaseError;
+use proptest::prelude::*;
+use secrecy::{ExposeSecret, SecretSlice, SecretString};
+use uuid::Uuid;
+
+use crate::oauth::{RING, completed, insert_api_key, instance, pro_user, service, text, together};
+use crate::support::database;
+
+/// Of each id a key of 32 octets, the same ones for the same `seed`.
+fn ring(seed: u8, ids: &[u8]) -> KeyRing {
+    let key = |&id: &u8| (id, SecretSlice::from(vec![seed ^ id; 32]));
+    KeyRing::new(ids.iter().map(key)).unwrap()
+}
+
+fn any_column() -> impl Strategy<Value = SecretColumn> {
+    proptest::sample::select(SecretColumn::ALL.to_vec())
+}
+
+fn any_row() -> impl Strategy<Value = CredentialId> {
+    any::<u128>().prop_map(|id| CredentialId(Uuid::from_u128(id)))
+}
+
+proptest! {
+    #[test]
+    fn what_was_sealed_opens_in_its_place_only(
+        secret in ".{0,200}", row in any_row(), other_row in any_row(), column in any_column(), other_column in any_column(),
+    ) {
+        let ring = ring(7, &[3, 2]);
+        let sealed = ring.seal(&SecretString::from(secret.as_str()), row, column).unwrap();
+        prop_assert_eq!(sealed.as_ciphertext().len(), secret.len() + 30);
+        let opened = ring.open(&sealed, row, column).unwrap();
+        prop_assert_eq!(opened.expose_secret(), &secret);
+
+        if row != other_row {
+            prop_assert_eq!(ring.open(&sealed, other_row, column).unwrap_err(), OpenError::Altered);
+        }
+        if column != other_column {
+            prop_assert_eq!(ring.open(&sealed, row, other_column).unwrap_err(), OpenError::Altered);
+        }
+        // The same ids, other keys; and no such id.
+        let other = self::ring(8, &[3, 2]);
+        prop_assert_eq!(other.open(&sealed, row, column).unwrap_err(), OpenError::Altered);
+        let without = self::ring(7, &[2]);
+        prop_assert_eq!(without.open(&sealed, row, column).unwrap_err(), OpenError::UnknownKey { key_id: 3 });
+
+        // The ring after a rotation; and nonces differ.
+        let rotated = self::ring(7, &[4, 3]);
+        let opened = rotated.open(&sealed, row, column).unwrap();
+        prop_assert_eq!(opened.expose_secret(), &secret);
+        let again = ring.seal(&SecretString::from(secret), row, column).unwrap();
+        prop_assert_ne!(&again.as_ciphertext()[2..14], &sealed.as_ciphertext()[2..14]);
+    }
+
+    #[test]
+    fn what_was_altered_does_not_open(
+        secret in ".{0,50}", row in any_row(), column in any_column(), bit in any::<proptest::sample::Index>(), more in any::<u8>(),
+    ) {
+        let ring = ring(7, &[3, 2]);
+        let sealed = ring.seal(&SecretString::from(secret), row, column).unwrap();
+        let sealed = sealed.as_ciphertext();
+        let open = |octets: Vec<u8>| ring.open(&Sealed::from_ciphertext(octets), row, column).unwrap_err();
+
+        let bit = bit.index(sealed.len() * 8);
+        let mut flipped = sealed.to_vec();
+        flipped[bit / 8] ^= 1 << (bit % 8);
+        let expected = match (bit / 8, flipped[1]) {
+            (0, _) => OpenError::UnknownFormat,
+            // Another key of the ring, which isn't the one.
+            (1, 2) => OpenError::Altered,
+            (1, key_id) => OpenError::UnknownKey { key_id },
+            _ => OpenError::Altered,
+        };
+        prop_assert_eq!(open(flipped), expected);
+
+        for length in 0..sealed.len() {
+            let expected = if length < 30 { OpenError::Truncated } else { OpenError::Altered };
+            prop_assert_eq!(open(sealed[..length].to_vec()), expected);
+        }
+        prop_assert_eq!(open([sealed, &[more]].concat()), OpenError::Altered);
+    }
+
+    #[test]
+    fn nothing_shows_a_secret(secret in "[a-z]{12,40}", row in any_row(), column in any_column()) {
+        let ring = ring(7, &[3]);
+        let sealed = ring.seal(&SecretString::from(secret.as_str()), row, column).unwrap();
+        prop_assert!(!sealed.as_ciphertext().windows(secret.len()).any(|part| part == secret.as_bytes()));
+        let opened = ring.open(&sealed, row, column).unwrap();
+        let tokens = OauthTokens::seal(&ring, row, &opened, Some(&opened), None, None).unwrap();
+        let shown = format!("{ring:?} {sealed:?} {opened:?} {tokens:?}");
+        prop_assert!(!shown.contains(&secret), "{}", shown);
+        prop_assert!(!shown.contains(&format!("{:?}", sealed.as_ciphertext())), "{}", shown);
+    }
+}
+
+/// A value made without the crate, from what the documentation says.
+#[test]
+fn the_format_is_as_documented() {
+    let row = CredentialId(Uuid::from_u128(5));
+    let seal = |text: &[u8]| {
+        let aad = [
+            &[1, 9],
+            &row.0.as_bytes()[..],
+            b"mcp_credentials.refresh_token",
+        ]
+        .concat();
+        let nonce = [4; 12];
+        let encrypted = Aes256Gcm::new(&[7; 32].into())
+            .encrypt(
+                &Nonce::from(nonce),
+                Payload {
+                    msg: text,
+                    aad: &aad,
+                },
+            )
+            .unwrap();
+        Sealed::from_ciphertext([&[1, 9], &nonce[..], &encrypted].concat())
+    };
+    let ring = KeyRing::new([(9, SecretSlice::from(vec![7; 32]))]).unwrap();
+    let open = |sealed| ring.open(&sealed, row, SecretColumn::RefreshToken);
+    assert_eq!(open(seal(b"1//abc")).unwrap().expose_secret(), "1//abc");
+    assert_eq!(open(seal(b"\xff\xfe")).unwrap_err(), OpenError::NotText);
+}
+
+#[test]
+fn a_ring_needs_keys_of_32_octets_with_an_id_each() {
+    let ring = |keys: &[(u8, usize)]| {
+        let key = |&(id, length): &(u8, usize)| (id, SecretSlice::from(vec![id; length]));
+        KeyRing::new(keys.iter().map(key)).unwrap_err()
+    };
+    assert_eq!(ring(&[]), KeyRingError::Empty);
+    assert_eq!(
+        ring(&[(1, 32), (2, 31)]),
+        KeyRingError::Length { key_id: 2 }
+    );
+    assert_eq!(ring(&[(1, 33)]), KeyRingError::Length { key_id: 1 });
+    assert_eq!(
+        ring(&[(1, 32), (2, 32), (1, 32)]),
+        KeyRingError::Duplicate { key_id: 1 }
+    );
+}
+
+#[test]
+fn the_longest_and_the_shortest_secret_fit_the_database() {
+    let database = database();
+    let conn = &mut database.connect();
+    let (user_id, service_id) = (pro_user(conn), service(conn));
+    for length in [0, KeyRing::MAX_LEN] {
+        let instance_id = instance(conn, user_id, service_id);
+        let row = insert_api_key(conn, instance_id, &"k".repeat(length));
+        assert_eq!(text(&row, SecretColumn::ApiKey).len(), length);
+        assert_eq!(row.oauth_status, OauthStatus::Completed);
+        let instance = McpInstance::find(conn, instance_id).unwrap().unwrap();
+        assert_eq!(instance.oauth_status, OauthStatus::Completed);
+    }
+    let too_long = SecretString::from("k".repeat(KeyRing::MAX_LEN + 1));
+    let id = CredentialId::new();
+    assert_eq!(
+        RING.seal(&too_long, id, SecretColumn::ApiKey).unwrap_err(),
+        SealError::TooLong
+    );
+    let instance_id = instance(conn, user_id, service_id);
+    let new = NewMcpCredential::oauth(&RING, instance_id, "client", &too_long);
+    assert_eq!(new.unwrap_err(), SealError::TooLong);
+}
+
+#[test]
+fn a_value_copied_in_the_database_does_not_open() {
+    let database = database();
+    let conn = &mut database.connect();
+    let (user_id, service_id) = (pro_user(conn), service(conn));
+    let oauth = completed(conn, user_id, service_id, Utc::now());
+    let [from, to] = ["one", "other"].map(|key| {
+        let instance_id = instance(conn, user_id, service_id);
+        insert_api_key(conn, instance_id, key)
+    });
+    let copy = McpCredentialChangeset {
+        api_key: Some(from.api_key.clone()),
+        ..Default::default()
+    };
+    let to = McpCredential::update(conn, to.credential_id, &copy)
+        .unwrap()
+        .unwrap();
+    let opened = to.open(&RING, SecretColumn::ApiKey);
+    assert_eq!(opened.unwrap_err(), OpenError::Altered);
+    assert!(to.open(&RING, SecretColumn::AccessToken).unwrap().is_none());
+
+    let copy = McpCredentialChangeset {
+        access_token: Some(oauth.refresh_token.clone()),
+        ..Default::default()
+    };
+    let oauth = McpCredential::update(conn, oauth.credential_id, &copy)
+        .unwrap()
+        .unwrap();
+    let opened = oauth.open(&RING, SecretColumn::AccessToken);
+    assert_eq!(opened.unwrap_err(), OpenError::Altered);
+    assert_eq!(text(&oauth, SecretColumn::RefreshToken), "refresh first");
+}
+
+/// All batches of a pass.
+fn reseal_all(conn: &mut PgConnection, ring: &KeyRing, limit: i64) -> Vec<Resealed> {
+    let mut batches: Vec<Resealed> = Vec::new();
+    loop {
+        let after = batches.last().and_then(|batch| batch.next);
+        let batch = McpCredential::reseal(conn, ring, after, limit).unwrap();
+        let last = batch.next.is_none();
+        batches.push(batch);
+        if last {
+            return batches;
+        }
+    }
+}
+
+/// [`RING`]'s key 1 behind a new key 2.
+fn rotated() -> KeyRing {
+    KeyRing::new([
+        (2, SecretSlice::from(vec![2; 32])),
+        (1, SecretSlice::from(vec![1; 32])),
+    ])
+    .unwrap()
+}
+
+/// The ring when key 1 is gone.
+fn retired() -> KeyRing {
+    KeyRing::new([(2, SecretSlice::from(vec![2; 32]))]).unwrap()
+}
+
+#[test]
+fn a_rotation_leaves_nothing_under_the_old_key() {
+    let database = database();
+    let conn = &mut database.connect();
+    let (user_id, service_id) = (pro_user(conn), service(conn));
+    for number in 0..7 {
+        let instance_id = instance(conn, user_id, service_id);
+        insert_api_key(conn, instance_id, &format!("key {number}"));
+    }
+    let oauth = completed(conn, user_id, service_id, Utc::now());
+    let broken = {
+        let instance_id = instance(conn, user_id, service_id);
+        let new = NewMcpCredential {
+            // The least there is, so that it stands in the way of all others if it does.
+            credential_id: Some(CredentialId(Uuid::from_u128(1))),
+            api_key: Some(Sealed::from_ciphertext(vec![1; 40])),
+            ..NewMcpCredential::api_key(&RING, instance_id, &SecretString::from("")).unwrap()
+        };
+        McpCredential::insert(conn, &new).unwrap().credential_id
+    };
+    let ring = rotated();
+    assert_eq!(McpCredential::count_to_reseal(conn, &RING).unwrap(), 0);
+    assert_eq!(McpCredential::count_to_reseal(conn, &ring).unwrap(), 9);
+
+    // Somebody is at work on one of them.
+    let (id, version) = (oauth.credential_id, oauth.version);
+    let fresh = RING
+        .seal(&SecretString::from("fresh"), id, SecretColumn::ClientSecret)
+        .unwrap();
+    let at_work = |other: &mut PgConnection| {
+        McpCredential::replace_client_secret(other, id, version, &fresh)?;
+        let batches = reseal_all(conn, &ring, 3);
+        assert_eq!(batches.len(), 3);
+        let resealed: usize = batches.iter().map(|batch| batch.resealed).sum();
+        assert_eq!(resealed, 7);
+        assert_eq!(batches[0].unopened, [broken]);
+        assert_eq!(McpCredential::count_to_reseal(conn, &ring).unwrap(), 2);
+        Ok::<_, CredentialError>(())
+    };
+    database.connect().transaction(at_work).unwrap();
+    let batches = reseal_all(conn, &ring, 3);
+    assert_eq!(batches[0].resealed, 1);
+    assert_eq!(McpCredential::count_to_reseal(conn, &ring).unwrap(), 1);
+    McpCredential::delete(conn, broken).unwrap();
+    assert_eq!(McpCredential::count_to_reseal(conn, &ring).unwrap(), 0);
+
+    // All of it opens without the old key, the four columns of one row included.
+    let ring = retired();
+    let oauth = McpCredential::find(conn, oauth.credential_id)
+        .unwrap()
+        .unwrap();
+    let open = |row: &McpCredential, column| {
+        let secret = row.open(&ring, column).unwrap();
+        secret.map(|secret| secret.expose_secret().to_owned())
+    };
+    assert_eq!(
+        SecretColumn::ALL.map(|column| open(&oauth, column)),
+        [
+            None,
+            Some("fresh".to_owned()),
+            Some("access first".to_owned()),
+            Some("refresh first".to_owned())
+        ]
+    );
+    let instances = McpInstance::list_by_user(conn, user_id, 100).unwrap();
+    let mut keys: Vec<_> = instances
+        .iter()
+        .filter_map(|instance| {
+            let row = McpCredential::find_by_instance(conn, instance.instance_id).unwrap();
+            open(&row?, SecretColumn::ApiKey)
+        })
+        .collect();
+    keys.sort();
+    assert_eq!(
+        keys,
+        [0, 1, 2, 3, 4, 5, 6].map(|number| format!("key {number}"))
+    );
+}
+
+/// Four threads count up under the seal, with the new ring, while two others seal anew.
+#[test]
+fn sealing_anew_loses_no_change() {
+    const ROWS: usize = 10;
+    const WRITERS: usize = 4;
+    let database = database();
+    let conn = &mut database.connect();
+    let (user_id, service_id) = (pro_user(conn), service(conn));
+    let rows: Vec<_> = (0..ROWS)
+        .map(|_| {
+            let instance_id = instance(conn, user_id, service_id);
+            insert_api_key(conn, instance_id, "0")
+        })
+        .collect();
+
+    let ring = rotated();
+    together(&database, WRITERS + 2, |number, conn| {
+        if number >= WRITERS {
+            reseal_all(conn, &ring, 2);
+            return;
+        }
+        for row in &rows {
+            let (id, mut row) = (row.credential_id, row.clone());
+            loop {
+                let count = row.open(&ring, SecretColumn::ApiKey).unwrap().unwrap();
+                let count: usize = count.expose_secret().parse().unwrap();
+                let next = SecretString::from((count + 1).to_string());
+                let next = ring.seal(&next, id, SecretColumn::ApiKey).unwrap();
+                match McpCredential::replace_api_key(conn, id, row.version, &next) {
+                    Ok(_) => break,
+                    Err(CredentialError::Conflict(current)) => row = *current,
+                    Err(error) => panic!("{error:?}"),
+                }
+            }
+        }
+    });
+    assert_eq!(McpCredential::count_to_reseal(conn, &ring).unwrap(), 0);
+    for row in rows {
+        let row = McpCredential::find(conn, row.credential_id)
+            .unwrap()
+            .unwrap();
+        let count = row.open(&retired(), SecretColumn::ApiKey).unwrap().unwrap();
+        assert_eq!(count.expose_secret(), WRITERS.to_string());
+    }
+}
+
+/// The server's DETAIL prints the whole row.
+#[test]
+fn a_broken_rule_shows_nothing_of_the_row() {
+    let database = database();
+    let conn = &mut database.connect();
+    let (user_id, service_id) = (pro_user(conn), service(conn));
+    let row = completed(conn, user_id, service_id, Utc::now());
+    let id = row.credential_id;
+
+    let hex = |octets: &[u8]| -> String { octets.iter().map(|o| format!("{o:02x}")).collect() };
+    let sealed = row.refresh_token.as_ref().unwrap().as_ciphertext();
+    let secrets = [hex(b"whisper"), hex(&sealed[..16])];
+    let short = OauthTokens {
+        access_token: Sealed::from_ciphertext(b"whisper".to_vec()),
+        refresh_token: None,
+        expires_at: None,
+        scope: None,
+    };
+    let error = McpCredential::store_refreshed(conn, id, row.version, &short).unwrap_err();
+    let CredentialError::Database(cause @ DatabaseError(_, info)) = &error else {
+        panic!("{error:?}");
+    };
+    for secret in &secrets {
+        assert!(info.details().unwrap().contains(secret));
+    }
+    let rule = ConstraintViolation::of(cause).unwrap();
+    assert!(rule.is("mcp_credentials_access_token_check"), "{rule}");
+    let mut shown = format!("{error:?} {rule:?} {rule}");
+    let mut cause: Option<&dyn Error> = Some(&error);
+    while let Some(error) = cause {
+        shown += &format!(" {error}");
+        cause = error.source();
+    }
+    assert!(shown.contains("mcp_credentials_access_token_check"));
+    for secret in secrets {
+        assert!(!shown.contains(&secret), "{shown}");
+    }
+}
