@@ -15,19 +15,27 @@ mod user_subscriptions;
 mod users;
 mod webhook_events;
 
-pub use account_credits::{AccountCredit, AccountCreditChangeset, NewAccountCredit};
+pub use account_credits::{
+    AccountCredit, AccountCreditChangeset, CreditError, Granted, NewAccountCredit, Spent,
+};
 pub use auth_tokens::{AuthToken, AuthTokenChangeset, NewAuthToken};
 pub use mcp_credentials::{McpCredential, McpCredentialChangeset, NewMcpCredential};
 pub use mcp_service_table::{McpInstance, McpInstanceChangeset, NewMcpInstance};
 pub use mcp_table::{McpService, McpServiceChangeset, NewMcpService};
 pub use subscription_transactions::{
-    NewSubscriptionTransaction, SubscriptionTransaction, SubscriptionTransactionChangeset,
+    NewRefund, NewSubscriptionTransaction, PaymentError, RecordedPayment, SubscriptionTransaction,
+    SubscriptionTransactionChangeset,
 };
 pub use token_audit_log::{NewTokenAudit, TokenAudit};
 pub use user_billing_details::{
-    NewUserBillingDetails, UserBillingDetails, UserBillingDetailsChangeset,
+    BillingError, Card, NewUserBillingDetails, UserBillingDetails, UserBillingDetailsChangeset,
 };
 pub use user_plans::{NewUserPlan, UserPlan, UserPlanChangeset};
-pub use user_subscriptions::{NewUserSubscription, UserSubscription, UserSubscriptionChangeset};
+pub use user_subscriptions::{
+    NewUserSubscription, SubscriptionError, UserSubscription, UserSubscriptionChangeset,
+};
 pub use users::{NewUser, User, UserChangeset};
-pub use webhook_events::{NewWebhookEvent, WebhookEvent, WebhookEventChangeset};
+pub use webhook_events::{NewWebhookEvent, Recorded, WebhookEvent};
+
+/// The currency of a row that names none: the columns' default.
+const DEFAULT_CURRENCY: &str = "INR";
