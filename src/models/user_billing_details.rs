@@ -82,7 +82,6 @@ fn looks_like_card_number(text: &str) -> bool {
 
 /// `cards`, as Diesel reads it.
 #[derive(FromSqlRow)]
-#[expect(unreachable_pub, reason = "the derived Queryable names it")]
 pub struct StoredCards(Vec<Card>);
 
 impl FromSql<Jsonb, Pg> for StoredCards {
