@@ -1,5 +1,7 @@
 //! Credits: granted once per source, and no more spent than there is.
 
+use std::cell::RefCell;
+
 use bruhmcp_db::enums::CreditSource;
 use bruhmcp_db::ids::{CreditId, UserId};
 use bruhmcp_db::models::*;
@@ -292,7 +294,7 @@ enum Step {
 #[test]
 fn money_is_conserved() {
     let database = database();
-    let conn = &mut database.connect();
+    let conn = RefCell::new(database.connect());
     let step = prop_oneof![
         (1..100_i64, prop::option::of(1..9_i64)).prop_map(|(a, days)| Step::Grant(a, days)),
         (-40..0_i64).prop_map(|amount| Step::Grant(amount, None)),
@@ -300,6 +302,7 @@ fn money_is_conserved() {
     ];
     TestRunner::new(Config::with_cases(32))
         .run(&prop::collection::vec(step, 1..20), |steps| {
+            let conn = &mut *conn.borrow_mut();
             let user = user(conn);
             let (mut granted, mut spent) = (0, 0);
             for step in steps {

@@ -287,7 +287,7 @@ fn eight_workers_share_what_is_due() {
     let conn = &mut database.connect();
     let now = Utc::now();
     let mut due = BTreeSet::new();
-    let mut start = |conn: &mut PgConnection, days, status, auto_renewal, ends| {
+    let start = |conn: &mut PgConnection, days, status, auto_renewal, ends| {
         let new = NewUserSubscription {
             next_billing_date: Some(now + TimeDelta::days(days)),
             auto_renewal: Some(auto_renewal),
