@@ -253,16 +253,17 @@ fn what_no_number_holds_is_an_error() {
 fn credit_is_never_spent_twice() {
     let database = database();
     let conn = &mut database.connect();
-    for isolation in [
-        Isolation::ReadCommitted,
-        Isolation::RepeatableRead,
-        Isolation::Serializable,
+    // Each at once makes the others begin anew at the higher levels: fewer there, for time's sake.
+    for (isolation, threads) in [
+        (Isolation::ReadCommitted, 32),
+        (Isolation::RepeatableRead, 12),
+        (Isolation::Serializable, 12),
     ] {
         let user = user(conn);
         grant(conn, &expiring(user, 70, in_days(1)));
         grant(conn, &credit(user, 60));
         grant(conn, &credit(user, -30));
-        let spent = at_once(&database, 32, |_, conn| {
+        let spent = at_once(&database, threads, |_, conn| {
             loop {
                 let result = retry_transaction(conn, isolation, |conn| {
                     // Its snapshot is older than its lock.

@@ -303,13 +303,14 @@ fn refunds_of_either_sign_count() {
 fn refunds_at_once_never_exceed_the_payment() {
     let database = database();
     let conn = &mut database.connect();
-    for isolation in [
-        Isolation::ReadCommitted,
-        Isolation::RepeatableRead,
-        Isolation::Serializable,
+    // Each at once makes the others begin anew at the higher levels: fewer there, for time's sake.
+    for (isolation, threads) in [
+        (Isolation::ReadCommitted, 32),
+        (Isolation::RepeatableRead, 12),
+        (Isolation::Serializable, 12),
     ] {
         let paid = captured(conn, 100);
-        let refunded = at_once(&database, 32, |number, conn| {
+        let refunded = at_once(&database, threads, |number, conn| {
             let id = format!("rfnd_{isolation:?}_{number}");
             // A transaction that was asked for at REPEATABLE READ repeats until it sees those before it.
             loop {
