@@ -63,6 +63,18 @@ pub enum SubscriptionStatus {
     Replaced,
 }
 
+impl SubscriptionStatus {
+    /// Whether nothing follows: cancelled, completed, upgraded and replaced subscriptions stay so. A halted one doesn't:
+    /// gateways take it up again when the user pays after all.
+    #[must_use]
+    pub fn is_final(self) -> bool {
+        matches!(
+            self,
+            Self::Cancelled | Self::Completed | Self::Upgraded | Self::Replaced
+        )
+    }
+}
+
 /// How often a subscription is charged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, DbEnum)]
 #[ExistingTypePath = "crate::schema::sql_types::BillingCycle"]

@@ -15,7 +15,9 @@ mod user_subscriptions;
 mod users;
 mod webhook_events;
 
-pub use account_credits::{AccountCredit, AccountCreditChangeset, NewAccountCredit};
+pub use account_credits::{
+    AccountCredit, AccountCreditChangeset, CreditError, Granted, NewAccountCredit, Spent,
+};
 pub use auth_tokens::{
     AuthToken, CodeCheck, ConsumeError, MAX_CODE_ATTEMPTS, NewAuthToken, Rotation,
 };
@@ -31,13 +33,19 @@ pub use mcp_service_table::{
 };
 pub use mcp_table::{McpService, McpServiceChangeset, NewMcpService, Registered};
 pub use subscription_transactions::{
-    NewSubscriptionTransaction, SubscriptionTransaction, SubscriptionTransactionChangeset,
+    NewRefund, NewSubscriptionTransaction, PaymentError, RecordedPayment, SubscriptionTransaction,
+    SubscriptionTransactionChangeset,
 };
 pub use token_audit_log::{NewTokenAudit, TokenAudit};
 pub use user_billing_details::{
-    NewUserBillingDetails, UserBillingDetails, UserBillingDetailsChangeset,
+    BillingError, Card, NewUserBillingDetails, UserBillingDetails, UserBillingDetailsChangeset,
 };
 pub use user_plans::{Downgrade, NewUserPlan, ProPlan, UpgradeError, UserPlan, UserPlanChangeset};
-pub use user_subscriptions::{NewUserSubscription, UserSubscription, UserSubscriptionChangeset};
+pub use user_subscriptions::{
+    NewUserSubscription, SubscriptionError, UserSubscription, UserSubscriptionChangeset,
+};
 pub use users::{EmailError, InvalidEmail, NewUser, User, UserChangeset, canonical_email};
-pub use webhook_events::{NewWebhookEvent, WebhookEvent, WebhookEventChangeset};
+pub use webhook_events::{NewWebhookEvent, Recorded, WebhookEvent};
+
+/// The currency of a row that names none: the columns' default.
+const DEFAULT_CURRENCY: &str = "INR";

@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use crate::enums::AuditStatus;
 use crate::ids::{AuditId, InstanceId, UserId};
+use crate::keyset::Keyset;
 use crate::schema::token_audit_log;
 
 /// A row of `token_audit_log`.
@@ -58,8 +59,15 @@ pub struct NewTokenAudit<'a> {
     pub metadata: Option<&'a Value>,
 }
 
+#[diesel::declare_sql_function]
+extern "SQL" {
+    fn cleanup_old_token_audit_logs(
+        max_rows: diesel::sql_types::Integer,
+    ) -> diesel::sql_types::BigInt;
+}
+
 impl TokenAudit {
-    /// Inserts a row and returns it with its defaults.
+    /// Appends a row and returns it with its defaults. It can't be changed any more.
     ///
     /// # Errors
     /// Any broken rule of the table; see [`ConstraintViolation`](crate::ConstraintViolation).
@@ -82,23 +90,46 @@ impl TokenAudit {
             .optional()
     }
 
-    /// What was done with an instance, newest first, `limit` at most.
+    /// What was done with an instance, newest first, `limit` at most, from the newest or from the place given.
     ///
     /// # Errors
     /// Only those of the connection.
     pub fn list_by_instance(
         conn: &mut PgConnection,
         instance_id: InstanceId,
+        after: Option<Keyset<AuditId>>,
         limit: i64,
     ) -> QueryResult<Vec<Self>> {
-        token_audit_log::table
+        let mut query = token_audit_log::table
             .filter(token_audit_log::instance_id.eq(instance_id))
+            .select(Self::as_select())
+            .into_boxed();
+        if let Some(after) = after {
+            query = query.filter(
+                token_audit_log::created_at.le(after.created_at).and(
+                    token_audit_log::created_at
+                        .lt(after.created_at)
+                        .or(token_audit_log::audit_id.lt(after.id)),
+                ),
+            );
+        }
+        query
             .order((
                 token_audit_log::created_at.desc(),
                 token_audit_log::audit_id.desc(),
             ))
             .limit(limit)
-            .select(Self::as_select())
             .load(conn)
+    }
+
+    /// Deletes rows older than 90 days, oldest first, `max_rows` at most; says how many. Call it until that is less than
+    /// `max_rows`.
+    ///
+    /// Rows that another clean-up is deleting are left to it.
+    ///
+    /// # Errors
+    /// Only those of the connection, and a missing right: only administrators may.
+    pub fn clean_up(conn: &mut PgConnection, max_rows: i32) -> QueryResult<i64> {
+        diesel::select(cleanup_old_token_audit_logs(max_rows)).get_result(conn)
     }
 }

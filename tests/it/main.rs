@@ -2,19 +2,26 @@
 #![expect(clippy::unwrap_used, reason = "a test that can't go on panics")]
 
 mod archive;
+mod audit;
+mod billing;
 mod concurrency;
 mod conventions;
+mod credits;
 mod enums;
 mod instances;
 mod migrations;
 mod models;
+mod money;
 mod monitor;
 #[cfg(feature = "crypto")]
 mod oauth;
+mod payments;
 mod plans;
 mod rules;
 #[cfg(feature = "crypto")]
 mod sealing;
+mod subscriptions;
 mod support;
 mod tokens;
 mod users;
+mod webhooks;

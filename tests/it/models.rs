@@ -8,7 +8,7 @@ use bruhmcp_db::{ConstraintViolation, Sealed, SecretText, TokenDigest};
 use chrono::{DateTime, DurationRound, TimeDelta, Utc};
 use diesel::pg::PgConnection;
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::support::database;
 
@@ -460,8 +460,6 @@ fn audit_plan_webhook_and_billing() {
             state: "Karnataka",
             country: "India",
             zip_code: "560001",
-            cards: None,
-            default_card_id: None,
         },
     )
     .unwrap();
@@ -471,7 +469,7 @@ fn audit_plan_webhook_and_billing() {
             .as_ref(),
         Some(&billing)
     );
-    assert_eq!(billing.cards, Value::Array(Vec::new()));
+    assert_eq!(billing.cards, []);
 }
 
 /// Every key of the crate's making is new, and those of tables with many inserts ascend.

@@ -163,12 +163,13 @@ fn find_instance(conn: &mut PgConnection, credential: &McpCredential) -> McpInst
         .unwrap()
 }
 
-fn change_instance(
-    conn: &mut PgConnection,
-    credential: &McpCredential,
-    changes: &McpInstanceChangeset<'_>,
-) {
-    McpInstance::update(conn, credential.instance_id, changes).unwrap();
+/// Lets it expire a minute ago, which nobody has marked yet.
+fn end_instance(conn: &mut PgConnection, credential: &McpCredential) {
+    let changes = McpInstanceChangeset {
+        expires_at: Some(Some(in_minutes(-1))),
+        ..Default::default()
+    };
+    McpInstance::update(conn, credential.instance_id, &changes).unwrap();
 }
 
 /// Runs `work` in this many threads that begin together, each with its number and a connection of its own.
@@ -253,7 +254,7 @@ fn an_authorisation_from_first_to_last() {
     let row = McpCredential::refresh_refused(conn, id, row.version).unwrap();
     assert_eq!(row.oauth_status, OauthStatus::Expired);
     assert_eq!(find_instance(conn, &new).oauth_status, OauthStatus::Expired);
-    let log = TokenAudit::list_by_instance(conn, new.instance_id, 10).unwrap();
+    let log = TokenAudit::list_by_instance(conn, new.instance_id, None, 10).unwrap();
     let log: Vec<_> = log
         .iter()
         .map(|row| (row.status, row.error_type.as_deref()))
@@ -374,22 +375,15 @@ fn completing_never_loses_the_tokens() {
 
     let asha = user(conn, "asha@example.in");
     let inactive = pending(conn, asha, service_id);
-    let changes = McpInstanceChangeset {
-        status: Some(InstanceStatus::Inactive),
-        ..Default::default()
-    };
-    change_instance(conn, &inactive, &changes);
+    McpInstance::deactivate(conn, inactive.instance_id, asha).unwrap();
     assert_eq!(
         complete(conn, &inactive),
         (CompletedInstance::NotActive, InstanceStatus::Inactive)
     );
 
     let expired = pending(conn, asha, service_id);
-    let changes = McpInstanceChangeset {
-        status: Some(InstanceStatus::Expired),
-        ..Default::default()
-    };
-    change_instance(conn, &expired, &changes);
+    end_instance(conn, &expired);
+    McpInstance::expire_due(conn, 10).unwrap();
     assert_eq!(
         complete(conn, &expired),
         (CompletedInstance::NotActive, InstanceStatus::Expired)
@@ -397,11 +391,7 @@ fn completing_never_loses_the_tokens() {
 
     // Past its end, though nobody has marked it yet.
     let due = pending(conn, asha, service_id);
-    let changes = McpInstanceChangeset {
-        expires_at: Some(Some(in_minutes(-1))),
-        ..Default::default()
-    };
-    change_instance(conn, &due, &changes);
+    end_instance(conn, &due);
     assert_eq!(
         complete(conn, &due),
         (CompletedInstance::NotActive, InstanceStatus::Expired)
@@ -555,7 +545,7 @@ fn changes_are_guarded_by_the_version() {
         );
     }
     // Nothing of all that was refreshed.
-    let log = TokenAudit::list_by_instance(conn, oauth.instance_id, 10).unwrap();
+    let log = TokenAudit::list_by_instance(conn, oauth.instance_id, None, 10).unwrap();
     assert_eq!(log, []);
 }
 

@@ -304,11 +304,12 @@ fn a_rotation_leaves_nothing_under_the_old_key() {
             Some("refresh first".to_owned())
         ]
     );
-    let instances = McpInstance::list_by_user(conn, user_id, 100).unwrap();
+    let instances =
+        McpInstance::list_by_user(conn, user_id, Default::default(), None, 100).unwrap();
     let mut keys: Vec<_> = instances
         .iter()
         .filter_map(|instance| {
-            let row = McpCredential::find_by_instance(conn, instance.instance_id).unwrap();
+            let row = McpCredential::find_by_instance(conn, instance.instance.instance_id).unwrap();
             open(&row?, SecretColumn::ApiKey)
         })
         .collect();

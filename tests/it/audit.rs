@@ -1,0 +1,133 @@
+//! The audit log: appended, read in pages, summed up, cleaned up.
+
+use bigdecimal::BigDecimal;
+use bruhmcp_db::enums::AuditStatus;
+use bruhmcp_db::ids::InstanceId;
+use bruhmcp_db::models::{NewTokenAudit, TokenAudit};
+use bruhmcp_db::views::TokenAuditSummary;
+use bruhmcp_db::{ConstraintViolation, Keyset};
+use diesel::connection::SimpleConnection;
+use diesel::pg::PgConnection;
+use diesel::prelude::*;
+
+use crate::support::database;
+
+fn append(
+    conn: &mut PgConnection,
+    instance_id: InstanceId,
+    operation: &str,
+    status: AuditStatus,
+) -> TokenAudit {
+    let new = NewTokenAudit {
+        instance_id,
+        user_id: None,
+        operation,
+        status,
+        method: Some("oauth"),
+        error_type: None,
+        error_message: None,
+        metadata: None,
+    };
+    TokenAudit::insert(conn, &new).unwrap()
+}
+
+#[test]
+fn what_was_done_comes_in_pages() {
+    let database = database();
+    let conn = &mut database.connect();
+    let (instance, other) = (InstanceId::new(), InstanceId::new());
+    let mut rows: Vec<_> = conn
+        .transaction::<_, diesel::result::Error, _>(|conn| {
+            append(conn, other, "refresh", AuditStatus::Success);
+            Ok((0..5)
+                .map(|_| append(conn, instance, "refresh", AuditStatus::Success))
+                .collect())
+        })
+        .unwrap();
+    rows.push(append(conn, instance, "revoke", AuditStatus::Warning));
+    rows.reverse();
+    let mut seen = Vec::new();
+    let mut after = None;
+    loop {
+        let page = TokenAudit::list_by_instance(conn, instance, after, 2).unwrap();
+        let Some(last) = page.last() else { break };
+        after = Some(Keyset {
+            created_at: last.created_at,
+            id: last.audit_id,
+        });
+        seen.extend(page);
+    }
+    assert_eq!(seen, rows);
+    let error = diesel::sql_query("UPDATE token_audit_log SET operation = 'x'")
+        .execute(conn)
+        .unwrap_err();
+    assert!(
+        ConstraintViolation::of(&error)
+            .unwrap()
+            .is("token_audit_log_append_only")
+    );
+}
+
+#[test]
+fn the_summary_counts_by_operation_status_and_method() {
+    let database = database();
+    let conn = &mut database.connect();
+    let instance = InstanceId::new();
+    append(conn, instance, "refresh", AuditStatus::Failure);
+    let first = append(conn, instance, "refresh", AuditStatus::Success);
+    let last = append(conn, instance, "refresh", AuditStatus::Success);
+    append(conn, InstanceId::new(), "refresh", AuditStatus::Success);
+    database
+        .psql(&format!(
+            "INSERT INTO token_audit_log (instance_id, operation, status, created_at)
+             VALUES ('{instance}', 'revoke', 'success', now() - interval '31 days')"
+        ))
+        .unwrap();
+    let summary = TokenAuditSummary::list_by_instance(conn, instance).unwrap();
+    let [success, failure] = &summary[..] else {
+        panic!("{summary:?}")
+    };
+    assert_eq!(
+        (
+            success.status,
+            success.operation_count,
+            success.success_count,
+            success.failure_count
+        ),
+        (AuditStatus::Success, 2, 2, 0)
+    );
+    assert_eq!(success.success_rate, BigDecimal::from(100));
+    assert_eq!(
+        (success.first_operation, success.last_operation),
+        (first.created_at, last.created_at)
+    );
+    assert_eq!(
+        (
+            failure.status,
+            failure.operation_count,
+            failure.success_count,
+            failure.failure_count
+        ),
+        (AuditStatus::Failure, 1, 0, 1)
+    );
+    assert_eq!(failure.success_rate, BigDecimal::from(0));
+}
+
+#[test]
+fn what_is_old_goes_in_batches() {
+    let database = database();
+    let conn = &mut database.connect();
+    let instance = InstanceId::new();
+    conn.batch_execute(&format!(
+        "INSERT INTO token_audit_log (instance_id, operation, status, created_at)
+         SELECT '{instance}', 'refresh', 'success', now() - interval '91 days' FROM generate_series(1, 5)"
+    ))
+    .unwrap();
+    let kept = append(conn, instance, "refresh", AuditStatus::Pending);
+    let batches: Vec<_> = (0..4)
+        .map(|_| TokenAudit::clean_up(conn, 2).unwrap())
+        .collect();
+    assert_eq!(batches, [2, 2, 1, 0]);
+    let left = TokenAudit::list_by_instance(conn, instance, None, 10).unwrap();
+    assert_eq!(left, [kept]);
+}

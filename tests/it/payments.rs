@@ -1,0 +1,419 @@
+//! Payments recorded once, moved on only forwards, and never refunded beyond what was paid.
+
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+
+use bruhmcp_db::enums::TransactionStatus::{self, *};
+use bruhmcp_db::enums::TransactionType;
+use bruhmcp_db::ids::{TransactionId, UserId};
+use bruhmcp_db::models::*;
+use bruhmcp_db::{ConstraintViolation, Isolation, Keyset, retry_transaction};
+use diesel::pg::PgConnection;
+use diesel::prelude::*;
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestRunner};
+
+use crate::money::{at_once, user};
+use crate::support::database;
+
+fn payment(
+    user_id: UserId,
+    razorpay_payment_id: &str,
+    amount: i64,
+    status: TransactionStatus,
+) -> NewSubscriptionTransaction<'_> {
+    NewSubscriptionTransaction {
+        razorpay_payment_id: Some(razorpay_payment_id),
+        ..NewSubscriptionTransaction::new(user_id, amount, amount, status)
+    }
+}
+
+fn refund_of(razorpay_refund_id: &str, amount: i64) -> NewRefund<'_> {
+    NewRefund {
+        id: None,
+        razorpay_refund_id,
+        amount,
+        description: None,
+        gateway_response_json: None,
+        processed_at: None,
+    }
+}
+
+fn recorded(outcome: RecordedPayment) -> SubscriptionTransaction {
+    match outcome {
+        RecordedPayment::Recorded(row) => row,
+        RecordedPayment::Existing(row) => panic!("{row:?}"),
+    }
+}
+
+/// A captured payment of a new user.
+fn captured(conn: &mut PgConnection, amount: i64) -> SubscriptionTransaction {
+    let user = user(conn);
+    let id = TransactionId::new().to_string();
+    let new = payment(user, &id, amount, Captured);
+    recorded(SubscriptionTransaction::record_payment(conn, &new).unwrap())
+}
+
+fn find(conn: &mut PgConnection, id: TransactionId) -> SubscriptionTransaction {
+    SubscriptionTransaction::find(conn, id).unwrap().unwrap()
+}
+
+#[test]
+fn a_payment_is_recorded_once() {
+    let database = database();
+    let conn = &mut database.connect();
+    let user = user(conn);
+    let outcomes = at_once(&database, 32, |_, conn| {
+        let new = payment(user, "pay_1", 499_00, Captured);
+        SubscriptionTransaction::record_payment(conn, &new).unwrap()
+    });
+    let (new, existing): (Vec<_>, Vec<_>) = outcomes
+        .into_iter()
+        .partition(|outcome| matches!(outcome, RecordedPayment::Recorded(_)));
+    assert_eq!((new.len(), existing.len()), (1, 31));
+    let row = SubscriptionTransaction::find_by_razorpay_id(conn, "pay_1")
+        .unwrap()
+        .unwrap();
+    assert_eq!(new[0], RecordedPayment::Recorded(row.clone()));
+    for outcome in existing {
+        assert_eq!(outcome, RecordedPayment::Existing(row.clone()));
+    }
+    let rows = SubscriptionTransaction::list_by_user(conn, user, None, 10).unwrap();
+    assert_eq!(rows, [row]);
+}
+
+#[test]
+fn another_payment_under_the_same_id_is_not_accepted() {
+    let database = database();
+    let conn = &mut database.connect();
+    let (asha, ravi) = (user(conn), user(conn));
+    let first = payment(asha, "pay_1", 100, Captured);
+    let row = recorded(SubscriptionTransaction::record_payment(conn, &first).unwrap());
+    let with_currency = |currency| NewSubscriptionTransaction {
+        currency: Some(currency),
+        ..first.clone()
+    };
+    for other in [
+        payment(ravi, "pay_1", 100, Captured),
+        payment(asha, "pay_1", 101, Captured),
+        with_currency("USD"),
+    ] {
+        match SubscriptionTransaction::record_payment(conn, &other) {
+            Err(PaymentError::Differs(existing)) => assert_eq!(*existing, row),
+            other => panic!("{other:?}"),
+        }
+    }
+    // What isn't named is what the column's default would be.
+    let outcome = SubscriptionTransaction::record_payment(conn, &with_currency("INR"));
+    assert_eq!(outcome.unwrap(), RecordedPayment::Existing(row.clone()));
+
+    SubscriptionTransaction::refund(conn, row.id, &refund_of("rfnd_1", 10)).unwrap();
+    let result =
+        SubscriptionTransaction::record_payment(conn, &payment(asha, "rfnd_1", 10, Captured));
+    assert!(matches!(result, Err(PaymentError::Differs(_))));
+}
+
+#[test]
+fn only_payments_of_a_gateway_are_recorded() {
+    let database = database();
+    let conn = &mut database.connect();
+    let user = user(conn);
+    let without_id = NewSubscriptionTransaction::new(user, 1, 1, Captured);
+    let refund = NewSubscriptionTransaction {
+        transaction_type: Some(TransactionType::Refund),
+        ..payment(user, "pay_1", 1, Captured)
+    };
+    for new in [without_id, refund] {
+        let result = SubscriptionTransaction::record_payment(conn, &new);
+        assert!(matches!(result, Err(PaymentError::NotAPayment)));
+    }
+    let negative = payment(user, "pay_1", -1, Captured);
+    match SubscriptionTransaction::record_payment(conn, &negative) {
+        Err(PaymentError::Database(error)) => {
+            let broken = ConstraintViolation::of(&error).unwrap();
+            assert_eq!(broken.table, "subscription_transactions");
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Every step from every status to every other, and to itself.
+#[test]
+fn a_payment_moves_forwards_only() {
+    let database = database();
+    let conn = &mut database.connect();
+    let user = user(conn);
+    let all = [Created, Authorized, Captured, Refunded, Failed, Cancelled];
+    let steps = [
+        (Created, Authorized),
+        (Created, Captured),
+        (Created, Failed),
+        (Created, Cancelled),
+        (Authorized, Captured),
+        (Authorized, Failed),
+        (Authorized, Cancelled),
+        (Failed, Authorized),
+        (Failed, Captured),
+    ];
+    let changes = SubscriptionTransactionChangeset {
+        gateway_status: Some(Some("as reported")),
+        ..Default::default()
+    };
+    for (from, to) in all.iter().flat_map(|from| all.map(|to| (*from, to))) {
+        let id = TransactionId::new().to_string();
+        let new = payment(user, &id, 100, from);
+        let row = recorded(SubscriptionTransaction::record_payment(conn, &new).unwrap());
+        match SubscriptionTransaction::advance(conn, row.id, to, &changes) {
+            Ok(row) => {
+                assert!(steps.contains(&(from, to)), "{from:?} to {to:?}");
+                assert_eq!(row.status, to);
+                assert_eq!(row.gateway_status.as_deref(), Some("as reported"));
+            }
+            Err(PaymentError::Conflict(current)) => {
+                assert!(!steps.contains(&(from, to)), "{from:?} to {to:?}");
+                assert_eq!(*current, row);
+            }
+            Err(error) => panic!("{error:?}"),
+        }
+    }
+    let result = SubscriptionTransaction::advance(conn, TransactionId::new(), Captured, &changes);
+    assert!(matches!(result, Err(PaymentError::NotFound)));
+}
+
+#[test]
+fn a_payment_is_captured_once() {
+    let database = database();
+    let conn = &mut database.connect();
+    let user = user(conn);
+    let new = payment(user, "pay_1", 100, Authorized);
+    let id = recorded(SubscriptionTransaction::record_payment(conn, &new).unwrap()).id;
+    let captured = at_once(&database, 32, |_, conn| {
+        let none = SubscriptionTransactionChangeset::default();
+        SubscriptionTransaction::advance(conn, id, Captured, &none).is_ok()
+    });
+    assert_eq!(captured.into_iter().filter(|done| *done).count(), 1);
+}
+
+#[test]
+fn a_refund_belongs_to_its_payment() {
+    let database = database();
+    let conn = &mut database.connect();
+    let paid = captured(conn, 100);
+    let refund = |conn: &mut _, id: &str, amount| {
+        SubscriptionTransaction::refund(conn, paid.id, &refund_of(id, amount))
+    };
+    let row = recorded(refund(conn, "rfnd_1", 60).unwrap());
+    assert_eq!(
+        (row.amount, row.net_amount, row.transaction_type, row.status),
+        (-60, -60, TransactionType::Refund, Captured)
+    );
+    assert_eq!(
+        (row.parent_transaction_id, row.user_id, &row.currency),
+        (Some(paid.id), paid.user_id, &paid.currency)
+    );
+    assert_eq!(find(conn, paid.id), paid);
+
+    let result = refund(conn, "rfnd_2", 41);
+    assert!(matches!(
+        result,
+        Err(PaymentError::ExceedsPayment { refundable: 40 })
+    ));
+    recorded(refund(conn, "rfnd_2", 40).unwrap());
+    let refunded = find(conn, paid.id);
+    assert_eq!(refunded.status, Refunded);
+    assert!(refunded.refunded_at.is_some());
+
+    // Reported again, also after nothing is left.
+    assert_eq!(
+        refund(conn, "rfnd_1", 60).unwrap(),
+        RecordedPayment::Existing(row.clone())
+    );
+    let result = refund(conn, "rfnd_1", 59);
+    assert!(matches!(result, Err(PaymentError::Differs(_))));
+    let other = captured(conn, 100);
+    let result = SubscriptionTransaction::refund(conn, other.id, &refund_of("rfnd_1", 60));
+    assert!(matches!(result, Err(PaymentError::Differs(existing)) if *existing == row));
+    let result = refund(conn, "rfnd_3", 1);
+    assert!(matches!(
+        result,
+        Err(PaymentError::ExceedsPayment { refundable: 0 })
+    ));
+}
+
+#[test]
+fn what_was_not_paid_is_not_refunded() {
+    let database = database();
+    let conn = &mut database.connect();
+    let user = user(conn);
+    for status in [Created, Authorized, Failed, Cancelled] {
+        let id = TransactionId::new().to_string();
+        let new = payment(user, &id, 100, status);
+        let row = recorded(SubscriptionTransaction::record_payment(conn, &new).unwrap());
+        let result = SubscriptionTransaction::refund(conn, row.id, &refund_of("rfnd_1", 1));
+        assert!(matches!(result, Err(PaymentError::Conflict(current)) if *current == row));
+    }
+    let paid = captured(conn, 100);
+    let refund = SubscriptionTransaction::refund(conn, paid.id, &refund_of("rfnd_1", 50));
+    let refund = recorded(refund.unwrap());
+    let result = SubscriptionTransaction::refund(conn, refund.id, &refund_of("rfnd_2", 1));
+    assert!(matches!(result, Err(PaymentError::Conflict(_))));
+    for amount in [0, -1, i64::MIN] {
+        let result = SubscriptionTransaction::refund(conn, paid.id, &refund_of("rfnd_2", amount));
+        assert!(matches!(result, Err(PaymentError::NotPositive)));
+    }
+    let nobody = TransactionId::new();
+    let result = SubscriptionTransaction::refund(conn, nobody, &refund_of("rfnd_2", 1));
+    assert!(matches!(result, Err(PaymentError::NotFound)));
+}
+
+/// Rows written otherwise: a refund without the minus counts the same, one that failed doesn't, and no sum overflows.
+#[test]
+fn refunds_of_either_sign_count() {
+    let database = database();
+    let conn = &mut database.connect();
+    let paid = captured(conn, i64::MAX);
+    let insert = |conn: &mut PgConnection, amount, status| {
+        let new = NewSubscriptionTransaction {
+            transaction_type: Some(TransactionType::Refund),
+            parent_transaction_id: Some(paid.id),
+            ..NewSubscriptionTransaction::new(paid.user_id, amount, amount, status)
+        };
+        SubscriptionTransaction::insert(conn, &new).unwrap();
+    };
+    insert(conn, -30, Captured);
+    insert(conn, i64::MAX - 100, Captured);
+    insert(conn, 70, Failed);
+    insert(conn, -70, Cancelled);
+    let result = SubscriptionTransaction::refund(conn, paid.id, &refund_of("rfnd_1", i64::MAX));
+    assert!(matches!(
+        result,
+        Err(PaymentError::ExceedsPayment { refundable: 70 })
+    ));
+    for _ in 0..2 {
+        insert(conn, i64::MIN, Captured);
+    }
+    let result = SubscriptionTransaction::refund(conn, paid.id, &refund_of("rfnd_1", 1));
+    assert!(matches!(
+        result,
+        Err(PaymentError::ExceedsPayment { refundable: 0 })
+    ));
+}
+
+#[test]
+fn refunds_at_once_never_exceed_the_payment() {
+    let database = database();
+    let conn = &mut database.connect();
+    // Each at once makes the others begin anew at the higher levels: fewer there, for time's sake.
+    for (isolation, threads) in [
+        (Isolation::ReadCommitted, 32),
+        (Isolation::RepeatableRead, 12),
+        (Isolation::Serializable, 12),
+    ] {
+        let paid = captured(conn, 100);
+        let refunded = at_once(&database, threads, |number, conn| {
+            let id = format!("rfnd_{isolation:?}_{number}");
+            // A transaction that was asked for at REPEATABLE READ repeats until it sees those before it.
+            loop {
+                let result = retry_transaction(conn, isolation, |conn| {
+                    // Its snapshot is older than its lock.
+                    SubscriptionTransaction::find(conn, paid.id)?;
+                    SubscriptionTransaction::refund(conn, paid.id, &refund_of(&id, 9))
+                });
+                match result {
+                    Ok(row) => return -recorded(row).amount,
+                    Err(PaymentError::ExceedsPayment { refundable }) => {
+                        assert_eq!(refundable, 1);
+                        return 0;
+                    }
+                    Err(error) if bruhmcp_db::is_transient(&error) => {}
+                    Err(error) => panic!("{error:?}"),
+                }
+            }
+        });
+        assert_eq!(refunded.into_iter().sum::<i64>(), 99, "{isolation:?}");
+        assert_eq!(find(conn, paid.id).status, Captured);
+    }
+}
+
+#[test]
+fn one_refund_reported_many_times_is_one() {
+    let database = database();
+    let conn = &mut database.connect();
+    let paid = captured(conn, 100);
+    let new = at_once(&database, 32, |_, conn| {
+        let refund = refund_of("rfnd_1", 100);
+        match SubscriptionTransaction::refund(conn, paid.id, &refund).unwrap() {
+            RecordedPayment::Recorded(_) => 1,
+            RecordedPayment::Existing(_) => 0,
+        }
+    });
+    assert_eq!(new.into_iter().sum::<i32>(), 1);
+    assert_eq!(find(conn, paid.id).status, Refunded);
+}
+
+#[test]
+fn any_refunds_add_up() {
+    let database = database();
+    let conn = RefCell::new(database.connect());
+    let refunds = prop::collection::vec(prop_oneof![1..60_i64, 1..=i64::MAX], 1..12);
+    let cases = (prop_oneof![1..200_i64, 1..=i64::MAX], refunds);
+    TestRunner::new(Config::with_cases(48))
+        .run(&cases, |(amount, refunds)| {
+            let conn = &mut *conn.borrow_mut();
+            let paid = captured(conn, amount);
+            let mut left = amount;
+            for refund in refunds {
+                let id = TransactionId::new().to_string();
+                match SubscriptionTransaction::refund(conn, paid.id, &refund_of(&id, refund)) {
+                    Ok(RecordedPayment::Recorded(_)) if refund <= left => left -= refund,
+                    Err(PaymentError::ExceedsPayment { refundable }) if refund > left => {
+                        prop_assert_eq!(refundable, left);
+                    }
+                    other => prop_assert!(false, "{} of {}: {:?}", refund, left, other),
+                }
+                let status = if left == 0 { Refunded } else { Captured };
+                prop_assert_eq!(find(conn, paid.id).status, status);
+            }
+            let rows = SubscriptionTransaction::list_by_user(conn, paid.user_id, None, 100);
+            let sum: i128 = rows.unwrap().iter().map(|row| i128::from(row.amount)).sum();
+            prop_assert_eq!(sum, i128::from(left));
+            Ok(())
+        })
+        .unwrap();
+}
+
+#[test]
+fn history_comes_in_pages() {
+    let database = database();
+    let conn = &mut database.connect();
+    let user = user(conn);
+    // Two transactions, so two moments of three rows each.
+    let mut ids = Vec::new();
+    for _ in 0..2 {
+        conn.transaction::<_, diesel::result::Error, _>(|conn| {
+            for _ in 0..3 {
+                let new = NewSubscriptionTransaction {
+                    id: Some(TransactionId::new()),
+                    ..NewSubscriptionTransaction::new(user, 1, 1, Captured)
+                };
+                ids.push(SubscriptionTransaction::insert(conn, &new)?.id);
+            }
+            Ok(())
+        })
+        .unwrap();
+    }
+    ids.reverse();
+    let mut seen = Vec::new();
+    let mut after = None;
+    loop {
+        let page = SubscriptionTransaction::list_by_user(conn, user, after, 2).unwrap();
+        let Some(last) = page.last() else { break };
+        after = Some(Keyset {
+            created_at: last.created_at,
+            id: last.id,
+        });
+        seen.extend(page.iter().map(|row| row.id));
+    }
+    assert_eq!(seen, ids);
+    assert_eq!(seen.iter().collect::<BTreeSet<_>>().len(), 6);
+}

@@ -1,0 +1,340 @@
+//! Subscriptions: one live one each, changed by whoever read it last.
+
+use std::collections::BTreeSet;
+
+use bruhmcp_db::Keyset;
+use bruhmcp_db::enums::SubscriptionStatus::{self, *};
+use bruhmcp_db::ids::{SubscriptionId, UserId};
+use bruhmcp_db::models::*;
+use chrono::{TimeDelta, Utc};
+use diesel::pg::PgConnection;
+use diesel::prelude::*;
+
+use crate::money::{at_once, user};
+use crate::support::database;
+
+fn new(user_id: UserId, status: SubscriptionStatus) -> NewUserSubscription<'static> {
+    NewUserSubscription {
+        status: Some(status),
+        ..NewUserSubscription::new(user_id)
+    }
+}
+
+fn change(
+    conn: &mut PgConnection,
+    id: SubscriptionId,
+    from: SubscriptionStatus,
+    to: SubscriptionStatus,
+) -> Result<UserSubscription, SubscriptionError> {
+    UserSubscription::change_status(conn, id, from, to, &UserSubscriptionChangeset::default())
+}
+
+#[test]
+fn a_user_has_one_live_subscription() {
+    let database = database();
+    let conn = &mut database.connect();
+    let user = user(conn);
+    assert_eq!(UserSubscription::current(conn, user).unwrap(), None);
+    let started = at_once(&database, 32, |_, conn| {
+        UserSubscription::start(conn, &new(user, Active))
+    });
+    let mut live: Vec<_> = started
+        .into_iter()
+        .filter_map(|result| match result {
+            Ok(row) => Some(row),
+            Err(SubscriptionError::LiveExists) => None,
+            Err(error) => panic!("{error:?}"),
+        })
+        .collect();
+    assert_eq!(live.len(), 1);
+    assert_eq!(UserSubscription::current(conn, user).unwrap(), live.pop());
+    // One that isn't paid yet stands beside it, and can't become live.
+    let created = UserSubscription::start(conn, &new(user, Created)).unwrap();
+    let result = conn.transaction(|conn| change(conn, created.id, Created, Active));
+    assert!(matches!(result, Err(SubscriptionError::LiveExists)));
+}
+
+#[test]
+fn a_live_subscription_leaves_the_callers_transaction_usable() {
+    let database = database();
+    let conn = &mut database.connect();
+    let user = user(conn);
+    UserSubscription::start(conn, &new(user, PastDue)).unwrap();
+    conn.transaction::<_, SubscriptionError, _>(|conn| {
+        let result = UserSubscription::start(conn, &new(user, Active));
+        assert!(matches!(result, Err(SubscriptionError::LiveExists)));
+        assert!(UserSubscription::current(conn, user)?.is_some());
+        Ok(())
+    })
+    .unwrap();
+}
+
+#[test]
+fn a_gateways_id_is_one_subscription() {
+    let database = database();
+    let conn = &mut database.connect();
+    let (asha, ravi) = (user(conn), user(conn));
+    let with_id = |user| NewUserSubscription {
+        razorpay_subscription_id: Some("sub_1"),
+        ..new(user, Active)
+    };
+    let row = UserSubscription::start(conn, &with_id(asha)).unwrap();
+    let result = UserSubscription::start(conn, &with_id(ravi));
+    assert!(matches!(result, Err(SubscriptionError::GatewayIdTaken)));
+    let found = UserSubscription::find_by_razorpay_id(conn, "sub_1").unwrap();
+    assert_eq!(found, Some(row));
+    let found = UserSubscription::find_by_razorpay_id(conn, "sub_2").unwrap();
+    assert_eq!(found, None);
+    let result = UserSubscription::start(conn, &new(UserId::new(), Active));
+    assert!(matches!(result, Err(SubscriptionError::Database(_))));
+}
+
+#[test]
+fn a_status_carries_what_follows_from_it() {
+    let database = database();
+    let conn = &mut database.connect();
+    let user = user(conn);
+    let id = UserSubscription::start(conn, &new(user, Created))
+        .unwrap()
+        .id;
+    assert_eq!(change(conn, id, Created, Active).unwrap().status, Active);
+
+    let until = Utc::now() + TimeDelta::days(7);
+    let pause = UserSubscriptionChangeset {
+        resume_at: Some(Some(until)),
+        ..Default::default()
+    };
+    let paused = UserSubscription::change_status(conn, id, Active, Paused, &pause).unwrap();
+    assert_eq!((paused.status, paused.pause_count), (Paused, 1));
+    assert!(paused.paused_at.is_some() && paused.resume_at.is_some());
+    let again = change(conn, id, Paused, Paused).unwrap();
+    assert_eq!(
+        (again.pause_count, again.paused_at, again.resume_at),
+        (1, paused.paused_at, paused.resume_at)
+    );
+    let resumed = change(conn, id, Paused, Active).unwrap();
+    assert_eq!((resumed.paused_at, resumed.resume_at), (None, None));
+
+    let late = UserSubscription::record_failed_payment(conn, id, Some(until)).unwrap();
+    assert_eq!((late.status, late.failed_payment_count), (PastDue, 1));
+    assert!(late.last_payment_attempt.is_some() && late.next_billing_date.is_some());
+    let late = UserSubscription::record_failed_payment(conn, id, None).unwrap();
+    assert_eq!(
+        (late.failed_payment_count, late.next_billing_date),
+        (2, None)
+    );
+    let paid = change(conn, id, PastDue, Active).unwrap();
+    assert_eq!(paid.failed_payment_count, 0);
+
+    let reason = UserSubscriptionChangeset {
+        cancellation_reason: Some(Some("too dear")),
+        ..Default::default()
+    };
+    let cancelled = UserSubscription::change_status(conn, id, Active, Cancelled, &reason).unwrap();
+    assert!(cancelled.cancelled_at.is_some());
+    assert_eq!(cancelled.cancellation_reason.as_deref(), Some("too dear"));
+    assert_eq!(UserSubscription::current(conn, user).unwrap(), None);
+}
+
+#[test]
+fn a_late_webhook_revives_nothing() {
+    let database = database();
+    let conn = &mut database.connect();
+    let user = user(conn);
+    let id = UserSubscription::start(conn, &new(user, Active))
+        .unwrap()
+        .id;
+    let cancelled = change(conn, id, Active, Cancelled).unwrap();
+    match change(conn, id, PastDue, Active) {
+        Err(SubscriptionError::Conflict(row)) => assert_eq!(*row, cancelled),
+        other => panic!("{other:?}"),
+    }
+    for end in [Cancelled, Completed, Upgraded, Replaced] {
+        let result = change(conn, id, end, Active);
+        assert!(matches!(result, Err(SubscriptionError::Ended)), "{end:?}");
+    }
+    let result = UserSubscription::record_failed_payment(conn, id, None);
+    assert!(matches!(result, Err(SubscriptionError::Conflict(_))));
+
+    let nobody = SubscriptionId::new();
+    let result = change(conn, nobody, Created, Active);
+    assert!(matches!(result, Err(SubscriptionError::NotFound)));
+    let result = UserSubscription::record_failed_payment(conn, nobody, None);
+    assert!(matches!(result, Err(SubscriptionError::NotFound)));
+}
+
+#[test]
+fn of_many_changes_of_one_status_one_is_made() {
+    let database = database();
+    let conn = &mut database.connect();
+    let user = user(conn);
+    let id = UserSubscription::start(conn, &new(user, Active))
+        .unwrap()
+        .id;
+    let changed = at_once(&database, 32, |_, conn| {
+        match change(conn, id, Active, Paused) {
+            Ok(_) => 1,
+            Err(SubscriptionError::Conflict(row)) if row.status == Paused => 0,
+            Err(error) => panic!("{error:?}"),
+        }
+    });
+    assert_eq!(changed.iter().sum::<i32>(), 1);
+    let row = UserSubscription::find(conn, id).unwrap().unwrap();
+    assert_eq!(row.pause_count, 1);
+}
+
+#[test]
+fn failed_payments_are_all_counted() {
+    let database = database();
+    let conn = &mut database.connect();
+    let user = user(conn);
+    let id = UserSubscription::start(conn, &new(user, Active))
+        .unwrap()
+        .id;
+    at_once(&database, 32, |_, conn| {
+        UserSubscription::record_failed_payment(conn, id, None).unwrap();
+    });
+    let row = UserSubscription::find(conn, id).unwrap().unwrap();
+    assert_eq!((row.status, row.failed_payment_count), (PastDue, 32));
+}
+
+#[test]
+fn one_follows_the_other() {
+    let database = database();
+    let conn = &mut database.connect();
+    let (asha, ravi) = (user(conn), user(conn));
+    let first = UserSubscription::start(conn, &new(asha, Paused)).unwrap();
+
+    let followed = at_once(&database, 32, |_, conn| {
+        match UserSubscription::upgrade(conn, first.id, &new(asha, Created)) {
+            Ok(row) => Some(row),
+            Err(SubscriptionError::Conflict(row)) if row.status == Upgraded => None,
+            Err(error) => panic!("{error:?}"),
+        }
+    });
+    let second: Vec<_> = followed.into_iter().flatten().collect();
+    let [second] = &second[..] else {
+        panic!("{second:?}")
+    };
+    assert_eq!(second.status, Active);
+    assert_eq!(
+        UserSubscription::current(conn, asha).unwrap().as_ref(),
+        Some(second)
+    );
+
+    let third = UserSubscription::replace(
+        conn,
+        second.id,
+        &NewUserSubscription {
+            razorpay_subscription_id: Some("sub_3"),
+            ..new(asha, Active)
+        },
+    )
+    .unwrap();
+    let replaced = UserSubscription::find(conn, second.id).unwrap().unwrap();
+    assert_eq!(replaced.status, Replaced);
+    assert_eq!(
+        UserSubscription::current(conn, asha).unwrap(),
+        Some(third.clone())
+    );
+
+    // Nothing is changed where the new one can't begin, or the old one is somebody else's or nobody's.
+    let taken = NewUserSubscription {
+        razorpay_subscription_id: Some("sub_3"),
+        ..new(asha, Active)
+    };
+    let result = UserSubscription::upgrade(conn, third.id, &taken);
+    assert!(matches!(result, Err(SubscriptionError::GatewayIdTaken)));
+    for id in [third.id, SubscriptionId::new()] {
+        let result = UserSubscription::upgrade(conn, id, &new(ravi, Active));
+        assert!(matches!(result, Err(SubscriptionError::NotFound)));
+    }
+    assert_eq!(UserSubscription::current(conn, asha).unwrap(), Some(third));
+    assert_eq!(UserSubscription::current(conn, ravi).unwrap(), None);
+}
+
+#[test]
+fn history_comes_in_pages() {
+    let database = database();
+    let conn = &mut database.connect();
+    let user = user(conn);
+    // One transaction, so one moment: the key decides.
+    let ids: BTreeSet<_> = conn
+        .transaction(|conn| {
+            (0..5)
+                .map(|_| Ok(UserSubscription::start(conn, &new(user, Completed))?.id))
+                .collect::<Result<_, SubscriptionError>>()
+        })
+        .unwrap();
+    let mut seen = Vec::new();
+    let mut after = None;
+    loop {
+        let page = UserSubscription::list_by_user(conn, user, after, 2).unwrap();
+        let Some(last) = page.last() else { break };
+        after = Some(Keyset {
+            created_at: last.created_at,
+            id: last.id,
+        });
+        seen.extend(page.iter().map(|row| row.id));
+    }
+    assert_eq!(seen.len(), 5);
+    assert_eq!(seen.into_iter().collect::<BTreeSet<_>>(), ids);
+}
+
+#[test]
+fn eight_workers_share_what_is_due() {
+    let database = database();
+    let conn = &mut database.connect();
+    let now = Utc::now();
+    let mut due = BTreeSet::new();
+    let start = |conn: &mut PgConnection, days, status, auto_renewal, ends| {
+        let new = NewUserSubscription {
+            next_billing_date: Some(now + TimeDelta::days(days)),
+            auto_renewal: Some(auto_renewal),
+            cancel_at_period_end: Some(ends),
+            ..new(user(conn), status)
+        };
+        UserSubscription::start(conn, &new).unwrap().id
+    };
+    for days in 1..=40 {
+        let status = if days % 2 == 0 { Active } else { PastDue };
+        due.insert(start(conn, -days, status, true, false));
+    }
+    for (days, status, auto_renewal, ends) in [
+        (1, Active, true, false),
+        (-1, Paused, true, false),
+        (-1, Active, false, false),
+        (-1, Active, true, true),
+    ] {
+        start(conn, days, status, auto_renewal, ends);
+    }
+    // The longest due first.
+    let first = conn
+        .transaction(|conn| UserSubscription::lock_due(conn, 2))
+        .unwrap();
+    assert!(first[0].next_billing_date < first[1].next_billing_date);
+    assert!(first[0].next_billing_date.unwrap() < now - TimeDelta::days(39));
+
+    let charged = at_once(&database, 8, |_, conn| {
+        let mut charged = Vec::new();
+        loop {
+            let batch = conn
+                .transaction::<_, SubscriptionError, _>(|conn| {
+                    let batch = UserSubscription::lock_due(conn, 3)?;
+                    for row in &batch {
+                        let later = now + TimeDelta::days(3);
+                        UserSubscription::record_failed_payment(conn, row.id, Some(later))?;
+                    }
+                    Ok(batch)
+                })
+                .unwrap();
+            if batch.is_empty() {
+                return charged;
+            }
+            charged.extend(batch.into_iter().map(|row| row.id));
+        }
+    })
+    .concat();
+    assert_eq!(charged.len(), 40);
+    assert_eq!(charged.into_iter().collect::<BTreeSet<_>>(), due);
+}
