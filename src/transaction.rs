@@ -8,7 +8,7 @@ use diesel::pg::PgConnection;
 use diesel::result::{DatabaseErrorKind, Error};
 
 /// How often [`retry_transaction`] tries before it gives the error back.
-pub const MAX_ATTEMPTS: u32 = 10;
+pub const MAX_ATTEMPTS: u32 = 16;
 
 /// The isolation level of a transaction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -23,7 +23,7 @@ pub enum Isolation {
 }
 
 /// Runs `work` in a transaction, and again when it fails on a serialization failure (SQLSTATE 40001) or a deadlock
-/// (40P01), at most [`MAX_ATTEMPTS`] times, after a pause with jitter that doubles from 5 ms up to 320 ms.
+/// (40P01), at most [`MAX_ATTEMPTS`] times, after a random pause of at most 5 ms, which doubles each time up to 640 ms.
 ///
 /// `work` runs as a whole each time, so what it does outside the database must bear repetition.
 ///
@@ -73,9 +73,9 @@ pub fn is_transient(error: &(dyn StdError + 'static)) -> bool {
     }
 }
 
-/// Between half and the whole of 5 ms × 2^(attempt − 1).
+/// Up to 5 ms × 2^(attempt − 1): the whole range, so that those who collided don't meet again.
 fn pause(attempt: u32) -> Duration {
-    let whole = 5_000 << (attempt - 1).min(6);
-    let jitter = uuid::Uuid::new_v4().as_u128() % (whole / 2);
-    Duration::from_micros(u64::try_from(whole / 2 + jitter).unwrap_or(u64::MAX))
+    let longest = 5_000 << (attempt - 1).min(7);
+    let micros = uuid::Uuid::new_v4().as_u128() % longest;
+    Duration::from_micros(u64::try_from(micros).unwrap_or(u64::MAX))
 }
