@@ -131,8 +131,8 @@ fn of_32_sign_ups_with_one_address_one_wins() {
     let winner = outcomes.into_iter().find_map(Result::ok).unwrap();
 
     let conn = &mut database.connect();
-    assert_eq!(User::list(conn, None, 10).unwrap(), [winner.clone()]);
     assert!(UserPlan::find_by_user(conn, winner.id).unwrap().is_some());
+    assert_eq!(User::list(conn, None, 10).unwrap(), [winner]);
 }
 
 #[test]
