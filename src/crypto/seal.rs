@@ -8,20 +8,13 @@
 //!
 //! Format, key id, the row's key and the column's name are authenticated with it (additional data), so that a value that
 //! was copied to another row or column, or whose first octets were changed, doesn't open.
-//!
-//! # How long a key may be used
-//! The nonce is random. Two seals under one key with the same nonce would give both texts away, and with them the means
-//! to forge. NIST SP 800-38D, 8.3, therefore allows 2³² seals under a key with random nonces of 96 bits; the chance that
-//! any two of those nonces are equal is then 2⁻³³. A seal is one secret stored: an hourly refresh stores two tokens, so
-//! that 10,000 connected instances use up a key in 24 years, and 1,000,000 in 89 days. **Put a new key in front of the
-//! ring well before that.** A value that is sealed anew, for rotation, counts as a seal under the new key.
 
 use std::fmt;
 
 use aes_gcm::aead::{Aead, AeadInOut, Generate, KeyInit, Nonce, Payload, Tag};
 use aes_gcm::{Aes256Gcm, Key};
 use secrecy::zeroize::Zeroize;
-use secrecy::{ExposeSecret, SecretSlice, SecretString};
+use secrecy::{ExposeSecret, SecretString};
 
 use crate::ids::CredentialId;
 use crate::secret::Sealed;
@@ -123,19 +116,28 @@ pub enum OpenError {
 
 /// The keys that seal and open credentials: the first seals, each of them opens.
 ///
-/// To rotate: put the new key in front and start every process with that ring; call
+/// To rotate: put the new key, with an id that was never used, behind the old one in every process, so that all can open
+/// what it seals; then put it in front in every process; then call
 /// [`McpCredential::reseal`](crate::models::McpCredential::reseal) until nothing is left under the old key; then take
 /// the old key off. The ring wipes its keys from memory when it is dropped. It doesn't clone; share it by reference or
-/// [`Arc`](std::sync::Arc). The [module](self) says how long a key may be used.
+/// [`Arc`](std::sync::Arc).
 ///
+/// # How long a key may be used
+/// The nonce is random. Two seals under one key with the same nonce would give both texts away, and with them the means
+/// to forge. NIST SP 800-38D, 8.3, therefore allows 2³² seals under a key with random nonces of 96 bits; the chance that
+/// any two of those nonces are equal is then 2⁻³³. A seal is one secret stored: an hourly refresh stores two tokens, so
+/// that 10,000 connected instances use up a key in 24 years, and 1,000,000 in 89 days. **Put a new key in front of the
+/// ring well before that.** A value that is sealed anew, for rotation, counts as a seal under the new key.
+///
+/// # Example
 /// ```
 /// use bruhmcp_db::crypto::{KeyRing, SecretColumn};
 /// use bruhmcp_db::ids::CredentialId;
-/// use secrecy::{ExposeSecret, SecretSlice, SecretString};
+/// use secrecy::{ExposeSecret, SecretString};
 ///
 /// // From the secret store: 32 random octets each.
-/// let (new, old) = (vec![7; 32], vec![1; 32]);
-/// let ring = KeyRing::new([(2, SecretSlice::from(new)), (1, SecretSlice::from(old))])?;
+/// let (new, old) = ([7; 32], [1; 32]);
+/// let ring = KeyRing::new([(2, &new[..]), (1, &old[..])])?;
 ///
 /// let row = CredentialId::new();
 /// let sealed = ring.seal(&SecretString::from("figd_abc"), row, SecretColumn::ApiKey)?;
@@ -152,17 +154,14 @@ impl KeyRing {
     /// The longest secret that can be sealed, in octets: what the database takes, less what sealing adds.
     pub const MAX_LEN: usize = MAX_SEALED_LEN - OVERHEAD;
 
-    /// A ring of keys, newest first: an id, which is stored with each value, and 32 random octets each.
+    /// A ring of copies of these keys, newest first: an id, which is stored with each value, and 32 random octets each.
     ///
     /// # Errors
     /// No key, a key of another length, or an id that is there twice.
-    pub fn new(
-        keys: impl IntoIterator<Item = (u8, SecretSlice<u8>)>,
-    ) -> Result<Self, KeyRingError> {
+    pub fn new<'a>(keys: impl IntoIterator<Item = (u8, &'a [u8])>) -> Result<Self, KeyRingError> {
         let mut ring: Vec<(u8, Aes256Gcm)> = Vec::new();
         for (key_id, key) in keys {
             let key: &Key<Aes256Gcm> = key
-                .expose_secret()
                 .try_into()
                 .map_err(|_| KeyRingError::Length { key_id })?;
             if ring.iter().any(|(id, _)| *id == key_id) {

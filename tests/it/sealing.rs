@@ -8,15 +8,15 @@ use bruhmcp_db::crypto::{KeyRing, KeyRingError, OpenError, SealError, SecretColu
 use bruhmcp_db::enums::OauthStatus;
 use bruhmcp_db::ids::CredentialId;
 use bruhmcp_db::models::{
-    CredentialError, McpCredential, McpCredentialChangeset, McpInstance, NewMcpCredential,
-    OauthTokens, Resealed,
+    CredentialError, InstanceFilter, McpCredential, McpCredentialChangeset, McpInstance,
+    NewMcpCredential, OauthTokens, Resealed,
 };
 use bruhmcp_db::{ConstraintViolation, Sealed};
 use chrono::Utc;
 use diesel::prelude::*;
 use diesel::result::Error::DatabaseError;
 use proptest::prelude::*;
-use secrecy::{ExposeSecret, SecretSlice, SecretString};
+use secrecy::{ExposeSecret, SecretString};
 use uuid::Uuid;
 
 use crate::oauth::{RING, completed, insert_api_key, instance, pro_user, service, text, together};
@@ -24,8 +24,8 @@ use crate::support::database;
 
 /// Of each id a key of 32 octets, the same ones for the same `seed`.
 fn ring(seed: u8, ids: &[u8]) -> KeyRing {
-    let key = |&id: &u8| (id, SecretSlice::from(vec![seed ^ id; 32]));
-    KeyRing::new(ids.iter().map(key)).unwrap()
+    let keys: Vec<_> = ids.iter().map(|&id| (id, [seed ^ id; 32])).collect();
+    KeyRing::new(keys.iter().map(|(id, key)| (*id, &key[..]))).unwrap()
 }
 
 fn any_column() -> impl Strategy<Value = SecretColumn> {
@@ -131,7 +131,7 @@ fn the_format_is_as_documented() {
             .unwrap();
         Sealed::from_ciphertext([&[1, 9], &nonce[..], &encrypted].concat())
     };
-    let ring = KeyRing::new([(9, SecretSlice::from(vec![7; 32]))]).unwrap();
+    let ring = KeyRing::new([(9, &[7; 32][..])]).unwrap();
     let open = |sealed| ring.open(&sealed, row, SecretColumn::RefreshToken);
     assert_eq!(open(seal(b"1//abc")).unwrap().expose_secret(), "1//abc");
     assert_eq!(open(seal(b"\xff\xfe")).unwrap_err(), OpenError::NotText);
@@ -140,7 +140,7 @@ fn the_format_is_as_documented() {
 #[test]
 fn a_ring_needs_keys_of_32_octets_with_an_id_each() {
     let ring = |keys: &[(u8, usize)]| {
-        let key = |&(id, length): &(u8, usize)| (id, SecretSlice::from(vec![id; length]));
+        let key = |&(id, length): &(u8, usize)| (id, &[0; 40][..length]);
         KeyRing::new(keys.iter().map(key)).unwrap_err()
     };
     assert_eq!(ring(&[]), KeyRingError::Empty);
@@ -228,16 +228,12 @@ fn reseal_all(conn: &mut PgConnection, ring: &KeyRing, limit: i64) -> Vec<Reseal
 
 /// [`RING`]'s key 1 behind a new key 2.
 fn rotated() -> KeyRing {
-    KeyRing::new([
-        (2, SecretSlice::from(vec![2; 32])),
-        (1, SecretSlice::from(vec![1; 32])),
-    ])
-    .unwrap()
+    KeyRing::new([(2, &[2; 32][..]), (1, &[1; 32][..])]).unwrap()
 }
 
 /// The ring when key 1 is gone.
 fn retired() -> KeyRing {
-    KeyRing::new([(2, SecretSlice::from(vec![2; 32]))]).unwrap()
+    KeyRing::new([(2, &[2; 32][..])]).unwrap()
 }
 
 #[test]
@@ -305,11 +301,11 @@ fn a_rotation_leaves_nothing_under_the_old_key() {
         ]
     );
     let instances =
-        McpInstance::list_by_user(conn, user_id, Default::default(), None, 100).unwrap();
+        McpInstance::list_by_user(conn, user_id, InstanceFilter::default(), None, 100).unwrap();
     let mut keys: Vec<_> = instances
         .iter()
-        .filter_map(|instance| {
-            let row = McpCredential::find_by_instance(conn, instance.instance.instance_id).unwrap();
+        .filter_map(|details| {
+            let row = McpCredential::find_by_instance(conn, details.instance.instance_id).unwrap();
             open(&row?, SecretColumn::ApiKey)
         })
         .collect();

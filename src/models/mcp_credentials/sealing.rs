@@ -132,7 +132,8 @@ impl McpCredential {
     /// their keys, after the row `after`. `version` goes up, as with each change; `credentials_updated_at` doesn't.
     ///
     /// In one transaction, which locks the rows it changes and leaves out those that others have locked; so nobody's
-    /// change is lost, and a pass may leave rows behind. To retire a key, when every process has the new ring:
+    /// change is lost, and a pass may leave rows behind. To retire a key, when every process
+    /// seals with the newest:
     ///
     /// ```no_run
     /// # use bruhmcp_db::{crypto::KeyRing, models::McpCredential};
