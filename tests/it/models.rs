@@ -167,7 +167,7 @@ fn money() {
             plan_code: Some(SubscriptionPlan::Plus),
             razorpay_subscription_id: Some("sub_1"),
             billing_cycle: Some(BillingCycle::Yearly),
-            total_amount: Some(499_00),
+            total_amount: Some(49_900),
             ..NewUserSubscription::new(user.id)
         },
     )
@@ -184,7 +184,7 @@ fn money() {
             subscription.status,
             subscription.total_amount
         ),
-        (SubscriptionPlan::Plus, SubscriptionStatus::Active, 499_00)
+        (SubscriptionPlan::Plus, SubscriptionStatus::Active, 49_900)
     );
     assert_eq!(
         subscription.current_period_end - subscription.current_period_start,

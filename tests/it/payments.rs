@@ -64,7 +64,7 @@ fn a_payment_is_recorded_once() {
     let conn = &mut database.connect();
     let user = user(conn);
     let outcomes = at_once(&database, 32, |_, conn| {
-        let new = payment(user, "pay_1", 499_00, Captured);
+        let new = payment(user, "pay_1", 49_900, Captured);
         SubscriptionTransaction::record_payment(conn, &new).unwrap()
     });
     let (new, existing): (Vec<_>, Vec<_>) = outcomes

@@ -1,6 +1,7 @@
 //! Webhooks: however often delivered, processed once.
 
 use std::collections::BTreeSet;
+use std::sync::Barrier;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bruhmcp_db::ConstraintViolation;
@@ -93,11 +94,14 @@ fn an_event_is_new_once() {
 fn delivered_by_many_it_is_processed_once() {
     let database = database();
     let processed = AtomicUsize::new(0);
+    let all_tried = Barrier::new(32);
     at_once(&database, 32, |_, conn| {
         let (Recorded::New(event) | Recorded::Duplicate(event) | Recorded::FailedEarlier(event)) =
             WebhookEvent::record(conn, &event("evt_1")).unwrap();
         conn.transaction::<_, diesel::result::Error, _>(|conn| {
-            if let Some(event) = WebhookEvent::take(conn, event.event_id)? {
+            let taken = WebhookEvent::take(conn, event.event_id)?;
+            all_tried.wait();
+            if let Some(event) = taken {
                 processed.fetch_add(1, Ordering::SeqCst);
                 assert!(WebhookEvent::mark_processed(conn, event.event_id)?);
             }
