@@ -28,6 +28,7 @@ CREATE TABLE user_plans (
     ),
     CONSTRAINT user_plans_features_check CHECK (jsonb_typeof(features) = 'object')
 ) WITH (fillfactor = 80);
+CREATE INDEX user_plans_expires_at_idx ON user_plans (expires_at) WHERE expires_at IS NOT NULL;
 CREATE TRIGGER user_plans_update_updated_at
     BEFORE UPDATE ON user_plans
     FOR EACH ROW WHEN (OLD.* IS DISTINCT FROM NEW.*)

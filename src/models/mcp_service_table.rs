@@ -616,8 +616,9 @@ impl McpInstance {
         .load(conn)
     }
 
-    /// Instances whose authorisation failed or is pending, and whose credentials nobody touched for as long as `idle`:
-    /// oldest first, `limit` at most. One that was in use before and is being authorised anew is among them.
+    /// Instances that were never authorised: it failed or is pending, there is no token, and nobody touched the credentials
+    /// for as long as `idle`. Oldest first, `limit` at most. One that was in use before and is to be authorised anew has
+    /// tokens, and is not among them, however long its user takes.
     ///
     /// # Errors
     /// Only those of the connection.
@@ -629,6 +630,7 @@ impl McpInstance {
         mcp_service_table::table
             .inner_join(mcp_credentials::table)
             .filter(mcp_service_table::oauth_status.eq_any(UNAUTHORISED))
+            .filter(mcp_credentials::access_token.is_null())
             .filter((mcp_credentials::updated_at + idle.into_sql::<Interval>()).le(now))
             .order((
                 mcp_service_table::created_at,
@@ -657,6 +659,7 @@ impl McpInstance {
                 .inner_join(mcp_service_table::table)
                 .filter(mcp_credentials::instance_id.eq_any(instance_ids))
                 .filter(mcp_credentials::oauth_status.eq_any(UNAUTHORISED))
+                .filter(mcp_credentials::access_token.is_null())
                 .filter((mcp_credentials::updated_at + idle.into_sql::<Interval>()).le(now))
                 .select(mcp_credentials::instance_id)
                 .for_update()

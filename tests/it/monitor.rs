@@ -4,9 +4,10 @@ use std::collections::HashSet;
 use std::sync::Barrier;
 use std::thread;
 
+use bruhmcp_db::Sealed;
 use bruhmcp_db::enums::{InstanceStatus, OauthStatus};
 use bruhmcp_db::ids::InstanceId;
-use bruhmcp_db::models::McpInstance;
+use bruhmcp_db::models::{McpCredential, McpCredentialChangeset, McpInstance};
 use chrono::TimeDelta;
 use diesel::connection::SimpleConnection;
 use diesel::pg::PgConnection;
@@ -153,10 +154,20 @@ fn abandoned_instances_are_listed_and_removed() {
     let conn = &mut database.connect();
     let user = pro_user(conn);
     let gmail = service(conn, "gmail", 4001);
-    let [pending, failed, completed, expired] = [(); 4].map(|()| create_pending(conn, user, gmail));
+    let [pending, failed, completed, expired, again] =
+        [(); 5].map(|()| create_pending(conn, user, gmail));
     authorise(conn, user, failed, OauthStatus::Failed).unwrap();
     authorise(conn, user, completed, OauthStatus::Completed).unwrap();
     authorise(conn, user, expired, OauthStatus::Expired).unwrap();
+    // Was in use before: its user is to grant access again, and may take a holiday first.
+    let used = McpCredential::find_by_instance(conn, again)
+        .unwrap()
+        .unwrap();
+    let changes = McpCredentialChangeset {
+        access_token: Some(Some(Sealed::from_ciphertext(vec![7; 40]))),
+        ..Default::default()
+    };
+    McpCredential::update(conn, used.credential_id, &changes).unwrap();
     all_idle(conn);
     let fresh = create_pending(conn, user, gmail);
 
@@ -171,6 +182,7 @@ fn abandoned_instances_are_listed_and_removed() {
         failed,
         completed,
         expired,
+        again,
         fresh,
         InstanceId::new(),
     ];
@@ -178,7 +190,7 @@ fn abandoned_instances_are_listed_and_removed() {
     removed.sort_by_key(|row| row.created_at);
     assert_eq!(removed, listed);
     assert_eq!(McpInstance::list_abandoned(conn, IDLE, 10).unwrap(), []);
-    for kept in [completed, expired, fresh] {
+    for kept in [completed, expired, again, fresh] {
         find(conn, kept);
     }
     assert_eq!(McpInstance::delete_abandoned(conn, &[], IDLE).unwrap(), []);
