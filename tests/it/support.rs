@@ -1,0 +1,165 @@
+//! Databases for the tests: one server for the whole process, one database per test.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::LazyLock;
+use std::thread;
+
+use bruhmcp_devdb::{Database, Server};
+use diesel::connection::SimpleConnection;
+use diesel::pg::PgConnection;
+use diesel::prelude::*;
+
+static SERVER: LazyLock<Server> =
+    LazyLock::new(|| Server::from_env().unwrap_or_else(|error| panic!("{error}")));
+
+/// Migrated once, then only copied.
+static TEMPLATE: LazyLock<Database> = LazyLock::new(|| {
+    let template = SERVER.create_database().unwrap();
+    let mut connection = PgConnection::establish(&template.url()).unwrap();
+    for path in up_sql() {
+        let sql = fs::read_to_string(&path).unwrap();
+        connection
+            .transaction(|connection| connection.batch_execute(&sql))
+            .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    }
+    template
+});
+
+/// A database of the test's own, dropped at its end.
+pub(crate) struct TestDatabase(Database);
+
+/// A database with all migrations applied.
+pub(crate) fn database() -> TestDatabase {
+    TestDatabase(SERVER.create_database_from(&TEMPLATE).unwrap())
+}
+
+/// A database without anything in it.
+pub(crate) fn empty_database() -> TestDatabase {
+    TestDatabase(SERVER.create_database().unwrap())
+}
+
+/// The `up.sql` of each migration, in the order they run.
+pub(crate) fn up_sql() -> Vec<PathBuf> {
+    migration_files("up.sql")
+}
+
+/// The `down.sql` of each migration, in the order of [`up_sql`]; they run the other way round.
+pub(crate) fn down_sql() -> Vec<PathBuf> {
+    migration_files("down.sql")
+}
+
+fn migration_files(name: &str) -> Vec<PathBuf> {
+    let entries = fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/migrations")).unwrap();
+    let folders = entries
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.is_dir());
+    let mut files: Vec<PathBuf> = folders.map(|folder| folder.join(name)).collect();
+    files.sort();
+    files
+}
+
+impl TestDatabase {
+    pub(crate) fn url(&self) -> String {
+        self.0.url()
+    }
+
+    pub(crate) fn connect(&self) -> PgConnection {
+        PgConnection::establish(&self.url()).unwrap()
+    }
+
+    /// What `pg_dump` prints, with these arguments added, the same for the same contents.
+    pub(crate) fn dump(&self, args: &[&str]) -> String {
+        let dump = result(self.0.client("pg_dump").args(args).output().unwrap()).unwrap();
+        // `\restrict` and `\unrestrict` hold a random key.
+        let lines = dump
+            .split_inclusive('\n')
+            .filter(|line| !line.contains("restrict ") || !line.starts_with('\\'));
+        lines.collect()
+    }
+
+    /// Runs statements in one `psql`, each in a transaction of its own, up to the first that fails. Rows come without
+    /// header and alignment, fields separated by `|`; the error is what `psql` prints, SQLSTATE, DETAIL and HINT included.
+    pub(crate) fn psql(&self, sql: &str) -> Result<String, String> {
+        let mut psql = self.psql_command("-");
+        let mut child = psql
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut stdin = child.stdin.take().unwrap();
+        thread::scope(|scope| {
+            // A psql that has stopped at an error reads no more.
+            scope.spawn(move || stdin.write_all(sql.as_bytes()));
+            result(child.wait_with_output().unwrap())
+        })
+    }
+
+    /// As [`psql`](Self::psql), with the statements of a file.
+    pub(crate) fn psql_file(&self, path: &Path) -> Result<String, String> {
+        result(self.psql_command(path).output().unwrap())
+    }
+
+    fn psql_command(&self, file: impl AsRef<OsStr>) -> Command {
+        let mut psql = self.0.client("psql");
+        psql.args([
+            "-XAtq",
+            "--set=ON_ERROR_STOP=1",
+            "--set=VERBOSITY=verbose",
+            "--file",
+        ])
+        .arg(file);
+        psql
+    }
+}
+
+fn result(output: Output) -> Result<String, String> {
+    if output.status.success() {
+        Ok(String::from_utf8(output.stdout).unwrap())
+    } else {
+        Err(String::from_utf8_lossy(&output.stderr).into_owned())
+    }
+}
+
+#[test]
+fn databases_are_apart() {
+    let (one, other) = (database(), database());
+    one.psql("CREATE TABLE of_one (a int); INSERT INTO of_one VALUES (1), (2)")
+        .unwrap();
+    assert_eq!(
+        one.psql("SELECT a, -a FROM of_one ORDER BY a").unwrap(),
+        "1|-1\n2|-2\n"
+    );
+    let error = other.psql("TABLE of_one").unwrap_err();
+    assert!(error.contains("42P01"), "{error}");
+    one.connect().batch_execute("DROP TABLE of_one").unwrap();
+    assert_eq!(one.dump(&[]), other.dump(&[]));
+}
+
+#[test]
+fn an_empty_database_is_empty() {
+    let objects = "SELECT count(*) FROM pg_class WHERE relnamespace = 'public'::regnamespace";
+    assert_eq!(empty_database().psql(objects).unwrap(), "0\n");
+}
+
+#[test]
+fn each_up_has_a_down() {
+    assert_eq!(up_sql().len(), down_sql().len());
+    for path in up_sql().iter().chain(&down_sql()) {
+        assert!(path.is_file(), "{} is missing", path.display());
+    }
+}
+
+#[test]
+fn each_up_runs_alone_under_psql() {
+    let database_by_psql = empty_database();
+    for path in up_sql() {
+        database_by_psql.psql_file(&path).unwrap();
+    }
+    let args = ["--exclude-table=__diesel_schema_migrations"];
+    assert_eq!(database_by_psql.dump(&args), database().dump(&args));
+}
