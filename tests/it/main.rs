@@ -1,4 +1,5 @@
 //! All tests that need a server, in one binary, so that they share one.
 #![expect(clippy::unwrap_used, reason = "a test that can't go on panics")]
 
+mod archive;
 mod support;

@@ -14,6 +14,8 @@ pub(crate) const CLIENT: &[&str] = &["psql", "pg_dump"];
 pub(crate) fn folder_with(programs: &[&str]) -> Result<PathBuf, Error> {
     candidates()
         .into_iter()
+        // An entry of PATH may be relative, and an empty one means the current folder.
+        .filter(|folder| folder.is_absolute())
         .find(|folder| {
             programs
                 .iter()

@@ -1,0 +1,580 @@
+//! 000 on a database of the previous system: everything goes into the archive, and comes back as it was.
+
+use std::path::Path;
+
+use diesel::connection::{Connection, SimpleConnection};
+
+use crate::support::{self, TestDatabase};
+
+const LEGACY: &str = include_str!("../fixtures/legacy.sql");
+
+/// The relations of the fixture that 000 moves, a partitioned table's and a parent's children included.
+const MOVED: [&str; 20] = [
+    "users",
+    "beta_users",
+    "auth_tokens",
+    "user_subscriptions",
+    "subscription_transactions",
+    "account_credits",
+    "mcp_table",
+    "mcp_service_table",
+    "mcp_credentials",
+    "token_audit_log",
+    "token_audit_log_2023",
+    "token_audit_log_2024",
+    "token_audit_summary",
+    "user_plans",
+    "webhook_events",
+    "user_billing_details",
+    "api_keys",
+    "magic_links",
+    "sessions",
+    "password_resets",
+];
+
+fn legacy() -> TestDatabase {
+    let database = support::empty_database();
+    database.psql(LEGACY).unwrap();
+    database
+}
+
+/// The fixture, owned by a role that may do in this database what 000 needs.
+fn legacy_of_pg_monitor() -> TestDatabase {
+    let database = support::empty_database();
+    database
+        .psql(
+            r#"GRANT CREATE ON DATABASE :"DBNAME" TO pg_monitor;
+               GRANT CREATE ON SCHEMA public TO pg_monitor;"#,
+        )
+        .unwrap();
+    database
+        .psql(&format!("SET ROLE pg_monitor;\n{LEGACY}"))
+        .unwrap();
+    database
+}
+
+fn up(database: &TestDatabase) -> Result<String, String> {
+    database.psql_file(&support::up_sql()[0])
+}
+
+fn down(database: &TestDatabase) -> Result<String, String> {
+    database.psql_file(&support::down_sql()[0])
+}
+
+/// Each moved relation with the number of its rows and a digest of them.
+fn contents(database: &TestDatabase, schema: &str) -> String {
+    let statements = MOVED.map(|name| {
+        format!(
+            r#"SELECT '{name}', count(*), md5(string_agg(r::text, '' ORDER BY r::text COLLATE "C"))
+               FROM {schema}.{name} AS r;"#
+        )
+    });
+    database.psql(&statements.concat()).unwrap()
+}
+
+/// All that stands directly in a schema: neither indexes nor what belongs to a table.
+fn objects(database: &TestDatabase, schema: &str) -> String {
+    database
+        .psql(&format!(
+            r#"SELECT (pg_identify_object(classid, objid, 0)).identity COLLATE "C"
+               FROM pg_depend
+               WHERE refclassid = 'pg_namespace'::regclass AND refobjid = '{schema}'::regnamespace
+               ORDER BY 1"#
+        ))
+        .unwrap()
+}
+
+fn has_archive(database: &TestDatabase) -> bool {
+    let answer = database.psql("SELECT to_regnamespace('bruhmcp_archive') IS NOT NULL");
+    answer.unwrap() == "t\n"
+}
+
+/// Runs 000's up or down, which must fail with this SQLSTATE and leave everything as it is.
+fn assert_refused(
+    database: &TestDatabase,
+    run: impl FnOnce(&TestDatabase) -> Result<String, String>,
+    sqlstate: &str,
+) -> String {
+    let before = database.dump(&[]);
+    let error = run(database).unwrap_err();
+    assert!(error.contains(&format!("ERROR:  {sqlstate}: ")), "{error}");
+    assert_eq!(database.dump(&[]), before);
+    error
+}
+
+#[test]
+fn every_row_is_archived() {
+    let database = legacy();
+    let before = contents(&database, "public");
+    assert!(
+        !before.contains("|0|"),
+        "an empty table proves nothing: {before}"
+    );
+
+    up(&database).unwrap();
+
+    assert_eq!(contents(&database, "bruhmcp_archive"), before);
+    assert_eq!(
+        objects(&database, "public"),
+        "public.active_people\n\
+         public.receipt_number_seq\n\
+         public.revenue_per_user\n\
+         public.support_tickets\n\
+         public.support_tickets_ticket_id_seq\n\
+         public.users_flags\n"
+    );
+}
+
+#[test]
+fn down_restores_every_byte_and_so_does_a_second_round() {
+    let database = legacy();
+    let before = database.dump(&[]);
+    up(&database).unwrap();
+    let archived = database.dump(&[]);
+    down(&database).unwrap();
+    assert_eq!(database.dump(&[]), before);
+
+    up(&database).unwrap();
+    assert_eq!(database.dump(&[]), archived);
+    down(&database).unwrap();
+    assert_eq!(database.dump(&[]), before);
+}
+
+#[test]
+fn all_migrations_run_on_top_and_back() {
+    let database = legacy();
+    let before = database.dump(&[]);
+    let rows = contents(&database, "public");
+    for path in support::up_sql() {
+        database.psql_file(&path).unwrap();
+    }
+    assert_eq!(contents(&database, "bruhmcp_archive"), rows);
+    for path in support::down_sql().iter().rev() {
+        database.psql_file(path).unwrap();
+    }
+    assert_eq!(database.dump(&[]), before);
+}
+
+/// Whatever the later migrations create, 000 must find on a database that has it already.
+#[test]
+fn no_name_of_a_later_migration_is_forgotten() {
+    let database = support::database();
+    let before = database.dump(&[]);
+    let created = objects(&database, "public");
+    assert!(
+        created.contains("public.user_billing_details\n"),
+        "{created}"
+    );
+
+    up(&database).unwrap();
+    assert_eq!(objects(&database, "public"), "");
+    assert_eq!(
+        objects(&database, "bruhmcp_archive"),
+        created.replace("public.", "bruhmcp_archive.")
+    );
+    down(&database).unwrap();
+    assert_eq!(database.dump(&[]), before);
+}
+
+#[test]
+fn the_comment_lists_what_points_into_the_archive() {
+    let database = legacy();
+    up(&database).unwrap();
+    let comment = database
+        .psql("SELECT obj_description('bruhmcp_archive'::regnamespace, 'pg_namespace')")
+        .unwrap();
+    let (_, list) = comment.split_once("still pointing in here:\n").unwrap();
+    assert_eq!(
+        list,
+        "- column plan of table support_tickets\n\
+         - constraint support_tickets_user_id_fkey on table support_tickets\n\
+         - publication of table bruhmcp_archive.users in publication warehouse\n\
+         - rule _RETURN on materialized view revenue_per_user\n\
+         - rule _RETURN on view active_people\n\
+         - trigger touch_ticket on table support_tickets\n"
+    );
+}
+
+#[test]
+fn what_is_left_behind_works_on() {
+    let database = legacy();
+    let people = "SELECT count(*), sum(id) FROM active_people";
+    let before = database.psql(people).unwrap();
+    up(&database).unwrap();
+    let psql = |sql| database.psql(sql).unwrap();
+
+    assert_eq!(psql(people), before);
+
+    let error = database
+        .psql("INSERT INTO support_tickets (user_id, subject) VALUES (9999, 'nobody')")
+        .unwrap_err();
+    assert!(error.contains("support_tickets_user_id_fkey"), "{error}");
+    psql(
+        "INSERT INTO support_tickets (user_id, subject, plan) VALUES (398, 'a', 'basic'), (399, 'b', 'basic')",
+    );
+    psql("DELETE FROM bruhmcp_archive.users WHERE id = 398");
+    assert_eq!(
+        psql("SELECT user_id FROM support_tickets WHERE user_id IN (398, 399)"),
+        "399\n"
+    );
+
+    psql("UPDATE support_tickets SET subject = 'touched' WHERE ticket_id = 1");
+    assert_eq!(
+        psql("SELECT updated_at > '2024-01-01' FROM support_tickets WHERE ticket_id = 1"),
+        "t\n"
+    );
+
+    psql(
+        "INSERT INTO bruhmcp_archive.subscription_transactions (user_id, amount, status)
+         VALUES (399, 12.5, 'captured')",
+    );
+    psql("REFRESH MATERIALIZED VIEW CONCURRENTLY revenue_per_user");
+    assert_eq!(
+        psql("SELECT revenue FROM revenue_per_user WHERE user_id = 399"),
+        "12.50\n"
+    );
+
+    assert_eq!(
+        psql(
+            "SELECT schemaname, tablename FROM pg_publication_tables WHERE pubname = 'warehouse' ORDER BY 2"
+        ),
+        "public|support_tickets\nbruhmcp_archive|users\n"
+    );
+}
+
+#[test]
+fn archived_tables_keep_triggers_rules_sequences_and_rights() {
+    let database = legacy();
+    up(&database).unwrap();
+    let psql = |sql| database.psql(sql).unwrap();
+
+    assert_eq!(
+        psql(
+            "UPDATE bruhmcp_archive.users SET name = 'New' WHERE id = 1 RETURNING updated_at > '2024-01-01'"
+        ),
+        "t\n"
+    );
+    assert_eq!(
+        psql(
+            "UPDATE bruhmcp_archive.mcp_service_table SET usage_count = 0 WHERE usage_count = 5 RETURNING version"
+        ),
+        "2\n"
+    );
+    psql("DELETE FROM bruhmcp_archive.mcp_table");
+    assert_eq!(
+        psql("SELECT count(*) FROM bruhmcp_archive.mcp_table"),
+        "200\n"
+    );
+    assert_eq!(
+        psql(
+            "INSERT INTO bruhmcp_archive.account_credits (user_id, amount) VALUES (1, 1) RETURNING id"
+        ),
+        "201\n"
+    );
+    assert_eq!(
+        psql(
+            "SELECT bruhmcp_archive.cleanup_old_token_audit_logs('basic'::bruhmcp_archive.plan_type)"
+        ),
+        "1\n"
+    );
+    assert_eq!(
+        psql("SELECT has_column_privilege('pg_monitor', 'bruhmcp_archive.users', 'name', 'SELECT'),
+                     has_column_privilege('pg_monitor', 'bruhmcp_archive.users', 'password_hash', 'SELECT')"),
+        "t|f\n"
+    );
+}
+
+#[test]
+fn an_existing_archive_is_never_added_to() {
+    let database = legacy();
+    up(&database).unwrap();
+    // Nothing to move: the archive doesn't matter.
+    let archived = database.dump(&[]);
+    up(&database).unwrap();
+    assert_eq!(database.dump(&[]), archived);
+
+    database.psql("CREATE TABLE users (id int)").unwrap();
+    let error = assert_refused(&database, up, "42P06");
+    assert!(
+        error.contains("schema \"bruhmcp_archive\" exists already"),
+        "{error}"
+    );
+    assert!(error.contains("HINT:  Rename that schema"), "{error}");
+
+    // Nor to an empty one: somebody made it for something.
+    let database = legacy();
+    database.psql("CREATE SCHEMA bruhmcp_archive").unwrap();
+    assert_refused(&database, up, "42P06");
+}
+
+#[test]
+fn an_empty_database_stays_empty() {
+    let database = support::empty_database();
+    let before = database.dump(&[]);
+    up(&database).unwrap();
+    assert_eq!(database.dump(&[]), before);
+    down(&database).unwrap();
+    assert_eq!(database.dump(&[]), before);
+}
+
+#[test]
+fn down_leaves_alone_what_up_did_not_make() {
+    // Nothing was archived.
+    let database = legacy();
+    let before = database.dump(&[]);
+    down(&database).unwrap();
+    assert_eq!(database.dump(&[]), before);
+
+    // The archive was dropped.
+    up(&database).unwrap();
+    database
+        .psql("DROP SCHEMA bruhmcp_archive CASCADE")
+        .unwrap();
+    let before = database.dump(&[]);
+    down(&database).unwrap();
+    assert_eq!(database.dump(&[]), before);
+
+    // Somebody else's schema has the name.
+    database
+        .psql("CREATE SCHEMA bruhmcp_archive; CREATE TABLE bruhmcp_archive.users (id int)")
+        .unwrap();
+    let before = database.dump(&[]);
+    down(&database).unwrap();
+    assert_eq!(database.dump(&[]), before);
+}
+
+#[test]
+fn down_moves_back_what_the_owner_kept() {
+    let database = legacy();
+    up(&database).unwrap();
+    database
+        .psql("DROP TABLE bruhmcp_archive.sessions")
+        .unwrap();
+    down(&database).unwrap();
+    assert!(!has_archive(&database));
+
+    let kept = legacy();
+    kept.psql("DROP TABLE sessions").unwrap();
+    assert_eq!(database.dump(&[]), kept.dump(&[]));
+}
+
+#[test]
+fn down_refuses_where_a_name_is_taken() {
+    let database = legacy();
+    up(&database).unwrap();
+    database.psql("CREATE TABLE sessions (id int)").unwrap();
+    let error = assert_refused(&database, down, "42P07");
+    assert!(
+        error.contains("relation \"sessions\" already exists in schema \"public\""),
+        "{error}"
+    );
+
+    database
+        .psql("DROP TABLE sessions; CREATE TYPE plan_type AS ENUM ()")
+        .unwrap();
+    assert_refused(&database, down, "42710");
+}
+
+/// Both ways, whatever the name of the schema and the kind of the objects in it.
+#[test]
+fn only_the_current_schema_is_touched() {
+    let database = support::empty_database();
+    database
+        .psql(
+            r#"CREATE SCHEMA "Tenant 1's";
+               CREATE SCHEMA partitions;
+               CREATE TABLE users (id int);
+               ALTER DATABASE :"DBNAME" SET search_path = "Tenant 1's", public;"#,
+        )
+        .unwrap();
+    // Clashing names on objects of every kind.
+    database
+        .psql(
+            r#"CREATE TYPE subscription_plan AS RANGE (subtype = int4);
+               CREATE TYPE subscription_status AS (since int, plan subscription_plan);
+               CREATE DOMAIN billing_cycle AS subscription_plan;
+               CREATE TABLE plan_type (a int);
+               CREATE SEQUENCE webhook_status;
+               CREATE VIEW users AS SELECT 1 AS id;
+               CREATE MATERIALIZED VIEW sessions AS SELECT id FROM users;
+               CREATE FOREIGN DATA WRAPPER nowhere;
+               CREATE SERVER nowhere FOREIGN DATA WRAPPER nowhere;
+               CREATE FOREIGN TABLE api_keys (a int) SERVER nowhere;
+               CREATE TABLE mcp_table (a int, b text) PARTITION BY LIST (a);
+               CREATE TABLE "Of one" PARTITION OF mcp_table FOR VALUES IN (1) PARTITION BY HASH (b);
+               CREATE TABLE "Of 'one'" PARTITION OF "Of one" FOR VALUES WITH (MODULUS 1, REMAINDER 0);
+               CREATE TABLE partitions.of_two PARTITION OF mcp_table FOR VALUES IN (2);
+               CREATE PROCEDURE assign_default_plan(subscription_status, OUT a int, INOUT b plan_type[])
+                   LANGUAGE sql AS 'SELECT 1, NULL::plan_type[]';
+               CREATE AGGREGATE update_updated_at_column(*) (sfunc = int8inc, stype = int8, initcond = '0');
+               CREATE TABLE other (status subscription_status, id int DEFAULT nextval('webhook_status'));
+               CREATE INDEX webhook_events ON other (id);"#,
+        )
+        .unwrap();
+    let before = database.dump(&[]);
+
+    up(&database).unwrap();
+    assert_eq!(
+        objects(&database, "bruhmcp_archive"),
+        r#"bruhmcp_archive."Of 'one'"
+bruhmcp_archive."Of one"
+bruhmcp_archive.api_keys
+bruhmcp_archive.assign_default_plan(bruhmcp_archive.subscription_status,bruhmcp_archive.plan_type[])
+bruhmcp_archive.billing_cycle
+bruhmcp_archive.mcp_table
+bruhmcp_archive.plan_type
+bruhmcp_archive.sessions
+bruhmcp_archive.subscription_plan
+bruhmcp_archive.subscription_status
+bruhmcp_archive.update_updated_at_column()
+bruhmcp_archive.users
+bruhmcp_archive.webhook_status
+"#
+    );
+    assert_eq!(objects(&database, "public"), "public.users\n");
+    assert_eq!(objects(&database, "partitions"), "partitions.of_two\n");
+
+    // Seen from another schema this archive is somebody else's.
+    let archived = database.dump(&[]);
+    database
+        .psql(&format!(
+            "SET search_path = public;\n{}",
+            read(&support::down_sql()[0])
+        ))
+        .unwrap();
+    assert_eq!(database.dump(&[]), archived);
+
+    down(&database).unwrap();
+    assert_eq!(database.dump(&[]), before);
+}
+
+fn read(path: &Path) -> String {
+    std::fs::read_to_string(path).unwrap()
+}
+
+#[test]
+fn members_of_an_extension_stay() {
+    let database = support::empty_database();
+    database
+        .psql(
+            "CREATE TABLE sessions (id int);
+             CREATE TYPE plan_type AS ENUM ();
+             CREATE FUNCTION assign_default_plan() RETURNS int LANGUAGE sql AS 'SELECT 1';
+             ALTER EXTENSION plpgsql ADD TABLE sessions;
+             ALTER EXTENSION plpgsql ADD TYPE plan_type;
+             ALTER EXTENSION plpgsql ADD FUNCTION assign_default_plan();",
+        )
+        .unwrap();
+    up(&database).unwrap();
+    assert!(!has_archive(&database));
+}
+
+#[test]
+fn nobody_else_may_enter_the_archive() {
+    let database = legacy();
+    let before = database.dump(&[]);
+    database
+        .psql("ALTER DEFAULT PRIVILEGES GRANT ALL ON SCHEMAS TO PUBLIC, pg_monitor")
+        .unwrap();
+    up(&database).unwrap();
+    let others = database
+        .psql(
+            "SELECT grantee FROM pg_namespace, aclexplode(nspacl)
+             WHERE nspname = 'bruhmcp_archive' AND grantee <> nspowner",
+        )
+        .unwrap();
+    assert_eq!(others, "");
+    let error = database
+        .psql("SET ROLE pg_monitor; SELECT name FROM bruhmcp_archive.users")
+        .unwrap_err();
+    assert!(
+        error.contains("permission denied for schema bruhmcp_archive"),
+        "{error}"
+    );
+
+    down(&database).unwrap();
+    database
+        .psql("ALTER DEFAULT PRIVILEGES REVOKE ALL ON SCHEMAS FROM PUBLIC, pg_monitor")
+        .unwrap();
+    assert_eq!(database.dump(&[]), before);
+}
+
+/// Foreign keys are checked as the owner of the table referred to, who may not be the one who migrates.
+#[test]
+fn owners_still_reach_their_archived_tables() {
+    let database = legacy_of_pg_monitor();
+    let before = database.dump(&[]);
+    up(&database).unwrap();
+    database
+        .psql(
+            "BEGIN;
+             SET ROLE pg_monitor;
+             INSERT INTO support_tickets (user_id, subject) VALUES (1, 'new');
+             DELETE FROM bruhmcp_archive.users WHERE id = 390;
+             ROLLBACK;
+             SELECT setval('support_tickets_ticket_id_seq', 200)",
+        )
+        .unwrap();
+    down(&database).unwrap();
+    assert_eq!(database.dump(&[]), before);
+}
+
+#[test]
+fn a_busy_table_stops_it_after_the_lock_timeout() {
+    let database = legacy();
+    // Runs 000 while somebody reads a table.
+    let while_read = |table: &str, run: fn(&TestDatabase) -> Result<String, String>| {
+        let mut reader = database.connect();
+        reader
+            .transaction(|reader| {
+                reader.batch_execute(&format!("SELECT FROM {table} LIMIT 1"))?;
+                assert_refused(&database, run, "55P03");
+                diesel::QueryResult::Ok(())
+            })
+            .unwrap();
+    };
+    while_read("sessions", up);
+    up(&database).unwrap();
+    while_read("bruhmcp_archive.sessions", down);
+    down(&database).unwrap();
+}
+
+#[test]
+fn one_table_of_another_owner_stops_it() {
+    let database = legacy_of_pg_monitor();
+    let as_pg_monitor =
+        |path: &Path| database.psql(&format!("SET ROLE pg_monitor;\n{}", read(path)));
+    database
+        .psql("ALTER TABLE sessions OWNER TO CURRENT_USER")
+        .unwrap();
+    let error = assert_refused(&database, |_| as_pg_monitor(&support::up_sql()[0]), "42501");
+    assert!(error.contains("must be owner of table sessions"), "{error}");
+
+    database
+        .psql("ALTER TABLE sessions OWNER TO pg_monitor")
+        .unwrap();
+    as_pg_monitor(&support::up_sql()[0]).unwrap();
+    database
+        .psql("ALTER TABLE bruhmcp_archive.sessions OWNER TO CURRENT_USER")
+        .unwrap();
+    assert_refused(
+        &database,
+        |_| as_pg_monitor(&support::down_sql()[0]),
+        "42501",
+    );
+}
+
+#[test]
+fn the_veto_of_an_event_trigger_stops_it() {
+    let database = legacy();
+    // Routines move last: the tables and types have moved by then.
+    database
+        .psql(
+            "CREATE FUNCTION veto() RETURNS event_trigger LANGUAGE plpgsql
+                 AS $$ BEGIN RAISE 'not here' USING ERRCODE = 'insufficient_privilege'; END $$;
+             CREATE EVENT TRIGGER veto ON ddl_command_end WHEN TAG IN ('ALTER ROUTINE') EXECUTE FUNCTION veto();",
+        )
+        .unwrap();
+    let error = assert_refused(&database, up, "42501");
+    assert!(error.contains("not here"), "{error}");
+}
