@@ -26,7 +26,7 @@ const NO_CONNECTION: u8 = 6;
 const DRIFT: u8 = 7;
 
 /// How often a long migration is said to be running still.
-const LIVE: Duration = Duration::from_secs(5);
+const LIVE: Duration = Duration::from_secs(2);
 
 /// Applies, reverts and checks the migrations of BruhMCP's database.
 ///

@@ -2,4 +2,9 @@
 #![expect(clippy::unwrap_used, reason = "a test that can't go on panics")]
 
 mod archive;
+#[cfg(feature = "cli")]
+mod cli;
+#[cfg(all(feature = "cli", unix))]
+mod faults;
+mod runner;
 mod support;
