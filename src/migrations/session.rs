@@ -49,7 +49,7 @@ fn establish(url: &Url, secret: &str, wait: Duration) -> Result<PgConnection, Er
 /// so this knows what is worth waiting for and takes anything else, a server's message in another language included, as
 /// final. Compared as a whole: a name in the text may say anything.
 fn may_come_up(text: &str) -> bool {
-    const PASSING: [&str; 10] = [
+    const PASSING: [&str; 11] = [
         "Connection refused",
         "Connection reset by peer",
         "No such file or directory",
@@ -60,6 +60,7 @@ fn may_come_up(text: &str) -> bool {
         "FATAL:  the database system is shutting down",
         "FATAL:  the database system is in recovery mode",
         "FATAL:  the database system is not yet accepting connections",
+        "FATAL:  the database system is not accepting connections",
     ];
     let mut answers = text
         .lines()

@@ -74,13 +74,19 @@ fn generated_faults() {
                     let Some(scenario) = scenarios.get(index) else {
                         break;
                     };
+                    let t = Instant::now();
                     let row = scenario(&server);
+                    eprintln!("{index} {:?}", t.elapsed());
                     rows.lock().unwrap().insert(index, row);
                 }
             });
         }
     });
-    check_generated("docs/faults.md", &page(rows.into_inner().unwrap().values()));
+    check_generated(
+        "generated_faults",
+        "docs/faults.md",
+        &page(rows.into_inner().unwrap().values()),
+    );
 }
 
 fn page<'a>(rows: impl Iterator<Item = &'a Row>) -> String {
@@ -477,15 +483,12 @@ fn custom(database: &Database, folder: &Folder) -> Outcome {
 fn no_space(_: &Server) -> Row {
     let server = Server::private(&[]).unwrap();
     let database = server.create_database().unwrap();
+    // By the server's own account, which may do so to its own process.
     let limit = |size: &str| {
-        let pid = server.postmaster_pid().unwrap().to_string();
-        let status = Command::new("prlimit")
-            .args(["--pid", &pid, &format!("--fsize={size}")])
-            .status();
-        assert!(
-            status
-                .expect("the program prlimit of util-linux is needed")
-                .success()
+        let pid = server.postmaster_pid().unwrap();
+        query(
+            &database,
+            &format!("COPY (SELECT) TO PROGRAM 'prlimit --pid {pid} --fsize={size}:'"),
         );
     };
     let folder = Folder::new(&[
@@ -500,7 +503,7 @@ fn no_space(_: &Server) -> Row {
             "DROP TABLE big",
         ),
     ]);
-    limit("25000000:unlimited");
+    limit("25000000");
     let outcome = custom(&database, &folder);
     let after = query(
         &database,
@@ -674,11 +677,14 @@ fn server_down(_: &Server) -> Row {
 
 /// A recovery that waits for a file keeps the server from coming up for as long as the test wants.
 fn server_coming_up(_: &Server) -> Row {
-    let server = Server::private(&[(
-        "restore_command",
-        "while [ ! -e go ]; do sleep 0.1; done; false",
-    )])
-    .unwrap();
+    let settings = [
+        (
+            "restore_command",
+            "while [ ! -e go ]; do sleep 0.1; done; false",
+        ),
+        ("hot_standby", "off"),
+    ];
+    let server = Server::private(&settings).unwrap();
     let database = with_user(&server);
     let folder = server.folder().unwrap();
     server.stop(false).unwrap();

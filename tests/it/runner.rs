@@ -60,8 +60,8 @@ impl Drop for Folder {
     }
 }
 
-/// Compares a generated file with the committed one, or writes it when told to.
-pub(crate) fn check_generated(path: &str, text: &str) {
+/// Compares a file that the test `test` generates with the committed one, or writes it when told to.
+pub(crate) fn check_generated(test: &str, path: &str, text: &str) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
     if std::env::var_os("BRUHMCP_WRITE").is_some() {
         fs::write(path, text).unwrap();
@@ -71,7 +71,7 @@ pub(crate) fn check_generated(path: &str, text: &str) {
     assert!(
         committed == text,
         "{} is not what the tests find; if that is right, write it by\n\
-         BRUHMCP_WRITE=1 cargo test --all-features --test it generated\n{}",
+         BRUHMCP_WRITE=1 cargo test --all-features --test it {test}\n{}",
         path.display(),
         difference(&committed, text)
     );
@@ -147,7 +147,7 @@ fn generated_hashes() {
         .iter()
         .map(|(file, hash)| format!("{hash}  {file}\n"))
         .collect();
-    check_generated("migrations/hashes.txt", &text);
+    check_generated("generated_hashes", "migrations/hashes.txt", &text);
 }
 
 /// What `verify` expects is what the migrations build.
@@ -172,6 +172,7 @@ fn generated_catalogue() {
     );
     lines.sort_unstable();
     check_generated(
+        "generated_catalogue",
         "migrations/catalogue.txt",
         &lines
             .iter()
