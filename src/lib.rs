@@ -1,6 +1,8 @@
 //! The database layer of BruhMCP.
 #![deny(missing_docs)]
 
+#[cfg(feature = "crypto")]
+pub mod crypto;
 pub mod enums;
 mod error;
 pub mod ids;

@@ -44,15 +44,6 @@ mod verify;
 // Without an argument the macro takes src/migrations, the modules of this one.
 pub const MIGRATIONS: EmbeddedMigrations = embed_migrations!("migrations");
 
-/// Applies all pending migrations on `conn`, each in a transaction of its own, without lock.
-///
-/// # Errors
-///
-/// What the first failing migration reports; those before it stay applied.
-pub fn run(conn: &mut PgConnection) -> diesel::migration::Result<()> {
-    conn.run_pending_migrations(MIGRATIONS).map(drop)
-}
-
 /// Applies and reverts migrations, over connections of its own.
 ///
 /// Each migration runs in a transaction of its own, unless its `metadata.toml` says otherwise. Whatever changes the

@@ -1,5 +1,27 @@
 //! Columns that nobody must see by accident: their types have no `Serialize`, and a `Debug` that says nothing. A row that
-//! derives `Serialize` without skipping such a column doesn't compile.
+//! derives `Serialize` without skipping such a column doesn't compile:
+//!
+//! ```compile_fail,E0277
+//! use bruhmcp_db::{Sealed, SecretText, TokenDigest};
+//!
+//! #[derive(serde::Serialize)]
+//! struct Row {
+//!     name: String,
+//!     password: SecretText,
+//! }
+//! ```
+//!
+//! Skipped, it does:
+//!
+//! ```
+//! # use bruhmcp_db::{Sealed, SecretText, TokenDigest};
+//! #[derive(serde::Serialize)]
+//! struct Row {
+//!     name: String,
+//!     #[serde(skip_serializing)]
+//!     password: SecretText,
+//! }
+//! ```
 
 use diesel_derive_newtype::DieselNewType;
 
@@ -67,3 +89,50 @@ macro_rules! say_nothing {
     )*};
 }
 say_nothing!(TokenDigest Sealed SecretText);
+
+/// What must not compile, beside what does in the same words: no secret is serialised, and no row or insert can be made
+/// from what a client sends.
+///
+/// ```
+/// fn shown<T: serde::Serialize>() {}
+/// fn taken<T: for<'de> serde::Deserialize<'de>>() {}
+/// shown::<bruhmcp_db::models::User>();
+/// taken::<bruhmcp_db::ids::UserId>();
+/// ```
+///
+/// ```compile_fail,E0277
+/// fn shown<T: serde::Serialize>() {}
+/// shown::<bruhmcp_db::TokenDigest>();
+/// ```
+///
+/// ```compile_fail,E0277
+/// fn shown<T: serde::Serialize>() {}
+/// shown::<bruhmcp_db::Sealed>();
+/// ```
+///
+/// ```compile_fail,E0277
+/// fn shown<T: serde::Serialize>() {}
+/// shown::<bruhmcp_db::SecretText>();
+/// ```
+///
+/// ```compile_fail,E0277
+/// fn taken<T: for<'de> serde::Deserialize<'de>>() {}
+/// taken::<bruhmcp_db::models::User>();
+/// ```
+///
+/// ```compile_fail,E0277
+/// fn taken<T: for<'de> serde::Deserialize<'de>>() {}
+/// taken::<bruhmcp_db::models::McpCredential>();
+/// ```
+///
+/// ```compile_fail,E0277
+/// fn taken<T: for<'de> serde::Deserialize<'de>>() {}
+/// taken::<bruhmcp_db::models::AuthToken>();
+/// ```
+///
+/// ```compile_fail,E0277
+/// fn taken<T: for<'de> serde::Deserialize<'de>>() {}
+/// taken::<bruhmcp_db::models::NewMcpCredential>();
+/// ```
+#[cfg(doctest)]
+struct MustNotCompile;

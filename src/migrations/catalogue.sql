@@ -30,13 +30,18 @@ JOIN pg_type t ON t.oid = a.atttypid
 LEFT JOIN pg_attrdef d ON d.adrelid = c.oid AND d.adnum = a.attnum
 WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f')
 UNION ALL
-SELECT format('view %s sha256 %s', relname, encode(sha256(convert_to(pg_get_viewdef(oid), 'UTF8')), 'hex'))
+-- PostgreSQL 16 and later qualify fewer names.
+SELECT format(
+    'view %s sha256 %s', relname,
+    encode(sha256(convert_to(regexp_replace(pg_get_viewdef(oid), '\m[a-z_]+\.|\s+', '', 'g'), 'UTF8')), 'hex')
+)
 FROM relation
 WHERE relkind IN ('v', 'm')
 UNION ALL
+-- Not those of NOT NULL, which PostgreSQL 18 has here, or of a constraint trigger.
 SELECT format('constraint %s.%s %s', c.relname, o.conname, pg_get_constraintdef(o.oid))
 FROM relation c
-JOIN pg_constraint o ON o.conrelid = c.oid AND o.contype <> 't'
+JOIN pg_constraint o ON o.conrelid = c.oid AND o.contype IN ('c', 'f', 'p', 'u', 'x')
 UNION ALL
 SELECT format('index %s%s', pg_get_indexdef(i.indexrelid), CASE WHEN NOT i.indisvalid THEN ' INVALID' END)
 FROM relation c

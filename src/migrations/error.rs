@@ -266,8 +266,18 @@ impl ServerReport {
         let (line, column) = position
             .and_then(|position| line_and_column(sql, position))
             .unzip();
+        let message = information.message().trim_end();
         Self {
-            message: information.message().trim_end().to_owned(),
+            message: match kind {
+                // libpq goes on about what this probably means.
+                DatabaseErrorKind::ClosedConnection => {
+                    format!(
+                        "the connection was lost ({})",
+                        message.lines().next().unwrap_or_default()
+                    )
+                }
+                _ => message.to_owned(),
+            },
             detail: detail(kind, &**information),
             hint: information.hint().map(str::to_owned),
             line,

@@ -1,8 +1,11 @@
 //! Services: the registry of what users can connect to.
 
 use chrono::{DateTime, Utc};
+use diesel::dsl::sql;
 use diesel::pg::Pg;
 use diesel::prelude::*;
+use diesel::sql_types::Bool;
+use diesel::upsert::excluded;
 use serde::Serialize;
 
 use crate::enums::AuthType;
@@ -74,11 +77,95 @@ pub struct McpServiceChangeset<'a> {
     pub icon_url_path: Option<Option<&'a str>>,
     /// TCP port on which it listens; unique.
     pub port: Option<i32>,
-    /// False: takes no new instance.
-    pub is_active: Option<bool>,
+}
+
+/// What [`McpService::register`] did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Registered {
+    /// There was no service of this name.
+    New(McpService),
+    /// There was one, and it was different.
+    Changed(McpService),
+    /// There was one just like this. Nothing was written.
+    Unchanged(McpService),
+}
+
+impl Registered {
+    /// The service as it is now.
+    #[must_use]
+    pub fn into_service(self) -> McpService {
+        let (Self::New(service) | Self::Changed(service) | Self::Unchanged(service)) = self;
+        service
+    }
 }
 
 impl McpService {
+    /// Brings the registry in line with a service as it was deployed, found by its name. May be repeated at each start:
+    /// a service that is there already, just so, isn't written to.
+    ///
+    /// `mcp_service_id` and `is_active` count for a new service only: one that was disabled stays so.
+    ///
+    /// One statement, and a read where nothing changed. It locks the row of the service until the transaction ends, and
+    /// waits for transactions that are about to create an instance of it; so register each service in a transaction of
+    /// its own.
+    ///
+    /// # Errors
+    /// Any broken rule of the table, such as `mcp_table_port_key`: another service has the port. `NotFound` if somebody
+    /// deletes the service at this very moment.
+    pub fn register(conn: &mut PgConnection, new: &NewMcpService<'_>) -> QueryResult<Registered> {
+        // The filter of the prelude has no DO UPDATE … WHERE.
+        use diesel::query_dsl::methods::FilterDsl;
+
+        let written = diesel::insert_into(mcp_table::table)
+            .values(new)
+            .on_conflict(mcp_table::mcp_service_name)
+            .do_update()
+            .set((
+                mcp_table::display_name.eq(excluded(mcp_table::display_name)),
+                mcp_table::description.eq(excluded(mcp_table::description)),
+                mcp_table::icon_url_path.eq(excluded(mcp_table::icon_url_path)),
+                mcp_table::port.eq(excluded(mcp_table::port)),
+                mcp_table::type_.eq(excluded(mcp_table::type_)),
+            ))
+            .filter(
+                mcp_table::display_name
+                    .ne(excluded(mcp_table::display_name))
+                    .or(mcp_table::description.is_distinct_from(excluded(mcp_table::description)))
+                    .or(mcp_table::icon_url_path
+                        .is_distinct_from(excluded(mcp_table::icon_url_path)))
+                    .or(mcp_table::port.ne(excluded(mcp_table::port)))
+                    .or(mcp_table::type_.ne(excluded(mcp_table::type_))),
+            )
+            // A row that is updated on conflict was locked first, and its xmax still says so.
+            .returning((Self::as_returning(), sql::<Bool>("xmax = 0")))
+            .get_result(conn)
+            .optional()?;
+        match written {
+            Some((service, true)) => Ok(Registered::New(service)),
+            Some((service, false)) => Ok(Registered::Changed(service)),
+            None => Self::find_by_name(conn, new.mcp_service_name)?
+                .map(Registered::Unchanged)
+                .ok_or(diesel::NotFound),
+        }
+    }
+
+    /// Enables or disables a service and returns it; `None` where there is no such service. A disabled service takes no
+    /// new instance; those that exist go on, and one that is being created at this very moment may still get in.
+    ///
+    /// # Errors
+    /// Only those of the connection.
+    pub fn set_enabled(
+        conn: &mut PgConnection,
+        mcp_service_id: ServiceId,
+        enabled: bool,
+    ) -> QueryResult<Option<Self>> {
+        diesel::update(mcp_table::table.find(mcp_service_id))
+            .set(mcp_table::is_active.eq(enabled))
+            .returning(Self::as_returning())
+            .get_result(conn)
+            .optional()
+    }
+
     /// Inserts a row and returns it with its defaults.
     ///
     /// # Errors
@@ -102,7 +189,7 @@ impl McpService {
             .optional()
     }
 
-    /// The service of this name.
+    /// The service of this name, if there is one.
     ///
     /// # Errors
     /// Only those of the connection.

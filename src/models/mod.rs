@@ -16,10 +16,15 @@ mod users;
 mod webhook_events;
 
 pub use account_credits::{AccountCredit, AccountCreditChangeset, NewAccountCredit};
-pub use auth_tokens::{AuthToken, AuthTokenChangeset, NewAuthToken};
+pub use auth_tokens::{
+    AuthToken, CodeCheck, ConsumeError, MAX_CODE_ATTEMPTS, NewAuthToken, Rotation,
+};
 pub use mcp_credentials::{McpCredential, McpCredentialChangeset, NewMcpCredential};
-pub use mcp_service_table::{McpInstance, McpInstanceChangeset, NewMcpInstance};
-pub use mcp_table::{McpService, McpServiceChangeset, NewMcpService};
+pub use mcp_service_table::{
+    CredentialState, InstanceDetails, InstanceError, InstanceFilter, McpInstance,
+    McpInstanceChangeset, NewMcpInstance, RenameError,
+};
+pub use mcp_table::{McpService, McpServiceChangeset, NewMcpService, Registered};
 pub use subscription_transactions::{
     NewSubscriptionTransaction, SubscriptionTransaction, SubscriptionTransactionChangeset,
 };
@@ -27,7 +32,7 @@ pub use token_audit_log::{NewTokenAudit, TokenAudit};
 pub use user_billing_details::{
     NewUserBillingDetails, UserBillingDetails, UserBillingDetailsChangeset,
 };
-pub use user_plans::{NewUserPlan, UserPlan, UserPlanChangeset};
+pub use user_plans::{Downgrade, NewUserPlan, ProPlan, UpgradeError, UserPlan, UserPlanChangeset};
 pub use user_subscriptions::{NewUserSubscription, UserSubscription, UserSubscriptionChangeset};
-pub use users::{NewUser, User, UserChangeset};
+pub use users::{EmailError, InvalidEmail, NewUser, User, UserChangeset, canonical_email};
 pub use webhook_events::{NewWebhookEvent, WebhookEvent, WebhookEventChangeset};

@@ -140,6 +140,42 @@ pub struct NewSubscriptionTransaction<'a> {
     pub refunded_at: Option<DateTime<Utc>>,
 }
 
+impl NewSubscriptionTransaction<'_> {
+    /// A new row with all columns at their defaults but these.
+    #[must_use]
+    pub fn new(user_id: UserId, amount: i64, net_amount: i64, status: TransactionStatus) -> Self {
+        Self {
+            id: None,
+            user_id,
+            subscription_id: None,
+            razorpay_payment_id: None,
+            razorpay_order_id: None,
+            transaction_type: None,
+            amount,
+            tax_amount: None,
+            discount_amount: None,
+            fee_amount: None,
+            net_amount,
+            currency: None,
+            exchange_rate: None,
+            status,
+            gateway_status: None,
+            method: None,
+            method_details_json: None,
+            gateway_response_json: None,
+            description: None,
+            receipt_number: None,
+            invoice_id: None,
+            failure_reason: None,
+            failure_code: None,
+            parent_transaction_id: None,
+            processed_at: None,
+            settled_at: None,
+            refunded_at: None,
+        }
+    }
+}
+
 /// Changes to a row: `None` keeps a column, `Some(None)` sets it to `NULL`.
 #[derive(Debug, Clone, Default, AsChangeset)]
 #[diesel(table_name = subscription_transactions)]

@@ -6,10 +6,11 @@ use diesel::prelude::*;
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::enums::{PlanPaymentStatus, PlanType};
-use crate::ids::{PlanId, UserId};
-use crate::models::User;
-use crate::schema::user_plans;
+use crate::enums::{InstanceStatus, OauthStatus, PlanPaymentStatus, PlanType};
+use crate::error::breaks;
+use crate::ids::{InstanceId, PlanId, UserId};
+use crate::models::{McpInstance, User};
+use crate::schema::{mcp_service_table, user_plans};
 
 /// A row of `user_plans`.
 #[derive(
@@ -85,7 +86,172 @@ pub struct UserPlanChangeset<'a> {
     pub payment_status: Option<PlanPaymentStatus>,
 }
 
+/// What a user paid for, as [`UserPlan::upgrade`] takes it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ProPlan<'a> {
+    /// Subscription at the gateway; `None`: given by hand.
+    pub subscription_id: Option<&'a str>,
+    /// Customer at the gateway; `None` keeps the one that is known.
+    pub customer_id: Option<&'a str>,
+    /// When the plan ends; `None`: never.
+    pub expires_at: Option<DateTime<Utc>>,
+}
+
+/// Why a plan wasn't upgraded.
+#[derive(Debug, thiserror::Error)]
+pub enum UpgradeError {
+    /// There is no such user, or the user has no plan.
+    #[error("the user has no plan")]
+    PlanMissing,
+    /// Another user's plan has the subscription (`user_plans_subscription_id_key`).
+    #[error("the subscription belongs to another user")]
+    SubscriptionTaken,
+    /// Another user's plan has the customer (`user_plans_customer_id_key`).
+    #[error("the customer belongs to another user")]
+    CustomerTaken,
+    /// Anything else.
+    #[error("database error")]
+    Database(#[source] diesel::result::Error),
+}
+
+impl From<diesel::result::Error> for UpgradeError {
+    fn from(error: diesel::result::Error) -> Self {
+        if breaks(&error, "user_plans_subscription_id_key") {
+            Self::SubscriptionTaken
+        } else if breaks(&error, "user_plans_customer_id_key") {
+            Self::CustomerTaken
+        } else {
+            Self::Database(error)
+        }
+    }
+}
+
+/// A plan that became the free one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Downgrade {
+    /// The plan as it is now.
+    pub plan: UserPlan,
+    /// The instances that were switched off (inactive, or expired where they were due), newest first. None, if the user
+    /// had no more active ones than the free plan allows.
+    pub switched_off: Vec<McpInstance>,
+}
+
 impl UserPlan {
+    /// Makes the plan pro, paid, with this end; also extends one that is pro already. Switches no instance on.
+    ///
+    /// One statement, which locks the row until the transaction ends. A refusal aborts the caller's transaction: wrap
+    /// the call in `conn.transaction` (a savepoint) to go on after it.
+    ///
+    /// # Errors
+    /// See [`UpgradeError`].
+    pub fn upgrade(
+        conn: &mut PgConnection,
+        user_id: UserId,
+        pro: &ProPlan<'_>,
+    ) -> Result<Self, UpgradeError> {
+        diesel::update(user_plans::table.filter(user_plans::user_id.eq(user_id)))
+            .set((
+                user_plans::plan_type.eq(PlanType::Pro),
+                user_plans::max_instances.eq(None::<i32>),
+                user_plans::expires_at.eq(pro.expires_at),
+                user_plans::subscription_id.eq(pro.subscription_id),
+                pro.customer_id
+                    .map(|customer_id| user_plans::customer_id.eq(customer_id)),
+                user_plans::payment_status.eq(PlanPaymentStatus::Active),
+            ))
+            .returning(Self::as_returning())
+            .get_result(conn)
+            .optional()?
+            .ok_or(UpgradeError::PlanMissing)
+    }
+
+    /// Makes the plan the free one, without end and subscription; the customer stays. If more instances are active than
+    /// it allows, all of them are switched off: which one to keep is for the user to choose. `None` where the user has
+    /// no plan.
+    ///
+    /// `payment_status` says why: cancelled, failed, or none.
+    ///
+    /// One transaction, in which the plan is locked first, then the active instances in registry order.
+    ///
+    /// # Errors
+    /// Only those of the connection.
+    pub fn downgrade(
+        conn: &mut PgConnection,
+        user_id: UserId,
+        payment_status: PlanPaymentStatus,
+    ) -> QueryResult<Option<Downgrade>> {
+        conn.transaction(|conn| {
+            Self::lock_by_user(conn, user_id)?
+                .map(|plan| plan.make_free(conn, payment_status))
+                .transpose()
+        })
+    }
+
+    /// Downgrades one pro plan that is past its end, as [`downgrade`](Self::downgrade) does, with nobody paying; `None`
+    /// where no such plan is left, or the last of them are in the hands of others. A sweeper calls it until then.
+    ///
+    /// Several may do so at the same time: a locked plan is passed over. One plan per call, each in a transaction of its
+    /// own: the instances of several users can't be switched off in one without locking the counters of services out of
+    /// order.
+    ///
+    /// # Errors
+    /// Only those of the connection.
+    pub fn expire_next(conn: &mut PgConnection) -> QueryResult<Option<Downgrade>> {
+        conn.transaction(|conn| {
+            user_plans::table
+                .filter(user_plans::plan_type.eq(PlanType::Pro))
+                .filter(user_plans::expires_at.le(diesel::dsl::now))
+                .select(Self::as_select())
+                .limit(1)
+                .for_no_key_update()
+                .skip_locked()
+                .first(conn)
+                .optional()?
+                .map(|plan| plan.make_free(conn, PlanPaymentStatus::None))
+                .transpose()
+        })
+    }
+
+    /// The row is locked.
+    fn make_free(
+        &self,
+        conn: &mut PgConnection,
+        payment_status: PlanPaymentStatus,
+    ) -> QueryResult<Downgrade> {
+        // The trigger locks the same rows in the same order. Locked here, they are still active when it looks.
+        let active = mcp_service_table::table
+            .filter(mcp_service_table::user_id.eq(self.user_id))
+            .filter(mcp_service_table::status.eq(InstanceStatus::Active))
+            .filter(mcp_service_table::oauth_status.eq(OauthStatus::Completed))
+            .order((
+                mcp_service_table::mcp_service_id,
+                mcp_service_table::instance_id,
+            ))
+            .select(mcp_service_table::instance_id)
+            .for_no_key_update()
+            .load::<InstanceId>(conn)?;
+        let plan = diesel::update(user_plans::table.find(self.plan_id))
+            .set((
+                user_plans::plan_type.eq(PlanType::Free),
+                user_plans::max_instances.eq(1),
+                user_plans::expires_at.eq(None::<DateTime<Utc>>),
+                user_plans::subscription_id.eq(None::<&str>),
+                user_plans::payment_status.eq(payment_status),
+            ))
+            .returning(Self::as_returning())
+            .get_result(conn)?;
+        let switched_off = mcp_service_table::table
+            .filter(mcp_service_table::instance_id.eq_any(active))
+            .filter(mcp_service_table::status.ne(InstanceStatus::Active))
+            .order((
+                mcp_service_table::created_at.desc(),
+                mcp_service_table::instance_id.desc(),
+            ))
+            .select(McpInstance::as_select())
+            .load(conn)?;
+        Ok(Downgrade { plan, switched_off })
+    }
+
     /// Inserts a row and returns it with its defaults.
     ///
     /// # Errors
@@ -109,7 +275,7 @@ impl UserPlan {
             .optional()
     }
 
-    /// The row of a user.
+    /// The current plan of a user: every user has one. [`McpInstance::count_active`] tells how much of it is used.
     ///
     /// # Errors
     /// Only those of the connection.

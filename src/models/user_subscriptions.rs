@@ -120,6 +120,34 @@ pub struct NewUserSubscription<'a> {
     pub grace_period_days: Option<i32>,
 }
 
+impl NewUserSubscription<'_> {
+    /// A new row with all columns at their defaults but these.
+    #[must_use]
+    pub fn new(user_id: UserId) -> Self {
+        Self {
+            id: None,
+            user_id,
+            plan_code: None,
+            razorpay_subscription_id: None,
+            razorpay_customer_id: None,
+            status: None,
+            billing_cycle: None,
+            current_period_start: None,
+            current_period_end: None,
+            trial_start: None,
+            trial_end: None,
+            cancel_at_period_end: None,
+            next_billing_date: None,
+            proration_amount: None,
+            discount_amount: None,
+            tax_amount: None,
+            total_amount: None,
+            auto_renewal: None,
+            grace_period_days: None,
+        }
+    }
+}
+
 /// Changes to a row: `None` keeps a column, `Some(None)` sets it to `NULL`.
 #[derive(Debug, Clone, Default, AsChangeset)]
 #[diesel(table_name = user_subscriptions)]

@@ -4,7 +4,19 @@
 mod archive;
 #[cfg(feature = "cli")]
 mod cli;
-#[cfg(all(feature = "cli", unix))]
+mod concurrency;
+mod conventions;
+mod enums;
+// Limits and poolers are set up the Linux way.
+#[cfg(all(feature = "cli", target_os = "linux"))]
 mod faults;
+mod instances;
+mod migrations;
+mod models;
+mod monitor;
+mod plans;
+mod rules;
 mod runner;
 mod support;
+mod tokens;
+mod users;

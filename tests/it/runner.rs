@@ -71,7 +71,7 @@ pub(crate) fn check_generated(test: &str, path: &str, text: &str) {
     assert!(
         committed == text,
         "{} is not what the tests find; if that is right, write it by\n\
-         BRUHMCP_WRITE=1 cargo test --all-features --test it {test}\n{}",
+         BRUHMCP_WRITE=1 script/test {test}\n{}",
         path.display(),
         difference(&committed, text)
     );
@@ -178,20 +178,6 @@ fn generated_catalogue() {
             .iter()
             .map(|line| format!("{line}\n"))
             .collect::<String>(),
-    );
-}
-
-#[test]
-fn names_and_versions_are_in_one_order() {
-    let names = names();
-    let versions: Vec<&str> = names
-        .iter()
-        .map(|name| name.split('_').next().unwrap())
-        .collect();
-    assert!(versions.len() >= 8);
-    assert!(
-        versions.is_sorted_by(|one, other| one < other),
-        "{versions:?}"
     );
 }
 
@@ -434,8 +420,6 @@ fn outside_a_transaction_a_failure_says_so() {
 fn says_which_rows_a_revert_loses() {
     let database = database();
     let mut runner = Runner::new(&database.url()).unwrap();
-    // The template was built by psql, without Diesel's table.
-    database.psql(&ledger(&names())).unwrap();
     database
         .psql(
             "INSERT INTO users (first_name, last_name, email) VALUES ('A', 'B', 'a@b.c'), ('C', 'D', 'c@d.e');
@@ -483,21 +467,6 @@ fn says_which_rows_a_revert_loses() {
             true
         })
         .unwrap();
-}
-
-/// The rows of Diesel's table, for a database whose schema came from elsewhere.
-fn ledger(names: &[String]) -> String {
-    let versions: Vec<String> = names
-        .iter()
-        .map(|name| format!("('{}')", name.split('_').next().unwrap()))
-        .collect();
-    format!(
-        "CREATE TABLE IF NOT EXISTS __diesel_schema_migrations (
-             version varchar(50) PRIMARY KEY NOT NULL, run_on timestamp NOT NULL DEFAULT CURRENT_TIMESTAMP
-         );
-         INSERT INTO __diesel_schema_migrations (version) VALUES {} ON CONFLICT DO NOTHING;",
-        versions.join(", ")
-    )
 }
 
 fn refusal(result: Result<bruhmcp_db::migrations::Report, Error>) -> Refusal {
@@ -602,8 +571,12 @@ fn settings_stay_in_the_runners_own_session() {
 #[test]
 fn verify_names_each_difference() {
     let database = database();
-    let mut connection = database.connect();
-    assert!(verify(&mut connection).unwrap().differences.is_empty());
+    assert!(
+        verify(&mut database.connect())
+            .unwrap()
+            .differences
+            .is_empty()
+    );
     for (change, missing, unexpected) in [
         (
             "ALTER TABLE users ALTER COLUMN email TYPE varchar",

@@ -8,6 +8,7 @@ use std::process::{Command, Output, Stdio};
 use std::sync::LazyLock;
 use std::thread;
 
+use bruhmcp_db::migrations::Runner;
 use bruhmcp_devdb::{Database, Server};
 use diesel::connection::SimpleConnection;
 use diesel::pg::PgConnection;
@@ -19,13 +20,7 @@ static SERVER: LazyLock<Server> =
 /// Migrated once, then only copied.
 static TEMPLATE: LazyLock<Database> = LazyLock::new(|| {
     let template = SERVER.create_database().unwrap();
-    let mut connection = PgConnection::establish(&template.url()).unwrap();
-    for path in up_sql() {
-        let sql = fs::read_to_string(&path).unwrap();
-        connection
-            .transaction(|connection| connection.batch_execute(&sql))
-            .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    }
+    Runner::new(&template.url()).unwrap().run().unwrap();
     template
 });
 
@@ -60,6 +55,12 @@ fn migration_files(name: &str) -> Vec<PathBuf> {
     let mut files: Vec<PathBuf> = folders.map(|folder| folder.join(name)).collect();
     files.sort();
     files
+}
+
+impl From<Database> for TestDatabase {
+    fn from(database: Database) -> Self {
+        Self(database)
+    }
 }
 
 impl TestDatabase {

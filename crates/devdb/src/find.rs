@@ -2,7 +2,7 @@
 
 use std::env;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::{self, Path, PathBuf};
 use std::process::Command;
 
 use crate::Error;
@@ -26,7 +26,7 @@ pub(crate) fn folder_with(programs: &[&str]) -> Result<PathBuf, Error> {
 
 fn candidates() -> Vec<PathBuf> {
     if let Some(folder) = env::var_os("BRUHMCP_PG_BIN").filter(|folder| !folder.is_empty()) {
-        return vec![folder.into()];
+        return path::absolute(folder).into_iter().collect();
     }
     let mut folders: Vec<PathBuf> = env::var_os("PATH")
         .iter()

@@ -1,0 +1,340 @@
+//! Many connections at once: the plan's limit, the lock order, the counters, and who waits for whom.
+
+use std::sync::Barrier;
+use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
+use std::thread;
+
+use bruhmcp_db::enums::{OauthStatus, PlanPaymentStatus};
+use bruhmcp_db::ids::{InstanceId, ServiceId, UserId};
+use bruhmcp_db::models::{InstanceError, InstanceFilter, McpInstance, RenameError, UserPlan};
+use bruhmcp_db::{Isolation, retry_transaction};
+use chrono::{TimeDelta, Utc};
+use diesel::connection::SimpleConnection;
+use diesel::pg::PgConnection;
+use diesel::prelude::*;
+
+use crate::instances::{
+    authorise, create, create_inactive, create_pending, find, pro_user, service, upgrade, user,
+};
+use crate::support::{self, TestDatabase};
+
+const ISOLATIONS: [Isolation; 3] = [
+    Isolation::ReadCommitted,
+    Isolation::RepeatableRead,
+    Isolation::Serializable,
+];
+
+/// What each connection's `work` returns, all of which begin at the same moment.
+fn at_once<T: Send>(
+    connections: &mut [PgConnection],
+    work: impl Fn(usize, &mut PgConnection) -> T + Sync,
+) -> Vec<T> {
+    let start = Barrier::new(connections.len());
+    thread::scope(|scope| {
+        let (start, work) = (&start, &work);
+        let threads: Vec<_> = connections
+            .iter_mut()
+            .enumerate()
+            .map(|(n, conn)| {
+                scope.spawn(move || {
+                    start.wait();
+                    work(n, conn)
+                })
+            })
+            .collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap())
+            .collect()
+    })
+}
+
+/// Lets 32 connections try to make an instance of a free user active, for two users at each isolation level: one
+/// succeeds, and the others learn that the limit is reached.
+fn one_of_32_succeeds<T: Sync>(
+    prepare: impl Fn(&mut PgConnection, UserId, ServiceId) -> T,
+    attempt: impl Fn(&mut PgConnection, UserId, ServiceId, &T, usize) -> Result<(), InstanceError>
+    + Sync,
+) {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let gmail = service(conn, "gmail", 4001);
+    let mut connections: Vec<_> = (0..32).map(|_| database.connect()).collect();
+    for isolation in ISOLATIONS {
+        for _ in 0..2 {
+            let user = user(conn);
+            let prepared = prepare(conn, user, gmail);
+            let outcomes = at_once(&mut connections, |n, conn| {
+                retry_transaction(conn, isolation, |conn| {
+                    attempt(conn, user, gmail, &prepared, n)
+                })
+            });
+            let refused = outcomes
+                .iter()
+                .filter(|outcome| matches!(outcome, Err(InstanceError::LimitReached)));
+            assert_eq!(refused.count(), 31, "{isolation:?}: {outcomes:?}");
+            assert_eq!(outcomes.iter().filter(|outcome| outcome.is_ok()).count(), 1);
+            assert_eq!(McpInstance::count_active(conn, user).unwrap(), 1);
+        }
+    }
+    assert_counters_right(&database);
+}
+
+#[test]
+fn of_32_creates_one_succeeds() {
+    one_of_32_succeeds(
+        |_, _, _| (),
+        |conn, user, service, (), _| create(conn, user, service).map(drop),
+    );
+}
+
+#[test]
+fn of_32_activations_one_succeeds() {
+    one_of_32_succeeds(
+        |conn, user, service| [(); 32].map(|()| create_inactive(conn, user, service)),
+        |conn, user, _, ids, n| McpInstance::activate(conn, ids[n], user).map(drop),
+    );
+}
+
+#[test]
+fn of_32_authorisations_one_succeeds() {
+    one_of_32_succeeds(
+        |conn, user, service| [(); 32].map(|()| create_pending(conn, user, service)),
+        |conn, user, _, ids, n| authorise(conn, user, ids[n], OauthStatus::Completed).map(drop),
+    );
+}
+
+/// What the registry counts, next to a recount.
+fn assert_counters_right(database: &TestDatabase) {
+    let wrong = "SELECT mcp_service_name, active_instances_count, count(instance_id)
+                   FROM mcp_table
+                   LEFT JOIN mcp_service_table AS i
+                          ON i.mcp_service_id = mcp_table.mcp_service_id
+                         AND status = 'active' AND oauth_status = 'completed'
+                  GROUP BY mcp_table.mcp_service_id
+                 HAVING active_instances_count <> count(instance_id)";
+    assert_eq!(database.psql(wrong).unwrap(), "");
+}
+
+/// A small generator of numbers (an LCG of Knuth's), the same for the same seed.
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, sides: usize) -> usize {
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        usize::try_from(self.0 >> 33).unwrap() % sides
+    }
+
+    fn pick<T: Copy>(&mut self, of: &[T]) -> Option<T> {
+        (!of.is_empty()).then(|| of[self.roll(of.len())])
+    }
+}
+
+const THREADS: usize = 8;
+const OPERATIONS: usize = 125;
+
+struct World {
+    users: Vec<UserId>,
+    services: [ServiceId; 3],
+    /// Instances created, refused ones not counted.
+    created: AtomicI64,
+    /// Threads that are still at their operations.
+    at_work: AtomicUsize,
+}
+
+impl World {
+    /// One operation on a user's instance. Being refused is fine; an error of the database is not.
+    fn operate(&self, conn: &mut PgConnection, dice: &mut Dice) -> Result<(), InstanceError> {
+        let user = self.users[dice.roll(self.users.len())];
+        let service = self.services[dice.roll(self.services.len())];
+        let instances: Vec<_> =
+            McpInstance::list_by_user(conn, user, InstanceFilter::default(), None, 50)?
+                .into_iter()
+                .map(|details| (details.instance.instance_id, details.instance.version))
+                .collect();
+        let create_one = |conn: &mut PgConnection| {
+            create(conn, user, service)?;
+            self.created.fetch_add(1, Ordering::Relaxed);
+            Ok(())
+        };
+        let Some((id, version)) = dice.pick(&instances) else {
+            return create_one(conn);
+        };
+        match dice.roll(12) {
+            0 | 1 => create_one(conn),
+            2 => {
+                create_pending(conn, user, service);
+                self.created.fetch_add(1, Ordering::Relaxed);
+                Ok(())
+            }
+            3 => authorise(conn, user, id, OauthStatus::Completed).map(drop),
+            4 => authorise(conn, user, id, OauthStatus::Failed).map(drop),
+            5 => McpInstance::activate(conn, id, user).map(drop),
+            6 => Ok(McpInstance::deactivate(conn, id, user).map(drop)?),
+            7 => Ok(McpInstance::delete(conn, id, user).map(drop)?),
+            8 => {
+                // Soon due, for the sweeper.
+                let end = Utc::now() + TimeDelta::milliseconds(20);
+                McpInstance::renew(conn, id, user, Some(end)).map(drop)
+            }
+            9 => {
+                let (other, _) = instances[dice.roll(instances.len())];
+                McpInstance::swap(conn, user, id, other).map(drop)
+            }
+            10 => match McpInstance::rename(conn, id, user, version, Some("Work")) {
+                Err(RenameError::Database(error)) => Err(error.into()),
+                _ => Ok(()),
+            },
+            _ => Ok(McpInstance::record_call(conn, id).map(drop)?),
+        }
+    }
+
+    /// Upgrades and downgrades as long as somebody is at work.
+    fn change_plans(&self, conn: &mut PgConnection, dice: &mut Dice) -> QueryResult<()> {
+        while self.at_work.load(Ordering::Acquire) > 0 {
+            let user = self.users[dice.roll(self.users.len())];
+            if dice.roll(3) > 0 {
+                let end = Utc::now() + TimeDelta::milliseconds(50);
+                upgrade(conn, user, (dice.roll(4) == 0).then_some(end));
+            } else {
+                UserPlan::downgrade(conn, user, PlanPaymentStatus::Cancelled)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Does what the monitor does as long as somebody is at work.
+    fn monitor(&self, conn: &mut PgConnection) -> QueryResult<()> {
+        while self.at_work.load(Ordering::Acquire) > 0 {
+            McpInstance::expire_due(conn, 10)?;
+            UserPlan::expire_next(conn)?;
+            let idle = TimeDelta::milliseconds(20);
+            let abandoned: Vec<InstanceId> = McpInstance::list_abandoned(conn, idle, 3)?
+                .iter()
+                .map(|instance| instance.instance_id)
+                .collect();
+            McpInstance::delete_abandoned(conn, &abandoned, idle)?;
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn a_thousand_mixed_operations_run_into_no_deadlock() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let world = World {
+        users: (0..6).map(|_| pro_user(conn)).collect(),
+        services: [4001, 4002, 4003].map(|port| service(conn, &format!("s{port}"), port)),
+        created: AtomicI64::new(0),
+        at_work: AtomicUsize::new(THREADS),
+    };
+    let mut connections: Vec<_> = (0..THREADS + 4).map(|_| database.connect()).collect();
+    at_once(&mut connections, |n, conn| {
+        let dice = &mut Dice(u64::try_from(n).unwrap());
+        if n < THREADS {
+            let done = (0..OPERATIONS).try_for_each(|_| match world.operate(conn, dice) {
+                Err(InstanceError::Database(error)) => Err(error),
+                _ => Ok(()),
+            });
+            world.at_work.fetch_sub(1, Ordering::Release);
+            done.unwrap();
+        } else if n < THREADS + 2 {
+            world.change_plans(conn, dice).unwrap();
+        } else {
+            world.monitor(conn).unwrap();
+        }
+        conn.batch_execute("SELECT pg_stat_force_next_flush()")
+            .unwrap();
+    });
+
+    let deadlocks = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()";
+    assert_eq!(database.psql(deadlocks).unwrap(), "0\n");
+    assert_counters_right(&database);
+    let created = world.created.into_inner();
+    let counted = database.psql("SELECT sum(total_instances_created) FROM mcp_table");
+    assert_eq!(counted.unwrap(), format!("{created}\n"));
+    let too_many = "SELECT user_id FROM user_plans
+                     WHERE max_instances < (SELECT count(*) FROM mcp_service_table AS i
+                                             WHERE i.user_id = user_plans.user_id
+                                               AND status = 'active' AND oauth_status = 'completed')";
+    assert_eq!(database.psql(too_many).unwrap(), "");
+}
+
+#[test]
+fn two_users_of_one_service_do_not_wait_for_each_other() {
+    let database = support::database();
+    let (a, b) = (&mut database.connect(), &mut database.connect());
+    let (user_a, user_b) = (user(a), user(b));
+    let gmail = service(a, "gmail", 4001);
+    b.batch_execute("SET lock_timeout = '1s'").unwrap();
+
+    let (of_a, of_b) = a
+        .transaction(|a| {
+            let of_a = create(a, user_a, gmail)?;
+            // Commits, counters and all, while the transaction of A is open.
+            let of_b = create(b, user_b, gmail)?;
+            // The user's own do wait: so the timeout shows that nothing did above.
+            let waited = create(b, user_a, gmail);
+            let Err(InstanceError::Database(error)) = waited else {
+                panic!("{waited:?}");
+            };
+            assert_eq!(error.to_string(), "canceling statement due to lock timeout");
+            Ok::<_, InstanceError>((of_a, of_b))
+        })
+        .unwrap();
+    assert_eq!(find(b, of_a).user_id, user_a);
+    assert_eq!(find(a, of_b).user_id, user_b);
+    assert_counters_right(&database);
+}
+
+#[test]
+fn calls_are_counted_in_place() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let user = pro_user(conn);
+    let gmail = service(conn, "gmail", 4001);
+    let ids = [(); 5].map(|()| create(conn, user, gmail).unwrap());
+    let before = ids.map(|id| find(conn, id).version);
+    let updates = "SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables
+                    WHERE relname = 'mcp_service_table'";
+    let count = |conn: &mut PgConnection| {
+        conn.batch_execute("SELECT pg_stat_force_next_flush()")
+            .unwrap();
+        let counted = database.psql(updates).unwrap();
+        let (all, hot) = counted.trim().split_once('|').unwrap();
+        (all.parse::<i64>().unwrap(), hot.parse::<i64>().unwrap())
+    };
+
+    let (all_before, hot_before) = count(conn);
+    for n in 0..500 {
+        assert!(McpInstance::record_call(conn, ids[n % 5]).unwrap());
+    }
+    let (all, hot) = count(conn);
+    assert_eq!(all - all_before, 500);
+    // Not always all: while an old transaction is open anywhere on the server, pages may be cleaned up too late. An index
+    // on a column that a call writes would leave none.
+    assert!(hot - hot_before >= 450, "{} of 500", hot - hot_before);
+    for (id, version) in ids.into_iter().zip(before) {
+        let instance = find(conn, id);
+        assert_eq!((instance.usage_count, instance.version), (100, version));
+    }
+}
+
+#[test]
+fn calls_from_everywhere_are_all_counted() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let (user, gmail) = (user(conn), service(conn, "gmail", 4001));
+    let id = create(conn, user, gmail).unwrap();
+    let mut connections: Vec<_> = (0..8).map(|_| database.connect()).collect();
+    at_once(&mut connections, |_, conn| {
+        for _ in 0..50 {
+            assert!(McpInstance::record_call(conn, id).unwrap());
+        }
+    });
+    assert_eq!(find(conn, id).usage_count, 400);
+}

@@ -1,0 +1,755 @@
+//! The registry of services, and what a user does with instances.
+
+use bruhmcp_db::enums::{AuthType, InstanceStatus, OauthStatus};
+use bruhmcp_db::ids::{InstanceId, ServiceId, UserId};
+use bruhmcp_db::models::{
+    InstanceError, InstanceFilter, McpCredential, McpCredentialChangeset, McpInstance, McpService,
+    NewMcpCredential, NewMcpInstance, NewMcpService, NewUser, ProPlan, Registered, RenameError,
+    User, UserPlan,
+};
+use bruhmcp_db::{ConstraintViolation, Keyset, Sealed, SecretText};
+use chrono::{DateTime, TimeDelta, Utc};
+use diesel::connection::SimpleConnection;
+use diesel::pg::PgConnection;
+use diesel::prelude::*;
+
+use crate::support;
+
+pub(crate) fn user(conn: &mut PgConnection) -> UserId {
+    let id = UserId::new();
+    let new = NewUser {
+        id: Some(id),
+        first_name: "Asha",
+        last_name: "",
+        email: &format!("{id}@example.com"),
+        password: None,
+        email_verified: None,
+        razorpay_customer_id: None,
+        is_active: None,
+    };
+    User::insert(conn, &new).unwrap().id
+}
+
+pub(crate) fn pro_user(conn: &mut PgConnection) -> UserId {
+    let user = user(conn);
+    upgrade(conn, user, None);
+    user
+}
+
+pub(crate) fn upgrade(conn: &mut PgConnection, user: UserId, expires_at: Option<DateTime<Utc>>) {
+    let pro = ProPlan {
+        subscription_id: None,
+        customer_id: None,
+        expires_at,
+    };
+    UserPlan::upgrade(conn, user, &pro).unwrap();
+}
+
+fn new_service(name: &str, port: i32) -> NewMcpService<'_> {
+    NewMcpService {
+        mcp_service_id: None,
+        mcp_service_name: name,
+        display_name: name,
+        description: None,
+        icon_url_path: None,
+        port,
+        type_: AuthType::Oauth,
+        is_active: None,
+    }
+}
+
+pub(crate) fn service(conn: &mut PgConnection, name: &str, port: i32) -> ServiceId {
+    let service = McpService::register(conn, &new_service(name, port)).unwrap();
+    service.into_service().mcp_service_id
+}
+
+pub(crate) fn new_instance(user_id: UserId, mcp_service_id: ServiceId) -> NewMcpInstance<'static> {
+    NewMcpInstance {
+        instance_id: None,
+        user_id,
+        mcp_service_id,
+        oauth_status: None,
+        status: None,
+        expires_at: None,
+        custom_name: None,
+    }
+}
+
+fn sealed() -> Sealed {
+    Sealed::from_ciphertext(vec![7; 29])
+}
+
+/// Credentials that are completed at once.
+pub(crate) fn api_key(instance_id: InstanceId) -> NewMcpCredential<'static> {
+    NewMcpCredential {
+        credential_id: None,
+        instance_id,
+        api_key: Some(sealed()),
+        client_id: None,
+        client_secret: None,
+        access_token: None,
+        refresh_token: None,
+        token_expires_at: None,
+        token_scope: None,
+        oauth_status: Some(OauthStatus::Completed),
+        oauth_completed_at: Some(Utc::now()),
+        oauth_authorization_url: None,
+        oauth_state: None,
+    }
+}
+
+/// Credentials that wait for the user.
+pub(crate) fn oauth(instance_id: InstanceId) -> NewMcpCredential<'static> {
+    NewMcpCredential {
+        api_key: None,
+        client_id: Some("client"),
+        client_secret: Some(sealed()),
+        oauth_status: None,
+        oauth_completed_at: None,
+        ..api_key(instance_id)
+    }
+}
+
+/// An instance with an API key.
+pub(crate) fn create(
+    conn: &mut PgConnection,
+    user: UserId,
+    service: ServiceId,
+) -> Result<InstanceId, InstanceError> {
+    let key = api_key(InstanceId::new());
+    McpInstance::create(conn, &new_instance(user, service), &key)
+        .map(|(instance, _)| instance.instance_id)
+}
+
+/// An instance that waits for its authorisation.
+pub(crate) fn create_pending(
+    conn: &mut PgConnection,
+    user: UserId,
+    service: ServiceId,
+) -> InstanceId {
+    let pending = oauth(InstanceId::new());
+    let (instance, _) = McpInstance::create(conn, &new_instance(user, service), &pending).unwrap();
+    instance.instance_id
+}
+
+/// An instance with an API key that is switched off.
+pub(crate) fn create_inactive(
+    conn: &mut PgConnection,
+    user: UserId,
+    service: ServiceId,
+) -> InstanceId {
+    let new = NewMcpInstance {
+        status: Some(InstanceStatus::Inactive),
+        ..new_instance(user, service)
+    };
+    let (instance, _) = McpInstance::create(conn, &new, &api_key(InstanceId::new())).unwrap();
+    instance.instance_id
+}
+
+/// An authorisation comes to its end, good or bad; false where the instance has no credentials (any more).
+pub(crate) fn authorise(
+    conn: &mut PgConnection,
+    user: UserId,
+    instance: InstanceId,
+    oauth_status: OauthStatus,
+) -> Result<bool, InstanceError> {
+    conn.transaction(|conn| {
+        UserPlan::lock_by_user(conn, user)?;
+        let Some(credential) = McpCredential::find_by_instance(conn, instance)? else {
+            return Ok(false);
+        };
+        let changes = McpCredentialChangeset {
+            oauth_status: Some(oauth_status),
+            oauth_completed_at: Some(Some(Utc::now())),
+            ..Default::default()
+        };
+        Ok(McpCredential::update(conn, credential.credential_id, &changes)?.is_some())
+    })
+}
+
+pub(crate) fn find(conn: &mut PgConnection, instance: InstanceId) -> McpInstance {
+    McpInstance::find(conn, instance).unwrap().unwrap()
+}
+
+#[test]
+fn a_service_is_registered_once() {
+    let database = support::database();
+    let conn = &mut database.connect();
+
+    let Registered::New(new) = McpService::register(conn, &new_service("gmail", 4001)).unwrap()
+    else {
+        panic!("the registry was empty");
+    };
+    assert!(new.is_active);
+
+    let again = McpService::register(conn, &new_service("gmail", 4001)).unwrap();
+    assert_eq!(again, Registered::Unchanged(new.clone()));
+    assert_eq!(again.into_service(), new);
+}
+
+#[test]
+fn each_difference_of_a_service_is_a_change() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let first = new_service("gmail", 4001);
+    let id = service(conn, "gmail", 4001);
+    let mut updated_at = McpService::find(conn, id).unwrap().unwrap().updated_at;
+
+    let others = [
+        NewMcpService {
+            display_name: "Gmail",
+            ..first.clone()
+        },
+        NewMcpService {
+            description: Some("Mail"),
+            ..first.clone()
+        },
+        NewMcpService {
+            icon_url_path: Some("/gmail.svg"),
+            ..first.clone()
+        },
+        NewMcpService {
+            port: 4002,
+            ..first.clone()
+        },
+        NewMcpService {
+            type_: AuthType::ApiKey,
+            ..first.clone()
+        },
+        first,
+    ];
+    for other in others {
+        let Registered::Changed(changed) = McpService::register(conn, &other).unwrap() else {
+            panic!("{other:?} is different");
+        };
+        assert_eq!(changed.mcp_service_id, id);
+        assert!(changed.updated_at > updated_at);
+        updated_at = changed.updated_at;
+        assert_eq!(
+            McpService::register(conn, &other).unwrap(),
+            Registered::Unchanged(changed)
+        );
+    }
+}
+
+#[test]
+fn a_port_has_one_service() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    service(conn, "gmail", 4001);
+    let error = McpService::register(conn, &new_service("slack", 4001)).unwrap_err();
+    assert!(
+        ConstraintViolation::of(&error)
+            .unwrap()
+            .is("mcp_table_port_key")
+    );
+}
+
+#[test]
+fn a_disabled_service_stays_so_and_takes_no_new_instance() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let user = pro_user(conn);
+    let gmail = service(conn, "gmail", 4001);
+    create(conn, user, gmail).unwrap();
+
+    let disabled = McpService::set_enabled(conn, gmail, false)
+        .unwrap()
+        .unwrap();
+    assert!(!disabled.is_active);
+    let refused = create(conn, user, gmail);
+    assert!(
+        matches!(refused, Err(InstanceError::ServiceDisabled)),
+        "{refused:?}"
+    );
+    assert_eq!(
+        McpService::register(conn, &new_service("gmail", 4001)).unwrap(),
+        Registered::Unchanged(disabled)
+    );
+
+    assert!(
+        McpService::set_enabled(conn, gmail, true)
+            .unwrap()
+            .unwrap()
+            .is_active
+    );
+    create(conn, user, gmail).unwrap();
+    assert_eq!(
+        McpService::set_enabled(conn, ServiceId::new(), true).unwrap(),
+        None
+    );
+}
+
+#[test]
+fn an_instance_with_an_api_key_counts_at_once() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let (user, gmail) = (user(conn), service(conn, "gmail", 4001));
+
+    let id = InstanceId::new();
+    let (instance, credential) =
+        McpInstance::create(conn, &new_instance(user, gmail), &api_key(id)).unwrap();
+    assert_eq!((instance.instance_id, credential.instance_id), (id, id));
+    assert_eq!(instance.oauth_status, OauthStatus::Completed);
+    assert_eq!(instance, find(conn, id));
+    assert_eq!(McpInstance::count_active(conn, user).unwrap(), 1);
+
+    let refused = create(conn, user, gmail);
+    assert!(
+        matches!(refused, Err(InstanceError::LimitReached)),
+        "{refused:?}"
+    );
+    let all = McpInstance::list_by_user(conn, user, InstanceFilter::default(), None, 9).unwrap();
+    assert_eq!(all.len(), 1, "nothing of the second one stays");
+
+    upgrade(conn, user, None);
+    create(conn, user, gmail).unwrap();
+    assert_eq!(McpInstance::count_active(conn, user).unwrap(), 2);
+}
+
+#[test]
+fn a_pending_instance_counts_when_it_is_authorised() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let (user, gmail) = (user(conn), service(conn, "gmail", 4001));
+    let (first, second) = (
+        create_pending(conn, user, gmail),
+        create_pending(conn, user, gmail),
+    );
+    assert_eq!(McpInstance::count_active(conn, user).unwrap(), 0);
+
+    assert!(authorise(conn, user, first, OauthStatus::Completed).unwrap());
+    assert_eq!(McpInstance::count_active(conn, user).unwrap(), 1);
+    assert_eq!(find(conn, first).oauth_status, OauthStatus::Completed);
+    let refused = authorise(conn, user, second, OauthStatus::Completed);
+    assert!(
+        matches!(refused, Err(InstanceError::LimitReached)),
+        "{refused:?}"
+    );
+    assert_eq!(find(conn, second).oauth_status, OauthStatus::Pending);
+}
+
+#[test]
+fn a_plan_that_has_expired_or_is_missing_allows_nothing_new() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let (user, gmail) = (user(conn), service(conn, "gmail", 4001));
+    let inactive = create_inactive(conn, user, gmail);
+
+    upgrade(conn, user, Some(Utc::now() - TimeDelta::seconds(1)));
+    let refusals = [
+        create(conn, user, gmail).map(drop),
+        McpInstance::activate(conn, inactive, user).map(drop),
+        McpInstance::renew(conn, inactive, user, None).map(drop),
+    ];
+    for refusal in refusals {
+        assert!(
+            matches!(refusal, Err(InstanceError::PlanExpired)),
+            "{refusal:?}"
+        );
+    }
+    // Whether it can be used is seen when it is authorised.
+    create_pending(conn, user, gmail);
+
+    let plan = UserPlan::find_by_user(conn, user).unwrap().unwrap();
+    UserPlan::delete(conn, plan.plan_id).unwrap();
+    let refusals = [
+        create(conn, user, gmail).map(drop),
+        McpInstance::activate(conn, inactive, user).map(drop),
+        McpInstance::renew(conn, inactive, user, None).map(drop),
+        McpInstance::swap(conn, user, inactive, inactive).map(drop),
+        authorise(conn, user, inactive, OauthStatus::Failed).map(drop),
+    ];
+    let [refusals @ .., without_lock] = refusals;
+    for refusal in refusals {
+        assert!(
+            matches!(refusal, Err(InstanceError::PlanMissing)),
+            "{refusal:?}"
+        );
+    }
+    without_lock.unwrap();
+
+    let activation = diesel::sql_query(format!(
+        "UPDATE mcp_credentials SET oauth_status = 'completed' WHERE instance_id = '{inactive}';"
+    ));
+    activation.execute(conn).unwrap();
+    let error = conn
+        .batch_execute("UPDATE mcp_service_table SET status = 'active'")
+        .unwrap_err();
+    assert!(matches!(error.into(), InstanceError::PlanMissing));
+}
+
+#[test]
+fn an_unknown_service_is_told_apart_and_a_refusal_can_be_survived() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let (user, gmail) = (user(conn), service(conn, "gmail", 4001));
+    conn.transaction(|conn| {
+        let refused = create(conn, user, ServiceId::new());
+        assert!(
+            matches!(refused, Err(InstanceError::UnknownService)),
+            "{refused:?}"
+        );
+        create(conn, user, gmail)
+    })
+    .unwrap();
+    assert_eq!(McpInstance::count_active(conn, user).unwrap(), 1);
+}
+
+#[test]
+fn any_other_broken_rule_is_found_in_the_source() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let (user, gmail) = (user(conn), service(conn, "gmail", 4001));
+    let both = NewMcpCredential {
+        client_id: Some("client"),
+        ..api_key(InstanceId::new())
+    };
+    let refused = McpInstance::create(conn, &new_instance(user, gmail), &both).unwrap_err();
+    assert_eq!(refused.to_string(), "database error");
+    let source = std::error::Error::source(&refused).unwrap();
+    let error = source.downcast_ref::<diesel::result::Error>().unwrap();
+    assert!(
+        ConstraintViolation::of(error)
+            .unwrap()
+            .is("check_credential_type")
+    );
+}
+
+#[test]
+fn an_instance_is_found_by_its_owner_only() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let (owner, other) = (user(conn), user(conn));
+    let gmail = service(conn, "gmail", 4001);
+    let state = SecretText::new("state-of-the-authorisation");
+    let pending = NewMcpCredential {
+        oauth_state: Some(&state),
+        ..oauth(InstanceId::new())
+    };
+    let (instance, credential) =
+        McpInstance::create(conn, &new_instance(owner, gmail), &pending).unwrap();
+    let id = instance.instance_id;
+
+    assert_eq!(McpInstance::find_by_user(conn, id, other).unwrap(), None);
+    let details = McpInstance::find_by_user(conn, id, owner).unwrap().unwrap();
+    assert_eq!(details.instance, instance);
+    assert_eq!(details.service.mcp_service_id, gmail);
+    let credentials = details.credentials.as_ref().unwrap();
+    assert_eq!(credentials.oauth_status, OauthStatus::Pending);
+    assert_eq!(credentials.client_id.as_deref(), Some("client"));
+    let json = serde_json::to_string(&details).unwrap();
+    assert!(
+        !json.contains("state-of-") && !json.contains("secret"),
+        "{json}"
+    );
+
+    McpCredential::delete(conn, credential.credential_id).unwrap();
+    let details = McpInstance::find_by_user(conn, id, owner).unwrap().unwrap();
+    assert_eq!(details.credentials, None);
+}
+
+#[test]
+fn the_gateway_finds_what_is_completed() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let user = pro_user(conn);
+    let gmail = service(conn, "gmail", 4001);
+    service(conn, "slack", 4002);
+    let id = create_pending(conn, user, gmail);
+    let mut find = |name| McpInstance::find_with_credentials(conn, id, name).unwrap();
+    assert_eq!(find("gmail"), None);
+
+    authorise(&mut database.connect(), user, id, OauthStatus::Completed).unwrap();
+    let (instance, service, credential) = find("gmail").unwrap();
+    assert_eq!(instance.instance_id, id);
+    assert_eq!(service.mcp_service_name, "gmail");
+    assert_eq!(credential.client_secret, Some(sealed()));
+    assert_eq!(find("slack"), None);
+
+    McpInstance::deactivate(&mut database.connect(), id, user).unwrap();
+    let (instance, ..) = find("gmail").unwrap();
+    assert_eq!(instance.status, InstanceStatus::Inactive);
+}
+
+#[test]
+fn a_list_is_newest_first_in_pages_and_filtered() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let (user, other) = (pro_user(conn), pro_user(conn));
+    let (gmail, slack) = (service(conn, "gmail", 4001), service(conn, "slack", 4002));
+    for n in 0..7 {
+        let id = create(conn, user, if n % 2 == 0 { gmail } else { slack }).unwrap();
+        if n < 3 {
+            McpInstance::deactivate(conn, id, user).unwrap();
+        }
+    }
+    create(conn, other, gmail).unwrap();
+    // Two of one moment: the key decides.
+    conn.batch_execute("UPDATE mcp_service_table SET created_at = now() WHERE status = 'inactive'")
+        .unwrap();
+
+    let mut list =
+        |filter, after, limit| McpInstance::list_by_user(conn, user, filter, after, limit).unwrap();
+    let all = list(InstanceFilter::default(), None, 100);
+    assert_eq!(all.len(), 7);
+    let place = |i: usize| {
+        let instance = &all[i].instance;
+        (instance.created_at, instance.instance_id)
+    };
+    assert!((1..7).all(|i| place(i) < place(i - 1)));
+
+    let mut pages = Vec::new();
+    let mut after = None;
+    loop {
+        let page = list(InstanceFilter::default(), after, 2);
+        let Some(last) = page.last() else { break };
+        after = Some(Keyset {
+            created_at: last.instance.created_at,
+            id: last.instance.instance_id,
+        });
+        pages.extend(page);
+    }
+    assert_eq!(pages, all);
+
+    let inactive = InstanceFilter {
+        status: Some(InstanceStatus::Inactive),
+        ..InstanceFilter::default()
+    };
+    assert_eq!(list(inactive, None, 100).len(), 3);
+    let slack = InstanceFilter {
+        service_name: Some("slack"),
+        ..InstanceFilter::default()
+    };
+    assert_eq!(list(slack, None, 100).len(), 3);
+    let both = InstanceFilter {
+        status: inactive.status,
+        service_name: slack.service_name,
+    };
+    assert_eq!(list(both, None, 100).len(), 1);
+}
+
+#[test]
+fn a_call_is_counted_and_leaves_the_version() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let (user, gmail) = (user(conn), service(conn, "gmail", 4001));
+    let id = create(conn, user, gmail).unwrap();
+    let before = find(conn, id);
+    assert_eq!((before.usage_count, before.last_used_at), (0, None));
+
+    assert!(McpInstance::record_call(conn, id).unwrap());
+    assert!(McpInstance::record_call(conn, id).unwrap());
+    let after = find(conn, id);
+    assert_eq!(after.usage_count, 2);
+    assert!(after.last_used_at.unwrap() > before.created_at);
+    assert_eq!(
+        (after.version, after.last_modified),
+        (before.version, before.last_modified)
+    );
+    assert!(!McpInstance::record_call(conn, InstanceId::new()).unwrap());
+
+    // Kept prepared: a call sends nothing but its value.
+    let prepared = diesel::sql_query(
+        "SELECT FROM pg_prepared_statements WHERE statement LIKE 'UPDATE%usage_count%'",
+    );
+    assert_eq!(prepared.execute(conn).unwrap(), 1);
+}
+
+#[test]
+fn an_instance_is_switched_off_and_on() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let (owner, other) = (user(conn), user(conn));
+    let gmail = service(conn, "gmail", 4001);
+    let id = create(conn, owner, gmail).unwrap();
+
+    assert_eq!(McpInstance::deactivate(conn, id, other).unwrap(), None);
+    let off = McpInstance::deactivate(conn, id, owner).unwrap().unwrap();
+    assert_eq!(off.status, InstanceStatus::Inactive);
+    let again = McpInstance::deactivate(conn, id, owner).unwrap().unwrap();
+    assert_eq!(again.version, off.version);
+
+    let refused = McpInstance::activate(conn, id, other);
+    assert!(
+        matches!(refused, Err(InstanceError::NotFound)),
+        "{refused:?}"
+    );
+    let on = McpInstance::activate(conn, id, owner).unwrap();
+    assert_eq!(on.status, InstanceStatus::Active);
+
+    let second = create_inactive(conn, owner, gmail);
+    let refused = McpInstance::activate(conn, second, owner);
+    assert!(
+        matches!(refused, Err(InstanceError::LimitReached)),
+        "{refused:?}"
+    );
+    assert_eq!(
+        McpInstance::activate(conn, id, owner).unwrap().version,
+        on.version
+    );
+}
+
+#[test]
+fn an_expired_instance_is_renewed() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let (owner, other) = (user(conn), user(conn));
+    let gmail = service(conn, "gmail", 4001);
+    let past = NewMcpInstance {
+        expires_at: Some(Utc::now() - TimeDelta::seconds(1)),
+        ..new_instance(owner, gmail)
+    };
+    let id = api_key(InstanceId::new()).instance_id;
+    McpInstance::create(conn, &past, &api_key(id)).unwrap();
+    assert_eq!(McpInstance::expire_due(conn, 10).unwrap().len(), 1);
+
+    let refused = McpInstance::activate(conn, id, owner);
+    assert!(
+        matches!(refused, Err(InstanceError::InstanceExpired)),
+        "{refused:?}"
+    );
+    let still = McpInstance::deactivate(conn, id, owner).unwrap().unwrap();
+    assert_eq!(still.status, InstanceStatus::Expired);
+    let refused = McpInstance::renew(conn, id, owner, past.expires_at);
+    assert!(
+        matches!(refused, Err(InstanceError::InstanceExpired)),
+        "{refused:?}"
+    );
+    let refused = McpInstance::renew(conn, id, other, None);
+    assert!(
+        matches!(refused, Err(InstanceError::NotFound)),
+        "{refused:?}"
+    );
+
+    let tomorrow = DateTime::from_timestamp(Utc::now().timestamp() + 86_400, 0);
+    let renewed = McpInstance::renew(conn, id, owner, tomorrow).unwrap();
+    assert_eq!(renewed.status, InstanceStatus::Active);
+    assert_eq!((renewed.expires_at, renewed.renewed_count), (tomorrow, 1));
+    assert!(renewed.last_renewed_at.is_some());
+    let for_ever = McpInstance::renew(conn, id, owner, None).unwrap();
+    assert_eq!((for_ever.expires_at, for_ever.renewed_count), (None, 2));
+
+    let second = create_inactive(conn, owner, gmail);
+    let refused = McpInstance::renew(conn, second, owner, tomorrow);
+    assert!(
+        matches!(refused, Err(InstanceError::LimitReached)),
+        "{refused:?}"
+    );
+    assert_eq!(find(conn, second).renewed_count, 0);
+}
+
+#[test]
+fn a_name_is_changed_by_who_saw_the_latest() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let (owner, other) = (user(conn), user(conn));
+    let gmail = service(conn, "gmail", 4001);
+    let id = create(conn, owner, gmail).unwrap();
+    let seen = find(conn, id).version;
+
+    let renamed = McpInstance::rename(conn, id, owner, seen, Some("Work")).unwrap();
+    assert_eq!(renamed.custom_name.as_deref(), Some("Work"));
+    let refused = McpInstance::rename(conn, id, owner, seen, Some("Home"));
+    let Err(RenameError::Conflict(current)) = refused else {
+        panic!("{refused:?}");
+    };
+    assert_eq!(*current, renamed);
+
+    let refused = McpInstance::rename(conn, id, other, renamed.version, None);
+    assert!(matches!(refused, Err(RenameError::NotFound)), "{refused:?}");
+    let refused = McpInstance::rename(conn, id, owner, renamed.version, Some(&"x".repeat(256)));
+    let Err(RenameError::Database(error)) = refused else {
+        panic!("{refused:?}");
+    };
+    assert!(
+        ConstraintViolation::of(&error)
+            .unwrap()
+            .is("mcp_service_table_custom_name_check")
+    );
+
+    McpInstance::record_call(conn, id).unwrap();
+    let unnamed = McpInstance::rename(conn, id, owner, renamed.version, None).unwrap();
+    assert_eq!(unnamed.custom_name, None);
+}
+
+#[test]
+fn an_instance_is_deleted_by_its_owner_with_its_credentials() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let (owner, other) = (user(conn), user(conn));
+    let gmail = service(conn, "gmail", 4001);
+    let id = create(conn, owner, gmail).unwrap();
+
+    assert!(!McpInstance::delete(conn, id, other).unwrap());
+    assert!(McpInstance::delete(conn, id, owner).unwrap());
+    assert!(!McpInstance::delete(conn, id, owner).unwrap());
+    assert_eq!(McpCredential::find_by_instance(conn, id).unwrap(), None);
+    let service = McpService::find(conn, gmail).unwrap().unwrap();
+    assert_eq!(
+        (
+            service.total_instances_created,
+            service.active_instances_count
+        ),
+        (1, 0)
+    );
+}
+
+#[test]
+fn two_instances_change_places_under_the_limit() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let (owner, other) = (user(conn), user(conn));
+    let (gmail, slack) = (service(conn, "gmail", 4001), service(conn, "slack", 4002));
+    let on = create(conn, owner, gmail).unwrap();
+    let off = create_inactive(conn, owner, slack);
+    let of_other = create_inactive(conn, other, slack);
+
+    // Both ways, so that each registry order comes up.
+    for (off, on) in [(on, off), (off, on)] {
+        let switched_on = McpInstance::swap(conn, owner, off, on).unwrap();
+        assert_eq!(switched_on, find(conn, on));
+        assert_eq!(find(conn, on).status, InstanceStatus::Active);
+        assert_eq!(find(conn, off).status, InstanceStatus::Inactive);
+    }
+
+    let refusals = [
+        (on, on),
+        (on, of_other),
+        (on, InstanceId::new()),
+        (of_other, off),
+    ];
+    for (off, on) in refusals {
+        let refused = McpInstance::swap(conn, owner, off, on);
+        assert!(
+            matches!(refused, Err(InstanceError::NotFound)),
+            "{refused:?}"
+        );
+    }
+
+    // What is off already makes no room, and inside a transaction that goes on the refusal comes at once.
+    let third = create_inactive(conn, owner, slack);
+    conn.transaction::<_, InstanceError, _>(|conn| {
+        for (off, on) in [(off, third), (third, off)] {
+            let refused = McpInstance::swap(conn, owner, off, on);
+            assert!(
+                matches!(refused, Err(InstanceError::LimitReached)),
+                "{refused:?}"
+            );
+        }
+        McpInstance::swap(conn, owner, on, third)
+    })
+    .unwrap();
+    assert_eq!(find(conn, on).status, InstanceStatus::Inactive);
+    assert_eq!(find(conn, third).status, InstanceStatus::Active);
+    assert_eq!(McpInstance::count_active(conn, owner).unwrap(), 1);
+
+    conn.batch_execute("UPDATE mcp_service_table SET expires_at = now() WHERE status = 'inactive'")
+        .unwrap();
+    let refused = McpInstance::swap(conn, owner, third, on);
+    assert!(
+        matches!(refused, Err(InstanceError::InstanceExpired)),
+        "{refused:?}"
+    );
+    assert_eq!(find(conn, third).status, InstanceStatus::Active);
+}

@@ -1,0 +1,277 @@
+//! The migrations as files, and each of them up, down and up again.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+
+use diesel::connection::SimpleConnection;
+
+use crate::rules::with_keys;
+use crate::support::{TestDatabase, database, down_sql, empty_database, up_sql};
+
+/// As Diesel runs it: in one transaction.
+fn apply(database: &TestDatabase, file: &Path) {
+    let sql = fs::read_to_string(file).unwrap();
+    database
+        .psql(&format!("BEGIN;\n{sql}\nCOMMIT;"))
+        .unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+}
+
+#[test]
+fn each_down_undoes_its_up() {
+    let database = empty_database();
+    for (up, down) in up_sql().iter().zip(down_sql()) {
+        let before = database.dump(&[]);
+        apply(&database, up);
+        let after = database.dump(&[]);
+        apply(&database, &down);
+        assert_eq!(database.dump(&[]), before, "{}", down.display());
+        apply(&database, up);
+        assert_eq!(database.dump(&[]), after, "{}", up.display());
+    }
+}
+
+/// Grants are a part of it: where the roles exist, they leave nothing behind either. On a server of its own, because
+/// roles belong to the whole server.
+#[test]
+fn each_down_undoes_its_up_where_the_roles_exist() {
+    let server = bruhmcp_devdb::Server::private(&[]).unwrap();
+    let database = TestDatabase::from(server.create_database().unwrap());
+    database
+        .psql("CREATE ROLE app_user; CREATE ROLE app_admin")
+        .unwrap();
+    let before = database.dump(&[]);
+    for up in up_sql() {
+        apply(&database, &up);
+    }
+
+    let may = |role: &str, object: &str, privilege: &str| {
+        let sql = format!("SELECT has_table_privilege('{role}', '{object}', '{privilege}')");
+        database.psql(&sql).unwrap() == "t\n"
+    };
+    for table in [
+        "users",
+        "user_plans",
+        "user_subscriptions",
+        "subscription_transactions",
+        "account_credits",
+        "webhook_events",
+    ] {
+        assert!(
+            may("app_user", table, "INSERT") && may("app_user", table, "UPDATE"),
+            "{table}"
+        );
+        assert!(!may("app_user", table, "DELETE"), "{table}");
+        assert!(may("app_admin", table, "DELETE"), "{table}");
+    }
+    for table in [
+        "auth_tokens",
+        "mcp_service_table",
+        "mcp_credentials",
+        "user_billing_details",
+    ] {
+        assert!(may("app_user", table, "DELETE"), "{table}");
+    }
+    assert!(may("app_user", "mcp_table", "SELECT") && !may("app_user", "mcp_table", "UPDATE"));
+    assert!(may("app_user", "token_audit_summary", "SELECT"));
+    for role in ["app_user", "app_admin"] {
+        assert!(may(role, "token_audit_log", "INSERT"));
+        assert!(!may(role, "token_audit_log", "DELETE") && !may(role, "token_audit_log", "UPDATE"));
+    }
+
+    // The triggers work for a role without rights on what they write, and a temporary table doesn't fool them.
+    let rows = with_keys(include_str!("../fixtures/rows.sql"));
+    database.psql(&rows).unwrap();
+    let sql = with_keys(
+        "SET ROLE app_user;
+         CREATE TEMPORARY TABLE user_plans (user_id uuid, max_instances integer, expires_at timestamptz);
+         INSERT INTO public.users (id, first_name, last_name, email) VALUES (:u3, 'Cy', '', 'cy@example.in');
+         INSERT INTO public.mcp_service_table (instance_id, user_id, mcp_service_id) VALUES (:i4, :u3, :m1);
+         INSERT INTO public.mcp_credentials (instance_id, api_key, oauth_status, oauth_completed_at)
+         VALUES (:i4, decode(repeat('aa', 40), 'hex'), 'completed', now());
+         SELECT plan_type, active_instances_count FROM public.user_plans, public.mcp_table
+          WHERE user_id = :u3 AND mcp_service_id = :m1",
+    );
+    assert_eq!(database.psql(&sql).unwrap(), "free|2\n");
+    let error = database
+        .psql("SET ROLE app_user; SELECT cleanup_old_token_audit_logs()")
+        .unwrap_err();
+    assert!(error.contains("42501"), "{error}");
+    assert_eq!(
+        database
+            .psql("SET ROLE app_admin; SELECT cleanup_old_token_audit_logs()")
+            .unwrap(),
+        "1\n"
+    );
+
+    for down in down_sql().iter().rev() {
+        apply(&database, down);
+    }
+    assert_eq!(database.dump(&[]), before);
+}
+
+/// Rows of users that were there before plans were: each gets the free plan, and the limit holds at once.
+#[test]
+fn plans_are_backfilled() {
+    let database = empty_database();
+    for up in &up_sql()[..5] {
+        apply(&database, up);
+    }
+    let rows = with_keys(include_str!("../fixtures/rows.sql"));
+    let rows: String = rows
+        .split_inclusive(";\n")
+        .filter(|statement| {
+            ![
+                "UPDATE user_plans",
+                "INTO webhook_events",
+                "INTO user_billing_details",
+            ]
+            .iter()
+            .any(|later| statement.contains(later))
+        })
+        .collect();
+    database.psql(&rows).unwrap();
+    database
+        .psql(&with_keys(
+            "UPDATE mcp_service_table SET status = 'active' WHERE instance_id = :i3",
+        ))
+        .unwrap();
+    for up in &up_sql()[5..] {
+        apply(&database, up);
+    }
+    assert_eq!(
+        database
+            .psql("SELECT plan_type, max_instances, count(*) FROM user_plans GROUP BY 1, 2")
+            .unwrap(),
+        "free|1|2\n"
+    );
+    assert_eq!(
+        database
+            .psql(&with_keys(
+                "SELECT status FROM mcp_service_table WHERE user_id = :u1"
+            ))
+            .unwrap(),
+        "inactive\ninactive\n"
+    );
+    assert_eq!(
+        database
+            .psql("SELECT mcp_service_name, active_instances_count FROM mcp_table ORDER BY 1")
+            .unwrap(),
+        "figma|0\ngmail|0\norkut|0\n"
+    );
+}
+
+#[test]
+fn versions_are_unique_and_ascend() {
+    let names: Vec<String> = up_sql()
+        .iter()
+        .map(|file| {
+            file.parent()
+                .unwrap()
+                .file_name()
+                .unwrap()
+                .to_str()
+                .unwrap()
+                .to_owned()
+        })
+        .collect();
+    let versions: Vec<&str> = names
+        .iter()
+        .map(|name| name.split('_').next().unwrap())
+        .collect();
+    for (number, version) in versions.iter().enumerate() {
+        assert_eq!(*version, format!("{number:03}"), "{names:?}");
+    }
+    assert_eq!(
+        versions.iter().collect::<BTreeSet<_>>().len(),
+        versions.len()
+    );
+}
+
+/// SQL without its comments and without what stands between `$$`, where BEGIN means something else.
+fn bare(sql: &str) -> String {
+    let lines = sql
+        .lines()
+        .map(|line| line.split("--").next().unwrap_or_default());
+    let code = lines.collect::<Vec<_>>().join("\n");
+    code.split("$$").step_by(2).collect::<Vec<_>>().join(" ")
+}
+
+#[test]
+fn migrations_keep_their_rules() {
+    for file in up_sql().iter().chain(&down_sql()) {
+        let sql = fs::read_to_string(file).unwrap();
+        let code = bare(&sql).to_uppercase();
+        let name = file.display();
+        assert!(
+            code.trim_start()
+                .starts_with("SET LOCAL LOCK_TIMEOUT = '5S';"),
+            "{name}: no lock_timeout at first"
+        );
+        for statement in code.split(';').map(str::trim) {
+            let first = statement.split_whitespace().next().unwrap_or_default();
+            let control = [
+                "BEGIN",
+                "COMMIT",
+                "END",
+                "ROLLBACK",
+                "START",
+                "SAVEPOINT",
+                "ABORT",
+            ];
+            assert!(
+                !control.contains(&first),
+                "{name}: transaction control: {statement}"
+            );
+            assert!(
+                !first.starts_with('\\'),
+                "{name}: psql command: {statement}"
+            );
+            if first == "SET" {
+                let local = ["SET LOCAL", "SET CONSTRAINTS"]
+                    .iter()
+                    .any(|ok| statement.starts_with(ok));
+                assert!(local, "{name}: session setting: {statement}");
+            }
+        }
+        if !name.to_string().contains("000_") {
+            for word in [
+                "IF EXISTS",
+                "IF NOT EXISTS",
+                "OR REPLACE",
+                " CASCADE;",
+                "SERIAL",
+                "VARCHAR",
+            ] {
+                assert!(!code.contains(word), "{name}: {word}");
+            }
+        }
+    }
+    for entry in fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/migrations")).unwrap() {
+        let folder = entry.unwrap().path();
+        if folder.is_dir() {
+            let mut files: Vec<_> = fs::read_dir(&folder)
+                .unwrap()
+                .map(|file| file.unwrap().file_name())
+                .collect();
+            files.sort();
+            // A metadata.toml, even an empty one, turns the transaction off.
+            assert_eq!(files, ["down.sql", "up.sql"], "{}", folder.display());
+        }
+    }
+}
+
+/// A migration after any other in one transaction: what is deferred must not be in the way of the next ALTER TABLE.
+#[test]
+fn all_migrations_run_in_one_transaction() {
+    let database_with_one = empty_database();
+    let conn = &mut database_with_one.connect();
+    let all = up_sql()
+        .iter()
+        .map(|file| fs::read_to_string(file).unwrap())
+        .collect::<Vec<_>>()
+        .join("\n");
+    conn.batch_execute(&format!("BEGIN;{all};COMMIT")).unwrap();
+    let args = ["--exclude-table=__diesel_schema_migrations"];
+    assert_eq!(database_with_one.dump(&args), database().dump(&args));
+}

@@ -1,0 +1,266 @@
+//! The monitor: what it expires and removes, and what it leaves to others.
+
+use std::collections::HashSet;
+use std::sync::Barrier;
+use std::thread;
+
+use bruhmcp_db::enums::{InstanceStatus, OauthStatus};
+use bruhmcp_db::ids::InstanceId;
+use bruhmcp_db::models::{McpInstance, UserPlan};
+use chrono::TimeDelta;
+use diesel::connection::SimpleConnection;
+use diesel::pg::PgConnection;
+use diesel::prelude::*;
+
+use crate::instances::{authorise, create, create_pending, find, pro_user, service};
+use crate::support;
+
+const IDLE: TimeDelta = TimeDelta::minutes(5);
+
+/// Gives every instance an end that is past.
+fn all_due(conn: &mut PgConnection) {
+    conn.batch_execute("UPDATE mcp_service_table SET expires_at = now() - interval '1 second'")
+        .unwrap();
+}
+
+/// As if the credentials had not been touched for an hour.
+fn all_idle(conn: &mut PgConnection) {
+    conn.batch_execute(
+        "ALTER TABLE mcp_credentials DISABLE TRIGGER USER;
+         UPDATE mcp_credentials SET updated_at = now() - interval '1 hour';
+         ALTER TABLE mcp_credentials ENABLE TRIGGER USER",
+    )
+    .unwrap();
+}
+
+fn ids(instances: &[McpInstance]) -> Vec<InstanceId> {
+    let mut ids: Vec<_> = instances
+        .iter()
+        .map(|instance| instance.instance_id)
+        .collect();
+    ids.sort();
+    ids
+}
+
+#[test]
+fn due_instances_expire_once() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let user = pro_user(conn);
+    let (gmail, slack) = (service(conn, "gmail", 4001), service(conn, "slack", 4002));
+    let mut due: Vec<_> = [gmail, gmail, gmail, slack]
+        .map(|service| create(conn, user, service).unwrap())
+        .into();
+    McpInstance::deactivate(conn, due[0], user).unwrap();
+    all_due(conn);
+    let later = create(conn, user, gmail).unwrap();
+    McpInstance::renew(conn, later, user, Some(chrono::Utc::now() + IDLE)).unwrap();
+    let never = create(conn, user, gmail).unwrap();
+
+    let mut expired = Vec::new();
+    loop {
+        let batch = McpInstance::expire_due(conn, 2).unwrap();
+        if batch.is_empty() {
+            break;
+        }
+        assert!(batch.len() <= 2);
+        assert!(
+            batch
+                .iter()
+                .all(|row| row.status == InstanceStatus::Expired)
+        );
+        assert!(
+            batch
+                .iter()
+                .all(|row| row.mcp_service_id == batch[0].mcp_service_id)
+        );
+        expired.extend(ids(&batch));
+    }
+    due.sort();
+    expired.sort();
+    assert_eq!(expired, due);
+    assert_eq!(find(conn, later).status, InstanceStatus::Active);
+    assert_eq!(find(conn, never).status, InstanceStatus::Active);
+}
+
+#[test]
+fn eight_sweepers_take_each_due_instance_once() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let user = pro_user(conn);
+    let services = [4001, 4002, 4003].map(|port| service(conn, &format!("s{port}"), port));
+    let mut due: Vec<_> = (0..60)
+        .map(|n| create(conn, user, services[n % 3]).unwrap())
+        .collect();
+    all_due(conn);
+
+    let start = Barrier::new(8);
+    let mut expired: Vec<_> = thread::scope(|scope| {
+        let sweepers: Vec<_> = (0..8)
+            .map(|_| {
+                scope.spawn(|| {
+                    let conn = &mut database.connect();
+                    start.wait();
+                    let mut expired = Vec::new();
+                    loop {
+                        let batch = McpInstance::expire_due(conn, 3).unwrap();
+                        if batch.is_empty() {
+                            return expired;
+                        }
+                        expired.extend(ids(&batch));
+                    }
+                })
+            })
+            .collect();
+        sweepers
+            .into_iter()
+            .flat_map(|sweeper| sweeper.join().unwrap())
+            .collect()
+    });
+    // Who found nothing but locked rows has left them to others, all of whom have committed.
+    expired.extend(ids(&McpInstance::expire_due(conn, 60).unwrap()));
+    due.sort();
+    expired.sort();
+    assert_eq!(expired, due);
+}
+
+#[test]
+fn a_locked_instance_is_passed_over() {
+    let database = support::database();
+    let (conn, other) = (&mut database.connect(), &mut database.connect());
+    let user = pro_user(conn);
+    let (gmail, slack) = (service(conn, "gmail", 4001), service(conn, "slack", 4002));
+    let (free, locked) = (
+        create(conn, user, gmail.max(slack)).unwrap(),
+        create(conn, user, gmail.min(slack)).unwrap(),
+    );
+    all_due(conn);
+    other
+        .transaction(|other| {
+            McpInstance::record_call(other, locked)?;
+            // The first service in registry order has nothing but a locked row.
+            assert_eq!(ids(&McpInstance::expire_due(conn, 10)?), [free]);
+            assert_eq!(McpInstance::expire_due(conn, 10)?, []);
+            QueryResult::Ok(())
+        })
+        .unwrap();
+    assert_eq!(ids(&McpInstance::expire_due(conn, 10).unwrap()), [locked]);
+}
+
+#[test]
+fn abandoned_instances_are_listed_and_removed() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let user = pro_user(conn);
+    let gmail = service(conn, "gmail", 4001);
+    let [pending, failed, completed, expired] = [(); 4].map(|()| create_pending(conn, user, gmail));
+    authorise(conn, user, failed, OauthStatus::Failed).unwrap();
+    authorise(conn, user, completed, OauthStatus::Completed).unwrap();
+    authorise(conn, user, expired, OauthStatus::Expired).unwrap();
+    all_idle(conn);
+    let fresh = create_pending(conn, user, gmail);
+
+    let listed = McpInstance::list_abandoned(conn, IDLE, 10).unwrap();
+    let in_order: Vec<_> = listed.iter().map(|row| row.instance_id).collect();
+    assert_eq!(in_order, [pending, failed], "oldest first");
+    let first = McpInstance::list_abandoned(conn, IDLE, 1).unwrap();
+    assert_eq!(first, listed[..1]);
+
+    let all = [
+        pending,
+        failed,
+        completed,
+        expired,
+        fresh,
+        InstanceId::new(),
+    ];
+    let mut removed = McpInstance::delete_abandoned(conn, &all, IDLE).unwrap();
+    removed.sort_by_key(|row| row.created_at);
+    assert_eq!(removed, listed);
+    assert_eq!(McpInstance::list_abandoned(conn, IDLE, 10).unwrap(), []);
+    for kept in [completed, expired, fresh] {
+        find(conn, kept);
+    }
+    assert_eq!(McpInstance::delete_abandoned(conn, &[], IDLE).unwrap(), []);
+}
+
+#[test]
+fn an_authorisation_that_is_completing_is_not_lost() {
+    let database = support::database();
+    let (conn, callback) = (&mut database.connect(), &mut database.connect());
+    let user = pro_user(conn);
+    let gmail = service(conn, "gmail", 4001);
+    let [completing, renamed, abandoned] = [(); 3].map(|()| create_pending(conn, user, gmail));
+    all_idle(conn);
+    let listed = ids(&McpInstance::list_abandoned(conn, IDLE, 10).unwrap());
+    assert_eq!(listed.len(), 3);
+
+    callback
+        .transaction(|callback| {
+            authorise(callback, user, completing, OauthStatus::Completed).unwrap();
+            let version = find(callback, renamed).version;
+            McpInstance::rename(callback, renamed, user, version, Some("Work")).unwrap();
+            // Neither waited for nor removed.
+            let removed = McpInstance::delete_abandoned(conn, &listed, IDLE)?;
+            assert_eq!(ids(&removed), [abandoned]);
+            QueryResult::Ok(())
+        })
+        .unwrap();
+    let removed = McpInstance::delete_abandoned(conn, &listed, IDLE).unwrap();
+    assert_eq!(ids(&removed), [renamed]);
+    assert_eq!(find(conn, completing).oauth_status, OauthStatus::Completed);
+}
+
+#[test]
+fn an_authorisation_and_its_removal_race_and_one_wins() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let user = pro_user(conn);
+    let gmail = service(conn, "gmail", 4001);
+    let pending: Vec<_> = (0..100)
+        .map(|_| create_pending(conn, user, gmail))
+        .collect();
+    all_idle(conn);
+
+    let start = Barrier::new(3);
+    let (completed, deleted, removed) = thread::scope(|scope| {
+        let callbacks = scope.spawn(|| {
+            let conn = &mut database.connect();
+            start.wait();
+            let done =
+                |id: &&InstanceId| authorise(conn, user, **id, OauthStatus::Completed).unwrap();
+            pending.iter().filter(done).copied().collect::<HashSet<_>>()
+        });
+        // The user's own delete, which does wait: in the lock order, so without a deadlock.
+        let owner = scope.spawn(|| {
+            let conn = &mut database.connect();
+            start.wait();
+            let chosen = pending.iter().step_by(5);
+            chosen
+                .filter(|id| McpInstance::delete(conn, **id, user).unwrap())
+                .copied()
+                .collect::<HashSet<_>>()
+        });
+        let conn = &mut database.connect();
+        start.wait();
+        let removed: HashSet<_> = pending
+            .rchunks(10)
+            .flat_map(|ids| McpInstance::delete_abandoned(conn, ids, IDLE).unwrap())
+            .map(|row| row.instance_id)
+            .collect();
+        (callbacks.join().unwrap(), owner.join().unwrap(), removed)
+    });
+
+    assert!(completed.is_disjoint(&removed));
+    assert!(deleted.is_disjoint(&removed));
+    for id in &pending {
+        let exists = McpInstance::find(conn, *id).unwrap().is_some();
+        assert_eq!(exists, !removed.contains(id) && !deleted.contains(id));
+    }
+    let left = completed.difference(&deleted).count();
+    assert_eq!(
+        McpInstance::count_active(conn, user).unwrap(),
+        i64::try_from(left).unwrap()
+    );
+    assert!(UserPlan::find_by_user(conn, user).unwrap().is_some());
+}

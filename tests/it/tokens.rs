@@ -1,0 +1,483 @@
+//! One-time codes, links and refresh tokens.
+
+use bruhmcp_db::TokenDigest;
+use bruhmcp_db::enums::AuthTokenType::{
+    self, EmailChangePending, EmailOtp, EmailVerification, PasswordReset, Refresh,
+};
+use bruhmcp_db::ids::UserId;
+use bruhmcp_db::models::{AuthToken, CodeCheck, ConsumeError, MAX_CODE_ATTEMPTS, Rotation, User};
+use chrono::{TimeDelta, Utc};
+use diesel::pg::PgConnection;
+use diesel::prelude::*;
+
+use crate::support::{self, TestDatabase};
+use crate::users::{race, user};
+
+fn digest(number: usize) -> TokenDigest {
+    let mut digest = [0; 32];
+    digest[..8].copy_from_slice(&number.to_be_bytes());
+    TokenDigest::new(digest)
+}
+
+fn hour() -> TimeDelta {
+    TimeDelta::hours(1)
+}
+
+fn issue(conn: &mut PgConnection, user: UserId, type_: AuthTokenType, number: usize) -> AuthToken {
+    AuthToken::issue(conn, user, type_, &digest(number), hour())
+        .unwrap()
+        .unwrap()
+}
+
+/// As if all tokens had been issued two hours earlier.
+fn let_two_hours_pass(database: &TestDatabase) {
+    let sql = "UPDATE auth_tokens
+                  SET created_at = created_at - interval '2 hours', expires_at = expires_at - interval '2 hours'";
+    database.psql(sql).unwrap();
+}
+
+fn live(conn: &mut PgConnection, user: UserId, type_: AuthTokenType) -> Vec<AuthToken> {
+    let tokens = AuthToken::list_by_user(conn, user, type_).unwrap();
+    tokens.into_iter().filter(|token| !token.is_used).collect()
+}
+
+#[test]
+fn a_new_token_replaces_the_live_one_of_its_type() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let ada = user(conn, "ada@example.org");
+    let first = issue(conn, ada, PasswordReset, 1);
+    assert_eq!(first.expires_at - first.created_at, hour());
+    issue(conn, ada, EmailVerification, 2);
+    let second = issue(conn, ada, PasswordReset, 3);
+    assert_eq!(live(conn, ada, PasswordReset), [second]);
+    assert_eq!(live(conn, ada, EmailVerification).len(), 1);
+    // One that has expired is in nobody's way.
+    let_two_hours_pass(&database);
+    issue(conn, ada, PasswordReset, 4);
+
+    // Refresh tokens: one for each device.
+    issue(conn, ada, Refresh, 5);
+    issue(conn, ada, Refresh, 6);
+    assert_eq!(live(conn, ada, Refresh).len(), 2);
+
+    User::deactivate(conn, ada).unwrap();
+    for user in [ada, UserId::new()] {
+        let issued = AuthToken::issue(conn, user, EmailOtp, &digest(7), hour()).unwrap();
+        assert_eq!(issued, None);
+    }
+}
+
+#[test]
+fn of_32_tokens_issued_at_a_time_one_lives() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let ada = user(conn, "ada@example.org");
+    race(&database, 32, |conn, thread| {
+        issue(conn, ada, EmailOtp, thread)
+    });
+    assert_eq!(live(conn, ada, EmailOtp).len(), 1);
+    let since = Utc::now() - hour();
+    let issued = AuthToken::count_issued_since(conn, ada, EmailOtp, since);
+    assert_eq!(issued.unwrap(), 32);
+}
+
+#[test]
+fn a_limit_of_issued_tokens_holds() {
+    #[derive(Debug, thiserror::Error)]
+    enum Error {
+        #[error("too many codes")]
+        TooMany,
+        #[error("database error")]
+        Database(#[from] diesel::result::Error),
+    }
+    let database = support::database();
+    let conn = &mut database.connect();
+    let ada = user(conn, "ada@example.org");
+    issue(conn, ada, EmailOtp, 100);
+    let_two_hours_pass(&database);
+    let since = Utc::now() - hour();
+    let outcomes = race(&database, 8, |conn, thread| {
+        conn.transaction(|conn| {
+            issue(conn, ada, EmailOtp, thread);
+            let issued = AuthToken::count_issued_since(conn, ada, EmailOtp, since)?;
+            if issued > 3 {
+                Err(Error::TooMany)
+            } else {
+                Ok(())
+            }
+        })
+    });
+    let refused = |outcome: &&Result<_, _>| matches!(outcome, Err(Error::TooMany));
+    assert_eq!(outcomes.iter().filter(refused).count(), 5);
+    assert_eq!(outcomes.iter().flatten().count(), 3);
+}
+
+#[test]
+fn a_link_is_consumed_once() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let ada = user(conn, "ada@example.org");
+    let token = issue(conn, ada, PasswordReset, 1);
+    let consumed = AuthToken::consume(conn, PasswordReset, &digest(1)).unwrap();
+    assert_eq!((consumed.id, consumed.user_id), (token.id, ada));
+
+    let mut error = |type_, number| AuthToken::consume(conn, type_, &digest(number)).unwrap_err();
+    assert!(matches!(error(PasswordReset, 1), ConsumeError::Used));
+    assert!(matches!(error(PasswordReset, 2), ConsumeError::Unknown));
+    // As another type, or a type that has a way of its own.
+    assert!(matches!(error(EmailVerification, 1), ConsumeError::Unknown));
+    for type_ in [Refresh, EmailOtp, EmailChangePending] {
+        issue(&mut database.connect(), ada, type_, 3);
+        assert!(matches!(error(type_, 3), ConsumeError::Unknown));
+    }
+    // Replaced.
+    for number in [4, 5] {
+        issue(&mut database.connect(), ada, EmailVerification, number);
+    }
+    assert!(matches!(error(EmailVerification, 4), ConsumeError::Used));
+    // Expired.
+    let_two_hours_pass(&database);
+    assert!(matches!(error(EmailVerification, 5), ConsumeError::Expired));
+    // Of somebody who isn't active: even if the token were live.
+    let token = issue(&mut database.connect(), ada, EmailVerification, 6);
+    database.psql("UPDATE users SET is_active = false").unwrap();
+    assert!(matches!(error(EmailVerification, 6), ConsumeError::Unknown));
+    assert_eq!(AuthToken::find(conn, token.id).unwrap(), Some(token));
+}
+
+#[test]
+fn of_32_who_present_a_link_one_gets_it() {
+    let database = support::database();
+    let ada = user(&mut database.connect(), "ada@example.org");
+    issue(&mut database.connect(), ada, EmailVerification, 1);
+    let outcomes = race(&database, 32, |conn, _| {
+        AuthToken::consume(conn, EmailVerification, &digest(1))
+    });
+    let used = |outcome: &&Result<_, _>| matches!(outcome, Err(ConsumeError::Used));
+    assert_eq!(outcomes.iter().filter(used).count(), 31);
+    assert_eq!(outcomes.iter().flatten().count(), 1);
+}
+
+/// Consume, then lock the user: not in the opposite order to those who replace the token.
+#[test]
+fn consuming_and_replacing_do_not_deadlock() {
+    let database = support::database();
+    let ada = user(&mut database.connect(), "ada@example.org");
+    race(&database, 4, |conn, thread| {
+        for round in 0..50 {
+            let number = thread * 1000 + round;
+            issue(conn, ada, PasswordReset, number);
+            conn.transaction(|conn| {
+                match AuthToken::consume(conn, PasswordReset, &digest(number)) {
+                    Ok(_) | Err(ConsumeError::Used) => {}
+                    Err(error) => panic!("{error:?}"),
+                }
+                AuthToken::revoke_all(conn, ada, None)
+            })
+            .unwrap();
+        }
+    });
+}
+
+#[test]
+fn a_code_survives_a_few_wrong_guesses() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let ada = user(conn, "ada@example.org");
+    let grace = user(conn, "grace@example.org");
+    let mut check =
+        |user, type_, number| AuthToken::check_code(conn, user, type_, &digest(number)).unwrap();
+    let issue = |type_, number| issue(&mut database.connect(), ada, type_, number);
+
+    assert_eq!(check(ada, EmailOtp, 1), CodeCheck::Unknown);
+    issue(EmailOtp, 1);
+    for attempts_left in (1..MAX_CODE_ATTEMPTS).rev() {
+        assert_eq!(check(ada, EmailOtp, 2), CodeCheck::Wrong { attempts_left });
+    }
+    // Neither another user nor another type counts.
+    assert_eq!(check(grace, EmailOtp, 1), CodeCheck::Unknown);
+    assert_eq!(check(ada, EmailChangePending, 1), CodeCheck::Unknown);
+    let CodeCheck::Right(token) = check(ada, EmailOtp, 1) else {
+        panic!("the right code was refused")
+    };
+    assert_eq!(
+        (token.user_id, token.attempts),
+        (ada, MAX_CODE_ATTEMPTS - 1)
+    );
+    assert_eq!(check(ada, EmailOtp, 1), CodeCheck::Used);
+    assert_eq!(check(ada, EmailOtp, 2), CodeCheck::Used);
+
+    issue(EmailChangePending, 1);
+    for attempts_left in (0..MAX_CODE_ATTEMPTS).rev() {
+        assert_eq!(
+            check(ada, EmailChangePending, 2),
+            CodeCheck::Wrong { attempts_left }
+        );
+    }
+    assert_eq!(
+        check(ada, EmailChangePending, 1),
+        CodeCheck::TooManyAttempts
+    );
+    // A new one has new attempts; the one that it replaced is not looked at.
+    issue(EmailChangePending, 3);
+    let attempts_left = MAX_CODE_ATTEMPTS - 1;
+    assert_eq!(
+        check(ada, EmailChangePending, 1),
+        CodeCheck::Wrong { attempts_left }
+    );
+    let_two_hours_pass(&database);
+    assert_eq!(check(ada, EmailChangePending, 3), CodeCheck::Expired);
+
+    // Guesses at links and refresh tokens are not taken here.
+    issue(Refresh, 4);
+    assert_eq!(check(ada, Refresh, 4), CodeCheck::Unknown);
+    issue(EmailOtp, 5);
+    database.psql("UPDATE users SET is_active = false").unwrap();
+    assert_eq!(check(ada, EmailOtp, 5), CodeCheck::Unknown);
+}
+
+#[test]
+fn parallel_guesses_do_not_pass_the_limit() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let ada = user(conn, "ada@example.org");
+    issue(conn, ada, EmailOtp, 100);
+    let outcomes = race(&database, 32, |conn, thread| {
+        AuthToken::check_code(conn, ada, EmailOtp, &digest(thread)).unwrap()
+    });
+    let mut left: Vec<i16> = Vec::new();
+    for outcome in outcomes {
+        match outcome {
+            CodeCheck::Wrong { attempts_left } => left.push(attempts_left),
+            other => assert_eq!(other, CodeCheck::TooManyAttempts),
+        }
+    }
+    left.sort_unstable();
+    assert_eq!(left, (0..MAX_CODE_ATTEMPTS).collect::<Vec<_>>());
+    let right = AuthToken::check_code(conn, ada, EmailOtp, &digest(100)).unwrap();
+    assert_eq!(right, CodeCheck::TooManyAttempts);
+    assert_eq!(live(conn, ada, EmailOtp)[0].attempts, MAX_CODE_ATTEMPTS);
+}
+
+#[test]
+fn of_32_right_guesses_one_counts() {
+    let database = support::database();
+    let ada = user(&mut database.connect(), "ada@example.org");
+    issue(&mut database.connect(), ada, EmailOtp, 1);
+    let outcomes = race(&database, 32, |conn, _| {
+        AuthToken::check_code(conn, ada, EmailOtp, &digest(1)).unwrap()
+    });
+    let right = |outcome: &&_| matches!(outcome, CodeCheck::Right(_));
+    assert_eq!(outcomes.iter().filter(right).count(), 1);
+    let used = |outcome: &&_| matches!(outcome, CodeCheck::Used);
+    assert_eq!(outcomes.iter().filter(used).count(), 31);
+}
+
+fn rotate(conn: &mut PgConnection, presented: usize, successor: usize) -> Rotation {
+    AuthToken::rotate(conn, &digest(presented), &digest(successor), hour()).unwrap()
+}
+
+#[test]
+fn a_refresh_token_has_one_successor() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let ada = user(conn, "ada@example.org");
+    let grace = user(conn, "grace@example.org");
+    issue(conn, ada, Refresh, 1);
+    issue(conn, ada, Refresh, 10);
+    issue(conn, grace, Refresh, 20);
+    issue(conn, ada, PasswordReset, 30);
+
+    let Rotation::Rotated(successor) = rotate(conn, 1, 2) else {
+        panic!("a live token was refused")
+    };
+    assert_eq!((successor.user_id, &successor.token), (ada, &digest(2)));
+    assert!(matches!(rotate(conn, 2, 3), Rotation::Rotated(_)));
+    assert_eq!(live(conn, ada, Refresh).len(), 2);
+
+    // A copy of the first one turns up: all devices sign in again; nobody else, and nothing but refresh tokens.
+    assert_eq!(rotate(conn, 1, 4), Rotation::Reused(ada));
+    assert!(live(conn, ada, Refresh).is_empty());
+    assert_eq!(live(conn, grace, Refresh).len(), 1);
+    assert_eq!(live(conn, ada, PasswordReset).len(), 1);
+    for presented in [3, 10] {
+        assert_eq!(rotate(conn, presented, 5), Rotation::Expired);
+    }
+
+    // The alarm rings once: the old copies don't end what comes after.
+    issue(conn, ada, Refresh, 6);
+    for presented in [1, 2] {
+        assert_eq!(rotate(conn, presented, 7), Rotation::Expired);
+    }
+    assert_eq!(live(conn, ada, Refresh).len(), 1);
+
+    assert_eq!(rotate(conn, 99, 7), Rotation::Unknown);
+    // Not a refresh token.
+    assert_eq!(rotate(conn, 30, 7), Rotation::Unknown);
+    let_two_hours_pass(&database);
+    assert_eq!(rotate(conn, 6, 7), Rotation::Expired);
+    issue(conn, ada, Refresh, 8);
+    database.psql("UPDATE users SET is_active = false").unwrap();
+    assert_eq!(rotate(conn, 8, 9), Rotation::Unknown);
+}
+
+#[test]
+fn of_two_who_present_a_refresh_token_the_second_revokes_it_all() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let ada = user(conn, "ada@example.org");
+    for threads in [2, 32] {
+        issue(conn, ada, Refresh, threads * 1000);
+        let outcomes = race(&database, threads, |conn, thread| {
+            rotate(conn, threads * 1000, threads * 1000 + thread + 1)
+        });
+        let rotated = |outcome: &&_| matches!(outcome, Rotation::Rotated(_));
+        assert_eq!(outcomes.iter().filter(rotated).count(), 1);
+        let reused = |outcome: &&_| **outcome == Rotation::Reused(ada);
+        assert_eq!(outcomes.iter().filter(reused).count(), 1);
+        let expired = |outcome: &&_| **outcome == Rotation::Expired;
+        assert_eq!(outcomes.iter().filter(expired).count(), threads - 2);
+        assert!(live(conn, ada, Refresh).is_empty());
+    }
+}
+
+/// The thief rotates on while the user raises the alarm: nothing that he got outlives it.
+#[test]
+fn no_successor_slips_past_the_alarm() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let ada = user(conn, "ada@example.org");
+    for round in 0..10 {
+        let first = round * 100;
+        issue(conn, ada, Refresh, first);
+        rotate(conn, first, first + 1);
+        race(&database, 2, |conn, thread| {
+            if thread == 0 {
+                assert_eq!(rotate(conn, first, first + 99), Rotation::Reused(ada));
+            } else {
+                let mut next = first + 1;
+                while let Rotation::Rotated(_) = rotate(conn, next, next + 1) {
+                    next += 1;
+                }
+            }
+        });
+        assert!(live(conn, ada, Refresh).is_empty());
+    }
+}
+
+#[test]
+fn revoking_is_not_using() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let ada = user(conn, "ada@example.org");
+    for number in 1..=3 {
+        issue(conn, ada, Refresh, number);
+    }
+    rotate(conn, 3, 4);
+    issue(conn, ada, EmailOtp, 5);
+
+    assert!(AuthToken::revoke(conn, Refresh, &digest(1)).unwrap());
+    assert!(!AuthToken::revoke(conn, Refresh, &digest(1)).unwrap());
+    assert!(!AuthToken::revoke(conn, Refresh, &digest(9)).unwrap());
+    // Another device stays signed in, though the first presents what it had.
+    assert_eq!(rotate(conn, 1, 9), Rotation::Expired);
+    assert_eq!(live(conn, ada, Refresh).len(), 2);
+
+    AuthToken::revoke_all(conn, ada, Some(&[Refresh])).unwrap();
+    assert!(live(conn, ada, Refresh).is_empty());
+    assert_eq!(live(conn, ada, EmailOtp).len(), 1);
+    issue(conn, ada, Refresh, 6);
+    for revoked in 1..=4 {
+        assert_eq!(rotate(conn, revoked, 9), Rotation::Expired);
+    }
+    assert_eq!(live(conn, ada, Refresh).len(), 1);
+
+    // Also what this transaction has just issued.
+    conn.transaction(|conn| {
+        issue(conn, ada, EmailChangePending, 7);
+        AuthToken::revoke_all(conn, ada, None)
+    })
+    .unwrap();
+    for type_ in [Refresh, EmailOtp, EmailChangePending] {
+        assert!(live(conn, ada, type_).is_empty());
+    }
+    AuthToken::revoke_all(conn, UserId::new(), None).unwrap();
+}
+
+#[test]
+fn the_purge_takes_what_expired_long_enough_ago() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let ada = user(conn, "ada@example.org");
+    for number in 0..40 {
+        issue(conn, ada, Refresh, number);
+    }
+    rotate(conn, 0, 40);
+    assert_eq!(
+        AuthToken::purge_expired(conn, TimeDelta::zero(), 100).unwrap(),
+        0
+    );
+    // An hour of life, and an hour since.
+    let_two_hours_pass(&database);
+    issue(conn, ada, Refresh, 50);
+    assert_eq!(
+        AuthToken::purge_expired(conn, TimeDelta::minutes(61), 100).unwrap(),
+        0
+    );
+
+    database
+        .psql("UPDATE auth_tokens SET expires_at = expires_at - interval '1 minute' WHERE is_used")
+        .unwrap();
+    assert_eq!(AuthToken::purge_expired(conn, hour(), 1).unwrap(), 1);
+    assert_eq!(
+        rotate(conn, 0, 60),
+        Rotation::Unknown,
+        "the oldest went first"
+    );
+
+    // Each row once, though four purge at a time.
+    let purged = race(&database, 4, |conn, _| {
+        let batches = std::iter::repeat_with(|| AuthToken::purge_expired(conn, hour(), 7).unwrap());
+        batches.take_while(|&rows| rows > 0).sum::<usize>()
+    });
+    assert_eq!(purged.iter().sum::<usize>(), 40);
+    assert_eq!(
+        AuthToken::list_by_user(conn, ada, Refresh).unwrap().len(),
+        1
+    );
+}
+
+#[cfg(feature = "crypto")]
+#[test]
+fn a_secret_is_known_by_its_digest() {
+    use bruhmcp_db::crypto::{TokenKey, TokenPurpose, new_code, new_secret};
+    use secrecy::ExposeSecret;
+
+    let database = support::database();
+    let conn = &mut database.connect();
+    let ada = user(conn, "ada@example.org");
+    let grace = user(conn, "grace@example.org");
+    let key = TokenKey::new(&[7; 32]).unwrap();
+
+    let secret = new_secret();
+    let digest = key.digest(TokenPurpose::PasswordReset, &secret);
+    AuthToken::issue(conn, ada, PasswordReset, &digest, hour()).unwrap();
+    let from_link = secret.expose_secret().to_owned().into();
+    let digest = key.digest(TokenPurpose::PasswordReset, &from_link);
+    assert_eq!(
+        AuthToken::consume(conn, PasswordReset, &digest)
+            .unwrap()
+            .user_id,
+        ada
+    );
+
+    // A code copied into another user's row doesn't sign her in.
+    let code = new_code();
+    let of = |user_id| key.digest(TokenPurpose::EmailOtp { user_id }, &code);
+    AuthToken::issue(conn, ada, EmailOtp, &of(ada), hour()).unwrap();
+    AuthToken::issue(conn, grace, EmailOtp, &of(ada), hour()).unwrap();
+    let mut check = |user| AuthToken::check_code(conn, user, EmailOtp, &of(user)).unwrap();
+    assert!(matches!(check(grace), CodeCheck::Wrong { .. }));
+    assert!(matches!(check(ada), CodeCheck::Right(_)));
+}
