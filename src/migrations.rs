@@ -253,9 +253,8 @@ impl Runner {
     /// # Errors
     /// As [`run_to`](Self::run_to).
     pub fn plan(&mut self, to: Option<&str>) -> Result<Vec<Planned>, Error> {
-        let pending = self.status()?;
-        let pending = self.pending(&pending, to)?;
-        let planned = pending.into_iter().map(|index| {
+        let status = self.status()?;
+        let planned = self.pending(&status, to)?.into_iter().map(|index| {
             let (version, migration) = &self.migrations[index];
             Ok(Planned {
                 version: version.clone(),
@@ -317,8 +316,12 @@ impl Runner {
         extent: &Extent,
         confirm: impl FnOnce(&Reversal) -> bool,
     ) -> Result<Report, Error> {
-        let mut session = self.begin("revert")?;
         let mut report = Report::default();
+        let status = self.status()?;
+        if self.applied(&status, extent)?.is_empty() {
+            return Ok(report);
+        }
+        let mut session = self.begin("revert")?;
         self.down(&mut session, extent, confirm, &mut report)?;
         session.unlock()?;
         Ok(report)
@@ -333,8 +336,12 @@ impl Runner {
         extent: &Extent,
         confirm: impl FnOnce(&Reversal) -> bool,
     ) -> Result<Report, Error> {
-        let mut session = self.begin("redo")?;
         let mut report = Report::default();
+        let status = self.status()?;
+        if self.applied(&status, extent)?.is_empty() {
+            return Ok(report);
+        }
+        let mut session = self.begin("redo")?;
         let mut reverted = self.down(&mut session, extent, confirm, &mut report)?;
         reverted.reverse();
         self.up(&mut session, &reverted, &mut report)?;

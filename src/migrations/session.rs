@@ -253,3 +253,36 @@ pub(super) fn holder(connection: &mut PgConnection) -> QueryResult<Option<Holder
         },
     ))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::may_come_up;
+
+    #[test]
+    fn only_what_passes_is_waited_for() {
+        let socket = "connection to server on socket \"/run/.s.PGSQL.5432\" failed: ";
+        let address = "connection to server at \"db\" (10.0.0.1), port 5432 failed: ";
+        for text in [
+            format!(
+                "{address}Connection refused\n\tIs the server running on that host and accepting TCP/IP connections?"
+            ),
+            format!("{socket}No such file or directory\n\tIs the server running locally?"),
+            format!("{socket}FATAL:  the database system is starting up"),
+            format!(
+                "{address}timeout expired\n{address}Connection refused\n\tIs the server running?"
+            ),
+        ] {
+            assert!(may_come_up(&text), "{text}");
+        }
+        for text in [
+            format!("{address}FATAL:  password authentication failed for user \"a\""),
+            format!("{address}Connection refused\n\tIs it running?\n{address}FATAL:  role \"a\" does not exist"),
+            format!("{socket}FATAL:  database \"x failed: Connection refused\" does not exist"),
+            format!("{socket}FATAL:  database \"the database system is starting up\" does not exist"),
+            "could not translate host name \"Connection refused\" to address: Name or service not known".to_owned(),
+            String::new(),
+        ] {
+            assert!(!may_come_up(&text), "{text}");
+        }
+    }
+}

@@ -231,6 +231,8 @@ fn said(outcome: &Outcome) -> String {
         ("host=", "&"),
         ("on socket \"", "\""),
         ("extend file \"", "\""),
+        ("was lost (", ")\n"),
+        ("be asked (", "): look"),
         ("database \"bruhmcp_dev", "\""),
     ] {
         let mut rest = text.as_str();
