@@ -4,10 +4,15 @@
 mod archive;
 mod audit;
 mod billing;
+#[cfg(feature = "cli")]
+mod cli;
 mod concurrency;
 mod conventions;
 mod credits;
 mod enums;
+// Limits and poolers are set up the Linux way.
+#[cfg(all(feature = "cli", target_os = "linux"))]
+mod faults;
 mod instances;
 mod migrations;
 mod models;
@@ -18,6 +23,7 @@ mod oauth;
 mod payments;
 mod plans;
 mod rules;
+mod runner;
 #[cfg(feature = "crypto")]
 mod sealing;
 mod subscriptions;

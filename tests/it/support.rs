@@ -8,6 +8,7 @@ use std::process::{Command, Output, Stdio};
 use std::sync::LazyLock;
 use std::thread;
 
+use bruhmcp_db::migrations::Runner;
 use bruhmcp_devdb::{Database, Server};
 use diesel::connection::SimpleConnection;
 use diesel::pg::PgConnection;
@@ -19,8 +20,7 @@ static SERVER: LazyLock<Server> =
 /// Migrated once, then only copied.
 static TEMPLATE: LazyLock<Database> = LazyLock::new(|| {
     let template = SERVER.create_database().unwrap();
-    let mut connection = PgConnection::establish(&template.url()).unwrap();
-    bruhmcp_db::migrations::run(&mut connection).unwrap();
+    Runner::new(&template.url()).unwrap().run().unwrap();
     template
 });
 

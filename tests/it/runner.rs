@@ -1,0 +1,740 @@
+//! The migration runner as a library.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bruhmcp_db::migrations::{
+    Difference, Direction, Error, Event, Extent, Loss, MIGRATIONS, Refusal, Reversal, Runner,
+    StateAfter, verify,
+};
+use diesel::connection::SimpleConnection;
+use diesel::migration::MigrationSource;
+use diesel::pg::Pg;
+use diesel_migrations::FileBasedMigrations;
+use sha2::{Digest, Sha256};
+
+use crate::support::{TestDatabase, database, empty_database};
+
+/// Migrations of a test's own, in a folder that is removed at its end.
+pub(crate) struct Folder(PathBuf);
+
+impl Folder {
+    /// `(name, up, down)` each.
+    pub(crate) fn new(migrations: &[(&str, &str, &str)]) -> Self {
+        let path = std::env::temp_dir().join(format!("bruhmcp_{}", uuid::Uuid::new_v4().simple()));
+        for (name, up, down) in migrations {
+            fs::create_dir_all(path.join(name)).unwrap();
+            fs::write(path.join(name).join("up.sql"), up).unwrap();
+            fs::write(path.join(name).join("down.sql"), down).unwrap();
+        }
+        Self(path)
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// Takes a migration out of its transaction.
+    pub(crate) fn without_transaction(self, name: &str) -> Self {
+        fs::write(
+            self.0.join(name).join("metadata.toml"),
+            "run_in_transaction = false\n",
+        )
+        .unwrap();
+        self
+    }
+
+    pub(crate) fn runner(&self, database: &TestDatabase) -> Runner {
+        let source = FileBasedMigrations::from_path(&self.0).unwrap();
+        Runner::with_source(&database.url(), &source).unwrap()
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Compares a file that the test `test` generates with the committed one, or writes it when told to.
+pub(crate) fn check_generated(test: &str, path: &str, text: &str) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
+    if std::env::var_os("BRUHMCP_WRITE").is_some() {
+        fs::write(path, text).unwrap();
+        return;
+    }
+    let committed = fs::read_to_string(&path).unwrap_or_default();
+    assert!(
+        committed == text,
+        "{} is not what the tests find; if that is right, write it by\n\
+         BRUHMCP_WRITE=1 script/test {test}\n{}",
+        path.display(),
+        difference(&committed, text)
+    );
+}
+
+fn difference(committed: &str, found: &str) -> String {
+    let mut text = String::new();
+    for line in committed
+        .lines()
+        .filter(|line| !found.lines().any(|other| other == *line))
+    {
+        writeln!(text, "- {line}").unwrap();
+    }
+    for line in found
+        .lines()
+        .filter(|line| !committed.lines().any(|other| other == *line))
+    {
+        writeln!(text, "+ {line}").unwrap();
+    }
+    text
+}
+
+fn names() -> Vec<String> {
+    let migrations = MigrationSource::<Pg>::migrations(&MIGRATIONS).unwrap();
+    migrations
+        .iter()
+        .map(|migration| migration.name().to_string())
+        .collect()
+}
+
+fn yes(_: &Reversal) -> bool {
+    true
+}
+
+/// An applied migration is never edited. `BRUHMCP_WRITE=1` adds what is new and leaves the lines that are there.
+#[test]
+fn generated_hashes() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut hashes = BTreeMap::new();
+    for folder in fs::read_dir(root.join("migrations"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+    {
+        if !folder.is_dir() {
+            continue;
+        }
+        for file in fs::read_dir(&folder)
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+        {
+            let text = fs::read_to_string(&file).unwrap().replace("\r\n", "\n");
+            let hash = Sha256::digest(text)
+                .iter()
+                .map(|byte| format!("{byte:02x}"))
+                .collect::<String>();
+            hashes.insert(
+                file.strip_prefix(root.join("migrations"))
+                    .unwrap()
+                    .to_str()
+                    .unwrap()
+                    .replace('\\', "/"),
+                hash,
+            );
+        }
+    }
+    let committed = fs::read_to_string(root.join("migrations/hashes.txt")).unwrap_or_default();
+    if std::env::var_os("BRUHMCP_WRITE").is_some() {
+        for (hash, file) in committed.lines().filter_map(|line| line.split_once("  ")) {
+            hashes.insert(file.to_owned(), hash.to_owned());
+        }
+    }
+    let text: String = hashes
+        .iter()
+        .map(|(file, hash)| format!("{hash}  {file}\n"))
+        .collect();
+    check_generated("generated_hashes", "migrations/hashes.txt", &text);
+}
+
+/// What `verify` expects is what the migrations build.
+#[test]
+fn generated_catalogue() {
+    let verification = verify(&mut database().connect()).unwrap();
+    let committed = include_str!("../../migrations/catalogue.txt");
+    let missing = |line: &str| {
+        verification
+            .differences
+            .contains(&Difference::Missing(line.to_owned()))
+    };
+    let mut lines: Vec<&str> = committed.lines().filter(|line| !missing(line)).collect();
+    lines.extend(
+        verification
+            .differences
+            .iter()
+            .filter_map(|difference| match difference {
+                Difference::Unexpected(line) => Some(line.as_str()),
+                Difference::Missing(_) => None,
+            }),
+    );
+    lines.sort_unstable();
+    check_generated(
+        "generated_catalogue",
+        "migrations/catalogue.txt",
+        &lines
+            .iter()
+            .map(|line| format!("{line}\n"))
+            .collect::<String>(),
+    );
+}
+
+#[test]
+fn runs_reverts_and_redoes_what_it_reports() {
+    let database = empty_database();
+    let before = database.dump(&["--exclude-table=__diesel_schema_migrations"]);
+    let log = Arc::new(Mutex::new(Vec::new()));
+    let writer = Arc::clone(&log);
+    let mut runner = Runner::new(&database.url())
+        .unwrap()
+        .on_event(move |event| {
+            writer.lock().unwrap().push(match event {
+                Event::Started(name, direction) => format!("{direction} {name}"),
+                Event::Finished(step) => format!("{} {} done", step.direction, step.name),
+                other => panic!("{other:?}"),
+            });
+        });
+
+    let report = runner.run_to(Some("002")).unwrap();
+    assert_eq!(
+        report
+            .steps
+            .iter()
+            .map(|step| &step.version[..])
+            .collect::<Vec<_>>(),
+        ["000", "001", "002"]
+    );
+    assert!(
+        report
+            .steps
+            .iter()
+            .all(|step| step.direction == Direction::Up && step.duration > Duration::ZERO)
+    );
+    assert_eq!(
+        log.lock().unwrap()[..2],
+        [
+            "up 000_cleanup_old_tables",
+            "up 000_cleanup_old_tables done"
+        ]
+    );
+
+    assert_eq!(runner.run().unwrap().steps.len(), names().len() - 3);
+    assert!(runner.run().unwrap().steps.is_empty());
+    let status = runner.status().unwrap();
+    assert_eq!(status.pending().count(), 0);
+    assert!(
+        status
+            .migrations
+            .iter()
+            .all(|migration| migration.applied_at.is_some())
+    );
+    assert!(runner.verify().unwrap().differences.is_empty());
+
+    let steps = |report: bruhmcp_db::migrations::Report| {
+        report
+            .steps
+            .into_iter()
+            .map(|step| format!("{} {}", step.direction, step.version))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(
+        steps(runner.redo(&Extent::Last(2), yes).unwrap()),
+        ["down 007", "down 006", "up 006", "up 007"]
+    );
+    assert_eq!(
+        steps(runner.revert(&Extent::To("005".into()), yes).unwrap()),
+        ["down 007", "down 006"]
+    );
+    assert_eq!(
+        steps(runner.revert(&Extent::Last(1), yes).unwrap()),
+        ["down 005"]
+    );
+    runner.revert(&Extent::All, yes).unwrap();
+    assert_eq!(
+        database.dump(&["--exclude-table=__diesel_schema_migrations"]),
+        before
+    );
+    assert!(
+        runner
+            .revert(&Extent::All, |_| panic!("nothing to ask about"))
+            .unwrap()
+            .steps
+            .is_empty()
+    );
+    assert_eq!(runner.status().unwrap().pending().count(), names().len());
+}
+
+#[test]
+fn status_and_plan_write_nothing() {
+    let database = empty_database();
+    let before = database.dump(&[]);
+    let mut runner = Runner::new(&database.url()).unwrap();
+    assert_eq!(runner.status().unwrap().pending().count(), names().len());
+    let planned = runner.plan(Some("003")).unwrap();
+    assert_eq!(
+        planned
+            .iter()
+            .map(|planned| &planned.name[..])
+            .collect::<Vec<_>>(),
+        names()[..4]
+    );
+    assert!(planned[1].sql.contains("CREATE TABLE users"));
+    assert_eq!(database.dump(&[]), before);
+}
+
+#[test]
+fn says_what_went_to_the_archive() {
+    let database = empty_database();
+    let folder = Folder::new(&[(
+        "000_archive",
+        "CREATE SCHEMA bruhmcp_archive; CREATE TABLE bruhmcp_archive.users (a serial);
+         CREATE TYPE bruhmcp_archive.plan AS ENUM ('a');",
+        "DROP SCHEMA bruhmcp_archive CASCADE",
+    )]);
+    let report = folder.runner(&database).run().unwrap();
+    assert_eq!(
+        report.archived,
+        ["sequence users_a_seq", "table users", "type plan"]
+    );
+}
+
+#[test]
+fn a_failure_says_where_and_what_is_left() {
+    let database = empty_database();
+    let folder = Folder::new(&[
+        (
+            "001_first",
+            "CREATE TABLE first (id int PRIMARY KEY, word text)",
+            "DROP TABLE first",
+        ),
+        (
+            "002_second",
+            "CREATE TABLE second (a int);\n-- größer, so that characters and octets differ\n  SELECT 'ä', nothing FROM first;\n",
+            "DROP TABLE second",
+        ),
+    ]);
+    let Err(Error::Failed(failure)) = folder.runner(&database).run() else {
+        panic!("it failed")
+    };
+    assert_eq!(
+        (failure.name.as_str(), failure.direction),
+        ("002_second", Direction::Up)
+    );
+    assert_eq!(
+        (failure.report.line, failure.report.column),
+        (Some(3), Some(15))
+    );
+    assert_eq!(failure.report.message, "column \"nothing\" does not exist");
+    assert_eq!(failure.done, ["001_first"]);
+    let StateAfter::Known {
+        newest, recorded, ..
+    } = &failure.state
+    else {
+        panic!("{failure}")
+    };
+    assert_eq!((newest.as_deref(), recorded), (Some("001"), &false));
+    assert_eq!(
+        failure.to_string(),
+        "applying 002_second failed in up.sql, line 3, column 15: column \"nothing\" does not exist\n\
+         It was rolled back as a whole. The database is at 001."
+    );
+    assert_eq!(
+        database
+            .psql("SELECT to_regclass('second') IS NULL")
+            .unwrap(),
+        "t\n"
+    );
+}
+
+#[test]
+fn detail_and_hint_are_told_but_no_row() {
+    let failure = |up: &str| {
+        let database = empty_database();
+        let folder = Folder::new(&[("001_first", up, "SELECT 1")]);
+        let Err(Error::Failed(failure)) = folder.runner(&database).run() else {
+            panic!("it failed")
+        };
+        failure.report
+    };
+    let report = failure("DO $$BEGIN RAISE 'no' USING DETAIL = 'why', HINT = 'what to do'; END$$");
+    assert_eq!(
+        (report.detail.as_deref(), report.hint.as_deref()),
+        (Some("why"), Some("what to do"))
+    );
+    let report = failure("CREATE TABLE a (b int UNIQUE); INSERT INTO a VALUES (7), (7)");
+    assert_eq!(
+        report.detail.as_deref(),
+        Some("Key (b)=(7) already exists.")
+    );
+    for secret in [
+        "CREATE TABLE a (b text CHECK (b = '')); INSERT INTO a VALUES ('s3cret')",
+        "CREATE TABLE a (b text, c int NOT NULL); INSERT INTO a VALUES ('s3cret')",
+        "CREATE TABLE auth_tokens (b text UNIQUE); INSERT INTO auth_tokens VALUES ('s3cret'), ('s3cret')",
+    ] {
+        let report = failure(secret);
+        assert!(!report.to_string().contains("s3cret"), "{report}");
+        assert_eq!(
+            report.detail.as_deref(),
+            Some("withheld, for it may quote a row")
+        );
+    }
+}
+
+#[test]
+fn outside_a_transaction_a_failure_says_so() {
+    let database = empty_database();
+    let folder = Folder::new(&[
+        (
+            "001_table",
+            "CREATE TABLE a (b int); INSERT INTO a VALUES (1), (1)",
+            "DROP TABLE a",
+        ),
+        (
+            "002_index",
+            "CREATE UNIQUE INDEX CONCURRENTLY a_b_idx ON a (b)",
+            "DROP INDEX a_b_idx",
+        ),
+    ])
+    .without_transaction("002_index");
+    let error = folder.runner(&database).run().unwrap_err().to_string();
+    assert!(
+        error.contains("It does not run in a transaction, so that parts of it may have stayed"),
+        "{error}"
+    );
+    database.psql("DROP INDEX a_b_idx; DELETE FROM a").unwrap();
+    assert_eq!(folder.runner(&database).run().unwrap().steps.len(), 1);
+    let mut losses = Some(Vec::new());
+    folder
+        .runner(&database)
+        .revert(&Extent::Last(1), |reversal| {
+            losses.clone_from(&reversal.losses);
+            true
+        })
+        .unwrap();
+    assert_eq!(losses, None);
+}
+
+#[test]
+fn says_which_rows_a_revert_loses() {
+    let database = database();
+    let mut runner = Runner::new(&database.url()).unwrap();
+    database
+        .psql(
+            "INSERT INTO users (first_name, last_name, email) VALUES ('A', 'B', 'a@b.c'), ('C', 'D', 'c@d.e');
+             INSERT INTO webhook_events (external_event_id, event_type, payment_gateway, payload)
+             VALUES ('1', 'x', 'stripe', '{}');
+             UPDATE user_plans SET customer_id = 'cus_1' WHERE user_id = (SELECT id FROM users WHERE email = 'a@b.c');",
+        )
+        .unwrap();
+    let before = database.dump(&[]);
+    let mut asked = Vec::new();
+    let refused = runner.revert(&Extent::To("005".into()), |reversal| {
+        asked.extend(reversal.losses.clone().unwrap());
+        false
+    });
+    assert!(matches!(
+        refused,
+        Err(Error::Refused(Refusal::NotConfirmed))
+    ));
+    let loss = |table: &str, column: Option<&str>, rows| Loss {
+        table: table.into(),
+        column: column.map(str::to_owned),
+        rows,
+    };
+    assert_eq!(
+        asked,
+        [
+            loss("public.user_plans", Some("customer_id"), 1),
+            loss("public.user_plans", Some("payment_status"), 2),
+            loss("public.webhook_events", None, 1),
+        ]
+    );
+    assert_eq!(database.dump(&[]), before);
+
+    let folder = Folder::new(&[(
+        "001_a",
+        "CREATE TABLE a (b int); INSERT INTO a VALUES (1), (2)",
+        "DELETE FROM a WHERE b = 2",
+    )]);
+    let database = empty_database();
+    folder.runner(&database).run().unwrap();
+    folder
+        .runner(&database)
+        .revert(&Extent::All, |reversal| {
+            assert_eq!(reversal.losses, Some(vec![loss("public.a", None, 1)]));
+            true
+        })
+        .unwrap();
+}
+
+fn refusal(result: Result<bruhmcp_db::migrations::Report, Error>) -> Refusal {
+    match result {
+        Err(Error::Refused(refusal)) => refusal,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn refuses_to_guess() {
+    let three = [
+        ("001_a", "SELECT 1", "SELECT 1"),
+        ("002_b", "SELECT 1", "SELECT 1"),
+        ("003_c", "SELECT 1", "SELECT 1"),
+    ];
+
+    let twins = Folder::new(&[three[0], ("001_other", "SELECT 1", "SELECT 1")]);
+    let database = empty_database();
+    assert!(matches!(
+        refusal(twins.runner(&database).run()),
+        Refusal::DuplicateVersion(..)
+    ));
+
+    let gap = Folder::new(&[three[0], three[2]]);
+    gap.runner(&database).run().unwrap();
+    let all = Folder::new(&three);
+    let out_of_order = Refusal::OutOfOrder {
+        pending: "002_b".into(),
+        applied: "003_c".into(),
+    };
+    assert_eq!(refusal(all.runner(&database).run()), out_of_order);
+    assert_eq!(
+        all.runner(&database).status().unwrap().refusal(),
+        Some(out_of_order)
+    );
+
+    // Only unknown newer ones: a replica of the version before, while the new one is rolled out.
+    let older = Folder::new(&three[..1]);
+    assert_eq!(older.runner(&database).run().unwrap().newer, ["003"]);
+    assert_eq!(
+        refusal(older.runner(&database).revert(&Extent::Last(1), yes)),
+        Refusal::Unknown(vec!["003".into()])
+    );
+
+    let two = Folder::new(&three[..2]);
+    assert_eq!(
+        refusal(two.runner(&database).run()),
+        Refusal::Unknown(vec!["003".into()])
+    );
+
+    // An unknown one in between is no rolling deploy.
+    let newest = Folder::new(&three[2..]);
+    assert_eq!(
+        refusal(newest.runner(&database).run()),
+        Refusal::Unknown(vec!["001".into()])
+    );
+
+    assert_eq!(
+        refusal(gap.runner(&database).run_to(Some("002"))),
+        Refusal::NoSuchVersion("002".into())
+    );
+
+    let no_down = Folder::new(&[("004_d", "SELECT 1", "SELECT 1")]);
+    fs::remove_file(no_down.0.join("004_d/down.sql")).unwrap();
+    let database = empty_database();
+    no_down.runner(&database).run().unwrap();
+    assert_eq!(
+        refusal(no_down.runner(&database).revert(&Extent::All, yes)),
+        Refusal::NoDown("004_d".into())
+    );
+}
+
+#[test]
+fn a_lost_lock_is_told() {
+    let database = empty_database();
+    let folder = Folder::new(&[("001_a", "SELECT pg_advisory_unlock_all()", "SELECT 1")]);
+    assert!(matches!(
+        folder.runner(&database).run(),
+        Err(Error::LockLost)
+    ));
+}
+
+#[test]
+fn settings_stay_in_the_runners_own_session() {
+    let database = empty_database();
+    let settings = "SELECT current_setting('lock_timeout') AS l, current_setting('client_connection_check_interval') AS c";
+    let folder = Folder::new(&[(
+        "001_a",
+        &format!("CREATE TABLE seen AS {settings}"),
+        "DROP TABLE seen",
+    )]);
+    folder.runner(&database).run().unwrap();
+    assert_eq!(database.psql("TABLE seen").unwrap(), "5s|100ms\n");
+    assert_eq!(database.psql("SELECT count(*) FROM pg_db_role_setting WHERE setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database())").unwrap(), "0\n");
+    assert_eq!(
+        database.psql("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND database = (SELECT oid FROM pg_database WHERE datname = current_database())").unwrap(),
+        "0\n"
+    );
+}
+
+#[test]
+fn verify_names_each_difference() {
+    let database = database();
+    assert!(
+        verify(&mut database.connect())
+            .unwrap()
+            .differences
+            .is_empty()
+    );
+    for (change, missing, unexpected) in [
+        (
+            "ALTER TABLE users ALTER COLUMN email TYPE varchar",
+            "column users.email text not null",
+            "column users.email character varying",
+        ),
+        (
+            "ALTER TABLE users ALTER COLUMN is_active DROP DEFAULT",
+            "column users.is_active boolean not null default true",
+            "column users.is_active boolean not null",
+        ),
+        (
+            "ALTER TABLE user_billing_details DROP CONSTRAINT unique_user_billing",
+            "constraint user_billing_details.unique_user_billing",
+            "",
+        ),
+        (
+            "CREATE INDEX extra ON users (first_name)",
+            "",
+            "index CREATE INDEX extra ON public.users",
+        ),
+        (
+            "DROP TRIGGER users_assign_default_plan ON users",
+            "trigger users.users_assign_default_plan",
+            "",
+        ),
+        (
+            "ALTER TABLE users DISABLE TRIGGER users_assign_default_plan",
+            "",
+            "trigger state users.users_assign_default_plan disabled",
+        ),
+        (
+            "ALTER TABLE user_billing_details DISABLE TRIGGER ALL",
+            "",
+            "trigger state user_billing_details.user_billing_details_user_id_fkey disabled",
+        ),
+        (
+            "CREATE OR REPLACE FUNCTION update_updated_at_column() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'",
+            "function update_updated_at_column()",
+            "function update_updated_at_column()",
+        ),
+        (
+            "ALTER TYPE plan_type RENAME VALUE 'free' TO 'gratis'",
+            "enum plan_type 'free', 'pro'",
+            "enum plan_type 'gratis', 'pro'",
+        ),
+        (
+            "ALTER TABLE users ADD COLUMN nickname text",
+            "",
+            "column users.nickname text",
+        ),
+        (
+            "CREATE OR REPLACE VIEW token_audit_summary AS SELECT * FROM (SELECT * FROM token_audit_log) t",
+            "view token_audit_summary",
+            "view token_audit_summary",
+        ),
+    ] {
+        let database = crate::support::database();
+        let change = if change.contains("VIEW") {
+            change.replace("CREATE OR REPLACE", "DROP VIEW token_audit_summary; CREATE")
+        } else {
+            change.to_owned()
+        };
+        database.psql(&change).unwrap();
+        let verification = verify(&mut database.connect()).unwrap();
+        assert_ne!(verification.expected, verification.found, "{change}");
+        let all: Vec<String> = verification
+            .differences
+            .iter()
+            .map(ToString::to_string)
+            .collect();
+        if !missing.is_empty() {
+            assert!(
+                all.iter()
+                    .any(|line| line.starts_with(&format!("missing     {missing}"))),
+                "{change}: {all:#?}"
+            );
+        }
+        if !unexpected.is_empty() {
+            assert!(
+                all.iter()
+                    .any(|line| line.starts_with(&format!("unexpected  {unexpected}"))),
+                "{change}: {all:#?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn verify_does_not_depend_on_who_asks() {
+    let database = database();
+    let mut connection = database.connect();
+    connection
+        .batch_execute("CREATE SCHEMA other; CREATE TYPE other.plan_type AS ENUM ('x'); SET search_path = other, public; SET default_transaction_read_only = on")
+        .unwrap();
+    assert_eq!(verify(&mut connection).unwrap().differences, []);
+    connection
+        .batch_execute("RESET search_path; RESET default_transaction_read_only")
+        .unwrap();
+    connection.batch_execute("SELECT 1").unwrap();
+    assert_eq!(
+        database.psql("SHOW search_path").unwrap(),
+        "\"$user\", public\n"
+    );
+}
+
+#[test]
+fn no_password_in_any_text() {
+    // Of one word each, so that any part of it shows.
+    for url in [
+        "postgresql://user:hushhush@localhost:1/db",
+        "postgresql://user:hush@hush@localhost:1/db",
+        "postgresql://user:hush/hush@localhost:1/db",
+        "postgresql://user:hush%zzhush@localhost:1/db",
+        "postgresql://user:hush%00hush@localhost:1/db",
+        "postgresql://user:hush%+1hush@localhost:1/db",
+        "postgresql://user:hush?hush@localhost:1/db",
+        "postgresql://user:hush#hush@localhost:1/db",
+        "postgresql://user:hush:hush@localhost:1/db",
+        "postgresql://user:hush hush@localhost:1/db",
+        "postgresql://user:hush@localhost:port/db",
+        "postgresql://user:hush@[localhost:1/db",
+        "postgresql://user:hush@localhost:1/db?nonsense=1",
+        "postgresql://user:hush@localhost:1/db?sslmode=hush",
+        "postgresql://user@localhost:1/db?password=hush",
+        "postgresql://user@localhost:1/db?password=hush&",
+        "postgresql://user@localhost:1/db?password=hu=sh",
+        "postgresql://user@localhost:1/db?passwordhush",
+        "postgresql://hush:hush@hush:1/db",
+        "postgresql:/user:hush@localhost/db",
+        "host=localhost port=1 password=hush",
+        "user:hush@localhost",
+        "postgresql://user:hush\0@localhost:1/db",
+    ] {
+        let text = match Runner::new(url) {
+            Err(error) => format!("{error} {error:?}"),
+            Ok(mut runner) => {
+                let error = runner.run().unwrap_err();
+                assert!(matches!(error, Error::Connect(_)), "{url}: {error}");
+                format!("{error} {error:?} {runner:?}")
+            }
+        };
+        assert!(!text.contains("hush"), "{url}: {text}");
+    }
+}
+
+#[test]
+fn parameters_of_the_url_keep_their_meaning() {
+    let database = empty_database();
+    let url = |options: &str| format!("{}&options={options}", database.url());
+    let folder = Folder::new(&[(
+        "001_a",
+        "CREATE TABLE seen AS SELECT current_setting('work_mem') AS w, current_setting('a.b') AS b",
+        "DROP TABLE seen",
+    )]);
+    let source = FileBasedMigrations::from_path(&folder.0).unwrap();
+    let mut runner =
+        Runner::with_source(&url("-cwork_mem%3D123kB%20-c%20a.b%3D%22x"), &source).unwrap();
+    runner.run().unwrap();
+    assert_eq!(database.psql("TABLE seen").unwrap(), "123kB|\"x\n");
+}
