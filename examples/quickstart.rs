@@ -1,0 +1,401 @@
+//! A first walk through the crate, on real input: from an empty database to a user on the pro plan.
+//!
+//! `script/quickstart` runs it. It works in a database of its own, on a private server or on that of `DATABASE_URL`, and
+//! drops it at the end.
+
+use std::error::Error;
+
+use bruhmcp_db::crypto::{KeyRing, SecretColumn};
+use bruhmcp_db::enums::{AuditStatus, AuthType, PaymentGateway};
+use bruhmcp_db::ids::{InstanceId, ServiceId, UserId};
+use bruhmcp_db::migrations::{Event, Runner};
+use bruhmcp_db::models::{
+    CredentialError, InstanceError, InstanceFilter, McpCredential, McpInstance, McpService,
+    NewMcpCredential, NewMcpInstance, NewMcpService, NewSubscriptionTransaction, NewTokenAudit,
+    NewUser, NewWebhookEvent, OauthTokens, ProPlan, Recorded, Registered, RenameError,
+    SubscriptionTransaction, TokenAudit, User, UserPlan, WebhookEvent,
+};
+use bruhmcp_db::views::TokenAuditSummary;
+use bruhmcp_db::{SecretText, enums::TransactionStatus};
+use bruhmcp_devdb::Server;
+use chrono::{TimeDelta, Utc};
+use diesel::connection::SimpleConnection;
+use diesel::prelude::*;
+use secrecy::{ExposeSecret, SecretString};
+use serde_json::json;
+
+type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
+
+fn main() -> Result {
+    let server = Server::from_env()?;
+    let database = server.create_database()?;
+    migrate(&database.url())?;
+    let conn = &mut PgConnection::establish(&database.url())?;
+
+    register_services(conn)?;
+    let user = sign_up(conn)?;
+    // From your secret store, in earnest: an id and 32 random octets for each key, newest first.
+    let keys = KeyRing::new([(1, &[7; 32][..])])?;
+    let figma = connect_figma(conn, &keys, user.id)?;
+    call(conn, figma)?;
+    reach_the_limit(conn, &keys, user.id)?;
+    upgrade_once(conn, user.id)?;
+    let gmail = connect_gmail(conn, &keys, user.id)?;
+    rename_twice(conn, user.id, figma)?;
+    audit(conn, user.id, gmail)?;
+    print_tables(conn)
+}
+
+fn heading(text: &str) {
+    println!("\n{text}");
+}
+
+/// Applies 000 to 007. `diesel migration run` does the same while you develop.
+fn migrate(url: &str) -> Result {
+    heading("Migrations");
+    Runner::new(url)?
+        .on_event(|event| {
+            if let Event::Finished(step) = event {
+                println!(
+                    "  {:<42} {:>6.1} ms",
+                    step.name,
+                    step.duration.as_secs_f64() * 1e3
+                );
+            }
+        })
+        .run()?;
+    Ok(())
+}
+
+/// The registry comes from a file, each time the service starts. What is there already stays as it is.
+fn register_services(conn: &mut PgConnection) -> Result {
+    heading("Services");
+    for time in ["first", "second"] {
+        let [mut new, mut unchanged] = [0, 0];
+        let mut file = csv::Reader::from_reader(include_str!("services.csv").as_bytes());
+        for row in file.deserialize() {
+            let row: ServiceRow = row?;
+            let service = NewMcpService {
+                mcp_service_id: None,
+                mcp_service_name: &row.mcp_service_name,
+                display_name: &row.display_name,
+                description: Some(&row.description),
+                icon_url_path: Some(&row.icon_url_path),
+                port: row.port,
+                type_: row.r#type,
+                is_active: None,
+            };
+            match McpService::register(conn, &service)? {
+                Registered::New(_) => new += 1,
+                Registered::Unchanged(_) => unchanged += 1,
+                Registered::Changed(service) => println!("  {} has changed", service.display_name),
+            }
+        }
+        println!("  {time} time: {new} new, {unchanged} unchanged");
+    }
+    Ok(())
+}
+
+#[derive(serde::Deserialize)]
+struct ServiceRow {
+    mcp_service_name: String,
+    display_name: String,
+    port: i32,
+    r#type: AuthType,
+    icon_url_path: String,
+    description: String,
+}
+
+/// An account, under the canonical form of its address. The free plan comes with it.
+fn sign_up(conn: &mut PgConnection) -> Result<User> {
+    heading("Sign-up");
+    let new = NewUser {
+        id: None,
+        first_name: "Asha",
+        last_name: "Rao",
+        email: "  Asha@Example.IN ",
+        // From argon2 or the like, in earnest. The column refuses what isn't a hash.
+        password: Some(&SecretText::new(
+            "$argon2id$v=19$m=19456,t=2,p=1$c2FsdHNhbHQ$aGFzaA",
+        )),
+        email_verified: None,
+        razorpay_customer_id: None,
+        is_active: None,
+    };
+    let user = User::sign_up(conn, &new)?;
+    let plan = UserPlan::find_by_user(conn, user.id)?.ok_or("no plan")?;
+    println!("  {} has the plan {:?}", user.email, plan.plan_type);
+    match User::sign_up(conn, &new) {
+        Err(refused) => println!("  once more: {refused}"),
+        Ok(_) => return Err("one address, two accounts".into()),
+    }
+    Ok(user)
+}
+
+fn service_id(conn: &mut PgConnection, name: &str) -> Result<ServiceId> {
+    let service = McpService::find_by_name(conn, name)?.ok_or("no such service")?;
+    Ok(service.mcp_service_id)
+}
+
+fn new_instance(user_id: UserId, mcp_service_id: ServiceId) -> NewMcpInstance<'static> {
+    NewMcpInstance {
+        instance_id: Some(InstanceId::new()),
+        user_id,
+        mcp_service_id,
+        oauth_status: None,
+        status: None,
+        expires_at: Some(Utc::now() + TimeDelta::days(30)),
+        custom_name: None,
+    }
+}
+
+/// An instance with an API key, which is sealed before it leaves this process: the database only sees ciphertext.
+fn connect_figma(conn: &mut PgConnection, keys: &KeyRing, user_id: UserId) -> Result<InstanceId> {
+    heading("Figma, by an API key");
+    let new = new_instance(user_id, service_id(conn, "figma")?);
+    let instance_id = new.instance_id.ok_or("no key")?;
+    let api_key = SecretString::from("figd_a_secret");
+    let credential = NewMcpCredential::api_key(keys, instance_id, &api_key)?;
+    let (instance, credential) = McpInstance::create(conn, &new, &credential)?;
+    println!(
+        "  instance {:?}, credentials {:?}",
+        instance.status, credential.oauth_status
+    );
+    println!("  shown by Debug: {:?}", credential.api_key);
+    let opened = credential
+        .open(keys, SecretColumn::ApiKey)?
+        .ok_or("no key")?;
+    println!(
+        "  opened again: {}",
+        opened.expose_secret() == api_key.expose_secret()
+    );
+    Ok(instance.instance_id)
+}
+
+/// What the gateway does for each call: find the instance with its service and credentials, and count.
+fn call(conn: &mut PgConnection, instance_id: InstanceId) -> Result {
+    for _ in 0..3 {
+        let found = McpInstance::find_with_credentials(conn, instance_id, "figma")?;
+        let (_, service, _) = found.ok_or("not connected")?;
+        McpInstance::record_call(conn, instance_id)?;
+        println!("  call to port {}", service.port);
+    }
+    let instance = McpInstance::find(conn, instance_id)?.ok_or("gone")?;
+    println!(
+        "  {} calls counted, version still {}",
+        instance.usage_count, instance.version
+    );
+    Ok(())
+}
+
+/// The free plan allows one active instance, whoever asks and however many ask at a time.
+fn reach_the_limit(conn: &mut PgConnection, keys: &KeyRing, user_id: UserId) -> Result {
+    heading("A second active instance");
+    let new = new_instance(user_id, service_id(conn, "airtable")?);
+    let instance_id = new.instance_id.ok_or("no key")?;
+    let credential = NewMcpCredential::api_key(keys, instance_id, &"pat_a_secret".into())?;
+    match McpInstance::create(conn, &new, &credential) {
+        Err(refused @ InstanceError::LimitReached) => println!("  refused: {refused}"),
+        Err(other) => return Err(other.into()),
+        Ok(_) => return Err("the limit doesn't hold".into()),
+    }
+    Ok(())
+}
+
+/// A gateway delivers a webhook more than once: it is recorded first, and processed once.
+fn upgrade_once(conn: &mut PgConnection, user_id: UserId) -> Result {
+    heading("Upgrade, by a webhook that is delivered twice");
+    let payload = json!({"event": "payment.captured", "payment": "pay_1", "amount": 49900});
+    let webhook = NewWebhookEvent {
+        event_id: None,
+        external_event_id: "evt_1",
+        event_type: "payment.captured",
+        payment_gateway: PaymentGateway::Razorpay,
+        payload: &payload,
+    };
+    for _ in 0..2 {
+        let event = match WebhookEvent::record(conn, &webhook)? {
+            Recorded::New(event) | Recorded::FailedEarlier(event) => event,
+            Recorded::Duplicate(event) => {
+                println!("  duplicate of {}: nothing to do", event.external_event_id);
+                continue;
+            }
+        };
+        conn.transaction(|conn| -> Result {
+            let Some(event) = WebhookEvent::take(conn, event.event_id)? else {
+                return Ok(()); // Another worker has it.
+            };
+            let plan = UserPlan::upgrade(
+                conn,
+                user_id,
+                &ProPlan {
+                    subscription_id: Some("sub_1"),
+                    customer_id: Some("cust_1"),
+                    expires_at: Some(Utc::now() + TimeDelta::days(30)),
+                },
+            )?;
+            let payment = NewSubscriptionTransaction {
+                razorpay_payment_id: Some("pay_1"),
+                ..NewSubscriptionTransaction::new(
+                    user_id,
+                    49900,
+                    48722,
+                    TransactionStatus::Captured,
+                )
+            };
+            SubscriptionTransaction::record_payment(conn, &payment)?;
+            WebhookEvent::mark_processed(conn, event.event_id)?;
+            println!(
+                "  plan {:?}, payment {:?}",
+                plan.plan_type, plan.payment_status
+            );
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// OAuth: the user is sent away with a state, and comes back with it.
+fn connect_gmail(conn: &mut PgConnection, keys: &KeyRing, user_id: UserId) -> Result<InstanceId> {
+    heading("Gmail, by OAuth");
+    let new = new_instance(user_id, service_id(conn, "gmail")?);
+    let instance_id = new.instance_id.ok_or("no key")?;
+    let client = NewMcpCredential::oauth(keys, instance_id, "client-1", &"client_secret".into())?;
+    let (instance, credential) = McpInstance::create(conn, &new, &client)?;
+    println!("  created: {:?}", instance.oauth_status);
+
+    let state = SecretText::new(bruhmcp_db::crypto::new_secret().expose_secret());
+    let url = SecretText::new(format!(
+        "https://accounts.example/auth?state={}",
+        state.expose()
+    ));
+    McpCredential::begin_oauth(conn, credential.credential_id, &state, &url)?;
+
+    // Back at the callback. The state is good for one time.
+    let credential = McpCredential::take_by_state(conn, &state)?;
+    if let Err(refused) = McpCredential::take_by_state(conn, &state) {
+        println!("  the same state again: {refused}");
+    }
+    // Here the backend asks the provider for the tokens.
+    let tokens = |number: u32| {
+        OauthTokens::seal(
+            keys,
+            credential.credential_id,
+            &format!("access_secret_{number}").into(),
+            Some(&format!("refresh_secret_{number}").into()),
+            Some(Utc::now() + TimeDelta::hours(1)),
+            Some("mail.read"),
+        )
+    };
+    let completed = McpCredential::complete_oauth(conn, credential.credential_id, &tokens(1)?)?;
+    println!("  completed: the instance is {:?}", completed.instance);
+
+    // Two workers read this version and refresh the tokens. The second is told that it comes too late.
+    let read = completed.credential;
+    for worker in [1, 2] {
+        match McpCredential::store_refreshed(
+            conn,
+            read.credential_id,
+            read.version,
+            &tokens(worker + 1)?,
+        ) {
+            Ok(row) => println!(
+                "  refreshed by worker {worker}: version {} to {}",
+                read.version, row.version
+            ),
+            Err(CredentialError::Conflict(row)) => {
+                println!("  refused to worker {worker}: version {}", row.version)
+            }
+            Err(other) => return Err(other.into()),
+        }
+    }
+    Ok(instance_id)
+}
+
+/// Two browsers read version 1 and both write: the second is told, with the row as it is now.
+fn rename_twice(conn: &mut PgConnection, user_id: UserId, instance_id: InstanceId) -> Result {
+    heading("Optimistic locking");
+    let read = McpInstance::find(conn, instance_id)?.ok_or("gone")?;
+    for name in ["Design", "Drafts"] {
+        match McpInstance::rename(conn, instance_id, user_id, read.version, Some(name)) {
+            Ok(row) => println!(
+                "  renamed to {name}, version {} to {}",
+                read.version, row.version
+            ),
+            Err(RenameError::Conflict(row)) => {
+                println!(
+                    "  not renamed to {name}: it is {:?} by now, version {}",
+                    row.custom_name, row.version
+                );
+            }
+            Err(other) => return Err(other.into()),
+        }
+    }
+    Ok(())
+}
+
+/// The audit log is append-only; its summary is a view.
+fn audit(conn: &mut PgConnection, user_id: UserId, instance_id: InstanceId) -> Result {
+    heading("Audit");
+    for status in [
+        AuditStatus::Success,
+        AuditStatus::Success,
+        AuditStatus::Failure,
+    ] {
+        TokenAudit::insert(
+            conn,
+            &NewTokenAudit {
+                instance_id,
+                user_id: Some(user_id),
+                operation: "list_messages",
+                status,
+                method: Some("oauth"),
+                error_type: None,
+                error_message: None,
+                metadata: None,
+            },
+        )?;
+    }
+    for row in TokenAuditSummary::list_by_instance(conn, instance_id)? {
+        println!(
+            "  {:<14} {:<8} {}",
+            row.operation,
+            format!("{:?}", row.status),
+            row.operation_count
+        );
+    }
+    match conn.batch_execute("DELETE FROM token_audit_log") {
+        Err(refused) => println!("  DELETE: {refused}"),
+        Ok(()) => return Err("the log can be changed".into()),
+    }
+    Ok(())
+}
+
+fn print_tables(conn: &mut PgConnection) -> Result {
+    use bruhmcp_db::schema as s;
+
+    heading("Instances");
+    let user = User::list(conn, None, 1)?.pop().ok_or("no user")?;
+    for row in McpInstance::list_by_user(conn, user.id, InstanceFilter::default(), None, 10)? {
+        let name = row.instance.custom_name.unwrap_or_default();
+        println!(
+            "  {:<8} {name:<8} {:?}, {:?}, {} calls",
+            row.service.display_name,
+            row.instance.status,
+            row.instance.oauth_status,
+            row.instance.usage_count
+        );
+    }
+    heading("Rows");
+    macro_rules! count {
+        ($($table:ident)*) => {$(
+            let rows: i64 = s::$table::table.count().get_result(conn)?;
+            println!("  {:<26} {rows}", stringify!($table));
+        )*};
+    }
+    count! {
+        users auth_tokens user_subscriptions subscription_transactions account_credits mcp_table mcp_service_table
+        mcp_credentials token_audit_log user_plans webhook_events user_billing_details
+    }
+    Ok(())
+}
