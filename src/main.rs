@@ -30,8 +30,8 @@ const LIVE: Duration = Duration::from_secs(2);
 
 /// Applies, reverts and checks the migrations of BruhMCP's database.
 ///
-/// Exit codes: 0 done or current, 1 failed, 2 usage, 3 pending (status), 4 lock busy, 5 refused, 6 no connection, 7 drift
-/// (verify).
+/// Exit codes: 0 done or current, 1 failed, 2 usage, 3 pending (status), 4 lock busy, 5 refused, 6 no connection,
+/// 7 drift (verify).
 #[derive(Parser)]
 #[command(name = "bruhmcp-db", version)]
 struct Cli {

@@ -1,8 +1,8 @@
 //! The migrations of this crate, and a runner for start-up and deploys.
 //!
-//! It keeps Diesel's own table `__diesel_schema_migrations`, so that `diesel migration` and [`Runner`] take turns freely.
-//! What the runner adds: many may start at once, errors say where and what state they leave, and what would be a guess is
-//! refused.
+//! It keeps Diesel's own table `__diesel_schema_migrations`, so that `diesel migration` and [`Runner`] take turns
+//! freely. What the runner adds: many may start at once, errors say where and what state they leave, and what would be a
+//! guess is refused.
 //!
 //! ```no_run
 //! use bruhmcp_db::migrations::Runner;

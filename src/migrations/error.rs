@@ -68,8 +68,8 @@ pub enum Refusal {
     DuplicateVersion(String, String),
     /// A pending migration sorts before one that is applied.
     #[error(
-        "{pending} is pending, but {applied} after it is applied already: give it a version after {applied}, or revert to \
-         the version before it first"
+        "{pending} is pending, but {applied} after it is applied already: give it a version after {applied}, or \
+         revert to the version before it first"
     )]
     OutOfOrder {
         /// The version that comes too late.
@@ -101,13 +101,14 @@ pub enum Refusal {
     ReadOnly,
     /// The role may not create anything.
     #[error(
-        "the role {0} has no right to create in the schema public: use the owner's role, or GRANT CREATE ON SCHEMA public"
+        "the role {0} has no right to create in the schema public: use the owner's role, or GRANT CREATE ON SCHEMA \
+         public"
     )]
     NoRights(String),
     /// A pooler stands between: the lock would belong to whoever gets its server connection next.
     #[error(
-        "a connection pooler stands between this program and the server, and may share a session among clients: give the \
-         server's own address; when nothing is pending, a pooler's address is fine"
+        "a connection pooler stands between this program and the server, and may share a session among clients: give \
+         the server's own address; when nothing is pending, a pooler's address is fine"
     )]
     Pooler,
     /// The caller's `confirm` said no.
@@ -201,7 +202,8 @@ impl fmt::Display for Failure {
         match &self.state {
             StateAfter::Unknown(why) => write!(
                 formatter,
-                "What it left is not known, for the database can't be asked ({why}): look at the status before anything else."
+                "What it left is not known, for the database can't be asked ({why}): look at the status before \
+                 anything else."
             ),
             StateAfter::Known {
                 newest,
@@ -215,8 +217,8 @@ impl fmt::Display for Failure {
                 );
                 formatter.write_str(match (happened, self.in_transaction) {
                     (true, _) => {
-                        "The database says that it is done nevertheless: it was finished as the connection broke, or by \
-                         another tool at the same time."
+                        "The database says that it is done nevertheless: it was finished as the connection broke, or \
+                         by another tool at the same time."
                     }
                     (false, true) => "It was rolled back as a whole.",
                     (false, false) => {

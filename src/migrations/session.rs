@@ -45,9 +45,9 @@ fn establish(url: &Url, secret: &str, wait: Duration) -> Result<PgConnection, Er
     }
 }
 
-/// Whether all that libpq tried, an address a line, were out of reach or starting. There is no SQLSTATE here, only text,
-/// so this knows what is worth waiting for and takes anything else, a server's message in another language included, as
-/// final. Compared as a whole: a name in the text may say anything.
+/// Whether all that libpq tried, an address a line, were out of reach or starting. There is no SQLSTATE here, only
+/// text, so this knows what is worth waiting for and takes anything else, a server's message in another language
+/// included, as final. Compared as a whole: a name in the text may say anything.
 fn may_come_up(text: &str) -> bool {
     const PASSING: [&str; 11] = [
         "Connection refused",
@@ -230,7 +230,8 @@ pub(super) fn holder(connection: &mut PgConnection) -> QueryResult<Option<Holder
         since: Option<DateTime<Utc>>,
     }
     let row: Option<Row> = sql_query(
-        "SELECT l.pid, nullif(a.application_name, '') AS application, host(a.client_addr) AS address, a.backend_start AS since
+        "SELECT l.pid, nullif(a.application_name, '') AS application, host(a.client_addr) AS address,
+                a.backend_start AS since
          FROM pg_locks l LEFT JOIN pg_stat_activity a USING (pid)
          WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
              AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())

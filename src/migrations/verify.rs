@@ -45,8 +45,8 @@ impl fmt::Display for Difference {
 /// Compares the schema `public` with what this version of the crate expects: columns, types, defaults, constraints,
 /// indexes, triggers, functions and enum labels, but no comments, owners or privileges.
 ///
-/// Only reads, in a transaction of its own, takes no lock and needs no right but to connect. Expressions are in the words
-/// of the server, which were taken from PostgreSQL 15.
+/// Only reads, in a transaction of its own, takes no lock and needs no right but to connect. Expressions are in the
+/// words of the server, which were taken from PostgreSQL 15.
 ///
 /// # Errors
 /// A query fails, or `connection` is in a transaction.
