@@ -12,7 +12,7 @@ use serde::Serialize;
 use crate::enums::CreditSource;
 use crate::ids::{CreditId, UserId};
 use crate::keyset::Keyset;
-use crate::models::{DEFAULT_CURRENCY, User};
+use crate::models::{DEFAULT_CURRENCY, User, found};
 use crate::schema::{account_credits, users};
 
 /// A row of `account_credits`.
@@ -361,12 +361,7 @@ impl AccountCredit {
             .returning(Self::as_returning())
             .get_result(conn)
             .optional_empty_changeset();
-        match updated {
-            Ok(Some(row)) => Ok(Some(row)),
-            Ok(None) => Self::find(conn, id),
-            Err(diesel::NotFound) => Ok(None),
-            Err(error) => Err(error),
-        }
+        found(updated, || Self::find(conn, id))
     }
 
     /// Deletes the row of this key; says whether there was one.

@@ -10,7 +10,7 @@ use serde::Serialize;
 use crate::enums::{AuditStatus, InstanceStatus, OauthStatus};
 use crate::error::breaks;
 use crate::ids::{CredentialId, InstanceId, UserId};
-use crate::models::{McpInstance, NewTokenAudit, TokenAudit, UserPlan};
+use crate::models::{McpInstance, NewTokenAudit, TokenAudit, UserPlan, found};
 use crate::schema::sql_types::McpInstanceStatus;
 use crate::schema::{mcp_credentials, mcp_service_table, token_audit_log};
 use crate::secret::{Sealed, SecretText};
@@ -258,12 +258,7 @@ impl McpCredential {
             .returning(Self::as_returning())
             .get_result(conn)
             .optional_empty_changeset();
-        match updated {
-            Ok(Some(row)) => Ok(Some(row)),
-            Ok(None) => Self::find(conn, credential_id),
-            Err(diesel::NotFound) => Ok(None),
-            Err(error) => Err(error),
-        }
+        found(updated, || Self::find(conn, credential_id))
     }
 
     /// Deletes the row of this key; says whether there was one.

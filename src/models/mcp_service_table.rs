@@ -13,7 +13,7 @@ use crate::enums::{InstanceStatus, OauthStatus};
 use crate::error::breaks;
 use crate::ids::{InstanceId, ServiceId, UserId};
 use crate::keyset::Keyset;
-use crate::models::{McpCredential, McpService, NewMcpCredential, User, UserPlan};
+use crate::models::{McpCredential, McpService, NewMcpCredential, User, UserPlan, found};
 use crate::schema::sql_types::McpInstanceStatus;
 use crate::schema::{mcp_credentials, mcp_service_table, mcp_table};
 
@@ -244,12 +244,7 @@ impl McpInstance {
             .returning(Self::as_returning())
             .get_result(conn)
             .optional_empty_changeset();
-        match updated {
-            Ok(Some(row)) => Ok(Some(row)),
-            Ok(None) => Self::find(conn, instance_id),
-            Err(diesel::NotFound) => Ok(None),
-            Err(error) => Err(error),
-        }
+        found(updated, || Self::find(conn, instance_id))
     }
 
     /// Inserts an instance and its credentials. The instance's key is the one that the credentials name, and its

@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::enums::AuthType;
 use crate::ids::ServiceId;
+use crate::models::found;
 use crate::schema::mcp_table;
 
 /// A row of `mcp_table`.
@@ -227,12 +228,7 @@ impl McpService {
             .returning(Self::as_returning())
             .get_result(conn)
             .optional_empty_changeset();
-        match updated {
-            Ok(Some(row)) => Ok(Some(row)),
-            Ok(None) => Self::find(conn, mcp_service_id),
-            Err(diesel::NotFound) => Ok(None),
-            Err(error) => Err(error),
-        }
+        found(updated, || Self::find(conn, mcp_service_id))
     }
 
     /// Deletes the row of this key; says whether there was one.

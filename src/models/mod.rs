@@ -2,6 +2,8 @@
 //!
 //! All operations take the connection first and work inside a transaction of the caller's as well as alone.
 
+use diesel::QueryResult;
+
 mod account_credits;
 mod auth_tokens;
 mod mcp_credentials;
@@ -49,3 +51,15 @@ pub use webhook_events::{NewWebhookEvent, Recorded, WebhookEvent};
 
 /// The currency of a row that names none: the columns' default.
 const DEFAULT_CURRENCY: &str = "INR";
+
+/// What an update of one row returns: an empty changeset finds the row as it is, and a row that isn't there is none.
+fn found<T>(
+    updated: QueryResult<Option<T>>,
+    find: impl FnOnce() -> QueryResult<Option<T>>,
+) -> QueryResult<Option<T>> {
+    match updated {
+        Ok(None) => find(),
+        Err(diesel::NotFound) => Ok(None),
+        updated => updated,
+    }
+}

@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::enums::{TransactionStatus, TransactionType};
 use crate::ids::{SubscriptionId, TransactionId, UserId};
 use crate::keyset::Keyset;
-use crate::models::{DEFAULT_CURRENCY, User};
+use crate::models::{DEFAULT_CURRENCY, User, found};
 use crate::schema::subscription_transactions;
 
 /// A row of `subscription_transactions`.
@@ -552,12 +552,7 @@ impl SubscriptionTransaction {
             .returning(Self::as_returning())
             .get_result(conn)
             .optional_empty_changeset();
-        match updated {
-            Ok(Some(row)) => Ok(Some(row)),
-            Ok(None) => Self::find(conn, id),
-            Err(diesel::NotFound) => Ok(None),
-            Err(error) => Err(error),
-        }
+        found(updated, || Self::find(conn, id))
     }
 
     /// Deletes the row of this key; says whether there was one.

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::ids::{BillingId, UserId};
-use crate::models::User;
+use crate::models::{User, found};
 use crate::schema::user_billing_details;
 use crate::secret::SecretText;
 
@@ -366,12 +366,7 @@ impl UserBillingDetails {
             .returning(Self::as_returning())
             .get_result(conn)
             .optional_empty_changeset();
-        match updated {
-            Ok(Some(row)) => Ok(Some(row)),
-            Ok(None) => Self::find(conn, billing_id),
-            Err(diesel::NotFound) => Ok(None),
-            Err(error) => Err(error),
-        }
+        found(updated, || Self::find(conn, billing_id))
     }
 
     /// Deletes the row of this key; says whether there was one.

@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::enums::{InstanceStatus, OauthStatus, PlanPaymentStatus, PlanType};
 use crate::error::breaks;
 use crate::ids::{InstanceId, PlanId, UserId};
-use crate::models::{McpInstance, User};
+use crate::models::{McpInstance, User, found};
 use crate::schema::{mcp_service_table, user_plans};
 
 /// A row of `user_plans`.
@@ -318,12 +318,7 @@ impl UserPlan {
             .returning(Self::as_returning())
             .get_result(conn)
             .optional_empty_changeset();
-        match updated {
-            Ok(Some(row)) => Ok(Some(row)),
-            Ok(None) => Self::find(conn, plan_id),
-            Err(diesel::NotFound) => Ok(None),
-            Err(error) => Err(error),
-        }
+        found(updated, || Self::find(conn, plan_id))
     }
 
     /// Deletes the row of this key; says whether there was one.

@@ -13,7 +13,7 @@ use crate::enums::{BillingCycle, SubscriptionPlan, SubscriptionStatus};
 use crate::error::breaks;
 use crate::ids::{SubscriptionId, UserId};
 use crate::keyset::Keyset;
-use crate::models::User;
+use crate::models::{User, found};
 use crate::schema::user_subscriptions;
 
 /// A row of `user_subscriptions`.
@@ -539,12 +539,7 @@ impl UserSubscription {
             .returning(Self::as_returning())
             .get_result(conn)
             .optional_empty_changeset();
-        match updated {
-            Ok(Some(row)) => Ok(Some(row)),
-            Ok(None) => Self::find(conn, id),
-            Err(diesel::NotFound) => Ok(None),
-            Err(error) => Err(error),
-        }
+        found(updated, || Self::find(conn, id))
     }
 
     /// Deletes the row of this key; says whether there was one.

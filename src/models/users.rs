@@ -11,7 +11,7 @@ use serde_json::json;
 use crate::enums::{AuthTokenType, PlanPaymentStatus, PlanType};
 use crate::error::breaks;
 use crate::ids::{CredentialId, InstanceId, UserId};
-use crate::models::{AuthToken, UserPlan};
+use crate::models::{AuthToken, UserPlan, found};
 use crate::schema::{
     account_credits, auth_tokens, mcp_credentials, mcp_service_table, subscription_transactions,
     user_billing_details, user_plans, user_subscriptions, users,
@@ -209,12 +209,7 @@ impl User {
             .returning(Self::as_returning())
             .get_result(conn)
             .optional_empty_changeset();
-        match updated {
-            Ok(Some(row)) => Ok(Some(row)),
-            Ok(None) => Self::find(conn, id),
-            Err(diesel::NotFound) => Ok(None),
-            Err(error) => Err(error),
-        }
+        found(updated, || Self::find(conn, id))
     }
 
     /// Deletes the row of this key; says whether there was one.
