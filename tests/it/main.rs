@@ -22,6 +22,8 @@ mod monitor;
 mod oauth;
 mod payments;
 mod plans;
+#[cfg(feature = "crypto")]
+mod quickstart;
 mod rules;
 mod runner;
 #[cfg(feature = "crypto")]

@@ -57,6 +57,23 @@ fn migration_files(name: &str) -> Vec<PathBuf> {
     files
 }
 
+/// The program of an example, which `cargo test` builds beside the tests.
+pub(crate) fn example(name: &str) -> PathBuf {
+    let tests = std::env::current_exe().unwrap();
+    let program = tests
+        .ancestors()
+        .nth(2)
+        .unwrap()
+        .join("examples")
+        .join(name);
+    assert!(
+        program.is_file(),
+        "{} is missing: `cargo build --examples` makes it, and so does `cargo test` without `--test`",
+        program.display()
+    );
+    program
+}
+
 impl From<Database> for TestDatabase {
     fn from(database: Database) -> Self {
         Self(database)
