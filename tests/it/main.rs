@@ -30,6 +30,7 @@ mod runner;
 mod sealing;
 mod subscriptions;
 mod support;
+#[cfg(feature = "crypto")]
 mod tokens;
 mod users;
 mod webhooks;

@@ -1,0 +1,144 @@
+//! What the frequent writes cost, in counts that don't depend on the machine: octets of WAL, share of HOT updates, growth of
+//! indexes. Each stands beside the choice that was not taken, in the same run.
+//!
+//! `cargo bench --bench costs`. A private server is started and removed.
+
+use std::error::Error;
+
+use bruhmcp_db::enums::TransactionStatus;
+use bruhmcp_db::ids::{InstanceId, TransactionId, UserId};
+use bruhmcp_db::migrations::Runner;
+use bruhmcp_db::models::{McpInstance, NewSubscriptionTransaction, SubscriptionTransaction, User};
+use bruhmcp_db::schema::mcp_service_table;
+use bruhmcp_devdb::{Database, Server};
+use diesel::connection::SimpleConnection;
+use diesel::dsl::sql;
+use diesel::prelude::*;
+use diesel::sql_types::{Array, BigInt, Uuid as SqlUuid};
+use uuid::Uuid;
+
+type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
+
+const USERS: i64 = 1_000;
+const INSTANCES: i64 = 10_000;
+const CALLS: usize = 20_000;
+const ROWS: usize = 100_000;
+const INSERTS: usize = 5_000;
+
+fn main() -> Result {
+    // As in production, the first change of a page after a checkpoint writes all of it to the WAL.
+    let server = Server::private(&[("full_page_writes", "on"), ("autovacuum", "off")])?;
+
+    println!("One more call: {CALLS}, spread over {INSTANCES} instances");
+    let taken = calls(&server, "as migrated", None)?;
+    let index = "CREATE INDEX ON mcp_service_table (updated_at) WHERE status = 'active'";
+    let other = calls(&server, "with a partial index on updated_at", Some(index))?;
+    println!("  ratio of WAL: 1 to {:.2}", ratio(other, taken));
+
+    println!("One more payment: {INSERTS} after a checkpoint, beside {ROWS}");
+    let taken = inserts(&server, "keys that ascend (UUIDv7)", Uuid::now_v7)?;
+    let other = inserts(&server, "random keys (UUIDv4)", Uuid::new_v4)?;
+    println!("  ratio of WAL: 1 to {:.2}", ratio(other, taken));
+    Ok(())
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a ratio for people")]
+fn ratio(other: i64, taken: i64) -> f64 {
+    other as f64 / taken as f64
+}
+
+/// A migrated database of its own with users, so that no case works on what another has left.
+fn database(server: &Server) -> Result<(Database, PgConnection)> {
+    let database = server.create_database()?;
+    Runner::new(&database.url())?.run()?;
+    let mut conn = PgConnection::establish(&database.url())?;
+    conn.batch_execute(&format!(
+        "INSERT INTO users (first_name, last_name, email)
+         SELECT 'a', '', n || '@example.in' FROM generate_series(1, {USERS}) AS n;
+         UPDATE user_plans SET plan_type = 'pro', max_instances = NULL;"
+    ))?;
+    Ok((database, conn))
+}
+
+fn number(conn: &mut PgConnection, query: &str) -> QueryResult<i64> {
+    diesel::select(sql::<BigInt>(&format!("({query})::bigint"))).get_result(conn)
+}
+
+/// Octets of WAL that `work` writes.
+fn wal(
+    conn: &mut PgConnection,
+    work: impl FnOnce(&mut PgConnection) -> QueryResult<()>,
+) -> QueryResult<i64> {
+    let position = "pg_current_wal_insert_lsn() - '0/0'";
+    conn.batch_execute("CHECKPOINT")?;
+    let before = number(conn, position)?;
+    work(conn)?;
+    Ok(number(conn, position)? - before)
+}
+
+fn calls(server: &Server, name: &str, index: Option<&str>) -> Result<i64> {
+    let (_database, mut conn) = database(server)?;
+    let conn = &mut conn;
+    conn.batch_execute(&format!(
+        "INSERT INTO mcp_table (mcp_service_name, display_name, port, type) VALUES ('figma', 'Figma', 49280, 'api_key');
+         INSERT INTO mcp_service_table (user_id, mcp_service_id, oauth_status)
+         SELECT id, mcp_service_id, 'completed' FROM mcp_table, users, generate_series(1, {INSTANCES} / {USERS});"
+    ))?;
+    if let Some(index) = index {
+        conn.batch_execute(index)?;
+    }
+    conn.batch_execute("VACUUM ANALYZE")?;
+    // In the order of random keys: anywhere in the table.
+    let ids: Vec<InstanceId> = mcp_service_table::table
+        .select(mcp_service_table::instance_id)
+        .order(mcp_service_table::instance_id)
+        .load(conn)?;
+    let size = "pg_indexes_size('mcp_service_table')";
+    let size_before = number(conn, size)?;
+    let octets = wal(conn, |conn| {
+        for id in ids.iter().cycle().take(CALLS) {
+            McpInstance::record_call(conn, *id)?;
+        }
+        Ok(())
+    })?;
+    conn.batch_execute("SELECT pg_stat_force_next_flush()")?;
+    let of_updates = "SELECT 100 * n_tup_hot_upd / n_tup_upd FROM pg_stat_user_tables WHERE relname = 'mcp_service_table'";
+    let hot = number(conn, of_updates)?;
+    let grown = number(conn, size)? - size_before;
+    let per_call = octets / i64::try_from(CALLS)?;
+    println!(
+        "  {name:<36} {per_call:>6} octets of WAL, {hot:>3} % HOT, indexes grew by {} kB",
+        grown / 1024
+    );
+    Ok(octets)
+}
+
+fn inserts(server: &Server, name: &str, new_key: fn() -> Uuid) -> Result<i64> {
+    let (_database, mut conn) = database(server)?;
+    let conn = &mut conn;
+    let user_id: UserId = User::list(conn, None, 1)?.first().ok_or("no user")?.id;
+    let keys: Vec<Uuid> = (0..ROWS).map(|_| new_key()).collect();
+    diesel::sql_query(
+        "INSERT INTO subscription_transactions (id, user_id, amount, net_amount, status)
+         SELECT key, $2, 1, 1, 'captured' FROM unnest($1) AS key",
+    )
+    .bind::<Array<SqlUuid>, _>(keys)
+    .bind::<SqlUuid, _>(user_id)
+    .execute(conn)?;
+    conn.batch_execute("VACUUM ANALYZE")?;
+    let octets = wal(conn, |conn| {
+        for _ in 0..INSERTS {
+            let payment = NewSubscriptionTransaction {
+                id: Some(TransactionId(new_key())),
+                ..NewSubscriptionTransaction::new(user_id, 1, 1, TransactionStatus::Captured)
+            };
+            SubscriptionTransaction::insert(conn, &payment)?;
+        }
+        Ok(())
+    })?;
+    println!(
+        "  {name:<36} {:>6} octets of WAL",
+        octets / i64::try_from(INSERTS)?
+    );
+    Ok(octets)
+}
