@@ -11,15 +11,17 @@ use bruhmcp_db::{SecretText, TokenDigest};
 use chrono::TimeDelta;
 use diesel::dsl::{not, now};
 use diesel::prelude::*;
-use oxhttp::model::{Body, Request, StatusCode};
+use oxhttp::model::{Body, Request};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use serde_json::json;
 
 use crate::App;
-use crate::http::{Answer, Error, header, unauthorized, unprocessable};
+use crate::http::{Answer, Error, header};
 
 const SESSION: TimeDelta = TimeDelta::days(30);
+const ENDED: Error = Error::Refused(401, "the session has ended");
+const WRONG: Error = Error::Refused(401, "unknown address or wrong password");
 
 #[derive(Deserialize)]
 pub(crate) struct SignUp {
@@ -33,7 +35,7 @@ pub(crate) struct SignUp {
 /// Makes an account. That the address is the user's, a mail would have to prove.
 pub(crate) fn sign_up(app: &App, new: &SignUp) -> Answer {
     if new.password.expose_secret().chars().count() < 8 {
-        return Err(unprocessable("a password has at least 8 characters"));
+        return Err(Error::Refused(422, "a password has at least 8 characters"));
     }
     let password = hash(&new.password)?;
     let new = NewUser {
@@ -47,7 +49,7 @@ pub(crate) fn sign_up(app: &App, new: &SignUp) -> Answer {
         is_active: None,
     };
     let user = User::sign_up(&mut *app.db()?, &new)?;
-    Ok((StatusCode::CREATED, json!(user)))
+    Ok((201, json!(user)))
 }
 
 #[derive(Deserialize)]
@@ -61,8 +63,7 @@ pub(crate) fn log_in(app: &App, login: &LogIn) -> Answer {
     // A password is verified in each case, so that the time taken doesn't tell which addresses have an account.
     let password = user.as_ref().and_then(|user| user.password.as_ref());
     let is_right = verify(&login.password, password.unwrap_or(&app.nobodys_password));
-    let refused = || unauthorized("unknown address or wrong password");
-    let user = user.filter(|_| is_right).ok_or_else(refused)?;
+    let user = user.filter(|_| is_right).ok_or(WRONG)?;
 
     let token = new_secret();
     let digest = app.token_key.digest(TokenPurpose::Refresh, &token);
@@ -71,9 +72,7 @@ pub(crate) fn log_in(app: &App, login: &LogIn) -> Answer {
         AuthToken::issue(conn, user.id, AuthTokenType::Refresh, &digest, SESSION)
     })?;
     // None: deactivated since.
-    issued
-        .map(|issued| session(&token, &issued))
-        .ok_or_else(refused)
+    issued.map(|issued| session(&token, &issued)).ok_or(WRONG)
 }
 
 /// Puts a new token in the place of the one shown. Who shows one again has it from somebody else, or somebody else has it:
@@ -84,16 +83,16 @@ pub(crate) fn renew(app: &App, request: &Request<Body>) -> Answer {
     let digest = app.token_key.digest(TokenPurpose::Refresh, &token);
     match AuthToken::rotate(&mut *app.db()?, &presented, &digest, SESSION)? {
         Rotation::Rotated(issued) => Ok(session(&token, &issued)),
-        Rotation::Reused(_) | Rotation::Expired | Rotation::Unknown => Err(ended()),
+        Rotation::Reused(_) | Rotation::Expired | Rotation::Unknown => Err(ENDED),
     }
 }
 
 pub(crate) fn log_out(app: &App, request: &Request<Body>) -> Answer {
     let presented = presented(app, request)?;
     if !AuthToken::revoke(&mut *app.db()?, AuthTokenType::Refresh, &presented)? {
-        return Err(ended());
+        return Err(ENDED);
     }
-    Ok((StatusCode::OK, json!({})))
+    Ok((200, json!({})))
 }
 
 /// Whose session the request belongs to.
@@ -108,24 +107,20 @@ pub(crate) fn user(app: &App, request: &Request<Body>) -> Result<UserId, Error> 
         .select(users::id)
         .first(&mut *app.db()?)
         .optional()?
-        .ok_or_else(ended)
+        .ok_or(ENDED)
 }
 
 fn presented(app: &App, request: &Request<Body>) -> Result<TokenDigest, Error> {
     let token = header(request, "authorization")
         .and_then(|value| value.strip_prefix("Bearer "))
-        .ok_or_else(|| unauthorized("log in first"))?;
+        .ok_or(Error::Refused(401, "log in first"))?;
     let token = SecretString::from(token);
     Ok(app.token_key.digest(TokenPurpose::Refresh, &token))
 }
 
-fn session(token: &SecretString, issued: &AuthToken) -> (StatusCode, serde_json::Value) {
+fn session(token: &SecretString, issued: &AuthToken) -> (u16, serde_json::Value) {
     let body = json!({ "token": token.expose_secret(), "expires_at": issued.expires_at });
-    (StatusCode::CREATED, body)
-}
-
-fn ended() -> Error {
-    unauthorized("the session has ended")
+    (201, body)
 }
 
 /// Argon2id with a random salt.

@@ -10,13 +10,13 @@ use bruhmcp_db::models::{
 use bruhmcp_db::{Keyset, SecretText};
 use chrono::{DateTime, Datelike, TimeDelta, Utc};
 use diesel::Connection;
-use oxhttp::model::{Body, Request, StatusCode};
+use oxhttp::model::{Body, Request};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use serde_json::json;
 
 use crate::App;
-use crate::http::{Answer, Error, bad_request, conflict, not_found, query, unprocessable};
+use crate::http::{Answer, Error, NOT_FOUND, query};
 
 #[derive(Deserialize)]
 pub(crate) struct Create {
@@ -32,7 +32,7 @@ pub(crate) struct Create {
 pub(crate) fn create(app: &App, user_id: UserId, new: &Create) -> Answer {
     let conn = &mut app.db()?;
     let service = McpService::find_by_name(conn, &new.service)?
-        .ok_or_else(|| unprocessable("there is no such service"))?;
+        .ok_or(Error::Refused(422, "there is no such service"))?;
     let instance_id = InstanceId::new();
     let instance = NewMcpInstance {
         instance_id: Some(instance_id),
@@ -52,11 +52,11 @@ pub(crate) fn create(app: &App, user_id: UserId, new: &Create) -> Answer {
         (AuthType::ApiKey, Some(api_key), None, None) => {
             let credential = NewMcpCredential::api_key(&app.key_ring, instance_id, api_key)?;
             let (instance, _) = McpInstance::create(conn, &instance, &credential)?;
-            Ok((StatusCode::CREATED, json!({ "instance": instance })))
+            Ok((201, json!({ "instance": instance })))
         }
         (AuthType::Oauth, None, Some(client_id), Some(client_secret)) => {
             if !client_id.bytes().all(needs_no_escape) {
-                return Err(unprocessable("the client's id can't stand in a URL"));
+                return Err(Error::Refused(422, "the client's id can't stand in a URL"));
             }
             let credential =
                 NewMcpCredential::oauth(&app.key_ring, instance_id, client_id, client_secret)?;
@@ -72,10 +72,10 @@ pub(crate) fn create(app: &App, user_id: UserId, new: &Create) -> Answer {
                 Ok::<_, Error>(instance)
             })?;
             let body = json!({ "instance": instance, "authorization_url": url.expose() });
-            Ok((StatusCode::CREATED, body))
+            Ok((201, body))
         }
-        (AuthType::ApiKey, ..) => Err(unprocessable("this service takes an API key")),
-        (AuthType::Oauth, ..) => Err(unprocessable("this service takes an OAuth client")),
+        (AuthType::ApiKey, ..) => Err(Error::Refused(422, "this service takes an API key")),
+        (AuthType::Oauth, ..) => Err(Error::Refused(422, "this service takes an OAuth client")),
     }
 }
 
@@ -84,10 +84,10 @@ pub(crate) fn list(app: &App, user_id: UserId, request: &Request<Body>) -> Answe
     let limit = match query(request, "limit").map(str::parse) {
         None => 20,
         Some(Ok(limit @ 1..=100)) => limit,
-        Some(_) => return Err(bad_request("limit is a number from 1 to 100")),
+        Some(_) => return Err(Error::Refused(400, "limit is a number from 1 to 100")),
     };
     let after = match query(request, "after").map(place) {
-        Some(None) => return Err(bad_request("after is no place in the list")),
+        Some(None) => return Err(Error::Refused(400, "after is no place in the list")),
         after => after.flatten(),
     };
     let filter = InstanceFilter::default();
@@ -102,10 +102,7 @@ pub(crate) fn list(app: &App, user_id: UserId, request: &Request<Body>) -> Answe
                 last.instance_id
             )
         });
-    Ok((
-        StatusCode::OK,
-        json!({ "instances": instances, "next": next }),
-    ))
+    Ok((200, json!({ "instances": instances, "next": next })))
 }
 
 /// Microseconds since 1970 and a key.
@@ -131,9 +128,9 @@ pub(crate) fn toggle(app: &App, user_id: UserId, id: &str, toggle: &Toggle) -> A
     let instance = if toggle.active {
         McpInstance::activate(conn, id, user_id)?
     } else {
-        McpInstance::deactivate(conn, id, user_id)?.ok_or_else(not_found)?
+        McpInstance::deactivate(conn, id, user_id)?.ok_or(NOT_FOUND)?
     };
-    Ok((StatusCode::OK, json!({ "instance": instance })))
+    Ok((200, json!({ "instance": instance })))
 }
 
 /// Calls the service on the user's behalf and counts that.
@@ -142,10 +139,10 @@ pub(crate) fn call(app: &App, user_id: UserId, service: &str, id: &str) -> Answe
     let found = McpInstance::find_with_credentials(&mut *app.db()?, id, service)?;
     let (instance, service, credential) = found
         .filter(|(instance, ..)| instance.user_id == user_id)
-        .ok_or_else(not_found)?;
+        .ok_or(NOT_FOUND)?;
     let ended = instance.expires_at.is_some_and(|end| end <= Utc::now());
     if instance.status != InstanceStatus::Active || ended {
-        return Err(conflict("the instance isn't active"));
+        return Err(Error::Refused(409, "the instance isn't active"));
     }
     let column = match service.type_ {
         AuthType::ApiKey => SecretColumn::ApiKey,
@@ -154,12 +151,12 @@ pub(crate) fn call(app: &App, user_id: UserId, service: &str, id: &str) -> Answe
     let secret = open(app, &credential, column)?;
     let answer = stand_in_for_calling_the_service(&service, &secret);
     McpInstance::record_call(&mut *app.db()?, id)?;
-    Ok((StatusCode::OK, json!({ "answer": answer })))
+    Ok((200, json!({ "answer": answer })))
 }
 
 /// Where the provider sends the user's browser, with the state and either a code or an error.
 pub(crate) fn oauth_callback(app: &App, request: &Request<Body>) -> Answer {
-    let state = query(request, "state").ok_or_else(|| bad_request("there is no state"))?;
+    let state = query(request, "state").ok_or(Error::Refused(400, "there is no state"))?;
     // A statement of its own, so that whoever comes with the same state, the code is redeemed once.
     let credential = McpCredential::take_by_state(&mut *app.db()?, &SecretText::new(state))?;
     let id = credential.credential_id;
@@ -169,7 +166,7 @@ pub(crate) fn oauth_callback(app: &App, request: &Request<Body>) -> Answer {
         .and_then(|code| stand_in_for_the_token_endpoint(&credential, &client_secret, code));
     let Some(granted) = granted else {
         McpCredential::fail_oauth(&mut *app.db()?, id)?;
-        return Err(conflict("the authorisation failed"));
+        return Err(Error::Refused(409, "the authorisation failed"));
     };
     let tokens = OauthTokens::seal(
         &app.key_ring,
@@ -185,7 +182,7 @@ pub(crate) fn oauth_callback(app: &App, request: &Request<Body>) -> Answer {
         // False where the plan has no room: the tokens are stored, and the user may switch another one off.
         "active": completion.instance == CompletedInstance::Active,
     });
-    Ok((StatusCode::OK, body))
+    Ok((200, body))
 }
 
 fn open(app: &App, from: &McpCredential, column: SecretColumn) -> Result<SecretString, Error> {
@@ -197,7 +194,7 @@ fn open(app: &App, from: &McpCredential, column: SecretColumn) -> Result<SecretS
 }
 
 fn instance_id(text: &str) -> Result<InstanceId, Error> {
-    text.parse().map(InstanceId).map_err(|_| not_found())
+    text.parse().map(InstanceId).map_err(|_| NOT_FOUND)
 }
 
 fn needs_no_escape(octet: u8) -> bool {

@@ -24,7 +24,7 @@ use oxhttp::model::{Body, Request};
 use oxhttp::{ListeningServer, Server};
 use secrecy::SecretString;
 
-use crate::http::{Answer, Error, json, not_found, response};
+use crate::http::{Answer, Error, NOT_FOUND, json, response};
 
 mod accounts;
 mod http;
@@ -54,7 +54,7 @@ impl App {
             // server's absence.
             pool: Pool::builder()
                 .max_size(8)
-                .connection_timeout(Duration::from_secs(3))
+                .connection_timeout(Duration::from_secs(2))
                 .build(ConnectionManager::new(url))
                 .map_err(|_| "the database gives too few connections")?,
             token_key: TokenKey::new(&token_key).map_err(|_| "TOKEN_KEY is too short")?,
@@ -136,7 +136,7 @@ fn route(app: &App, request: &mut Request<Body>) -> Answer {
         }
         ("GET", ["oauth", "callback"]) => instances::oauth_callback(app, request),
         ("POST", ["webhooks", "razorpay"]) => webhooks::razorpay(app, request),
-        _ => Err(not_found()),
+        _ => Err(NOT_FOUND),
     }
 }
 

@@ -11,13 +11,13 @@ use chrono::{TimeDelta, Utc};
 use diesel::Connection;
 use diesel::pg::PgConnection;
 use hmac::{Hmac, KeyInit, Mac};
-use oxhttp::model::{Body, Request, StatusCode};
+use oxhttp::model::{Body, Request};
 use secrecy::ExposeSecret;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use sha2::Sha256;
 
-use crate::http::{Answer, Error, bad_request, body, header, parse, unauthorized, unprocessable};
+use crate::http::{Answer, Error, body, header, parse};
 use crate::{App, from_hex};
 
 /// What a payment pays for.
@@ -31,17 +31,17 @@ pub(crate) fn razorpay(app: &App, request: &mut Request<Body>) -> Answer {
     mac.update(&body);
     // Compares in constant time.
     mac.verify_slice(&signature.unwrap_or_default())
-        .map_err(|_| unauthorized("the signature is wrong"))?;
+        .map_err(|_| Error::Refused(401, "the signature is wrong"))?;
 
     let payload: Value = parse(&body)?;
     let conn = &mut app.db()?;
     let event = NewWebhookEvent {
         event_id: Some(WebhookEventId::new()),
         external_event_id: header(request, "x-razorpay-event-id")
-            .ok_or_else(|| bad_request("there is no event id"))?,
+            .ok_or(Error::Refused(400, "there is no event id"))?,
         event_type: payload["event"]
             .as_str()
-            .ok_or_else(|| unprocessable("there is no event type"))?,
+            .ok_or(Error::Refused(422, "there is no event type"))?,
         payment_gateway: PaymentGateway::Razorpay,
         payload: &payload,
     };
@@ -52,7 +52,7 @@ pub(crate) fn razorpay(app: &App, request: &mut Request<Body>) -> Answer {
     let status = retry_transaction(conn, Isolation::ReadCommitted, |conn| {
         process(conn, event.event_id)
     })?;
-    Ok((StatusCode::OK, json!({ "status": status })))
+    Ok((200, json!({ "status": status })))
 }
 
 fn process(conn: &mut PgConnection, event_id: WebhookEventId) -> Result<&'static str, Error> {
@@ -96,10 +96,10 @@ struct Notes {
 
 fn record_payment(conn: &mut PgConnection, payload: &Value) -> Result<(), Error> {
     let payment = Payment::deserialize(&payload["payload"]["payment"]["entity"])
-        .map_err(|_| unprocessable("not a payment of this service"))?;
+        .map_err(|_| Error::Refused(422, "not a payment of this service"))?;
     let user_id = payment.notes.user_id;
     let plan = UserPlan::lock_by_user(conn, user_id)?
-        .ok_or_else(|| unprocessable("there is no such user"))?;
+        .ok_or(Error::Refused(422, "there is no such user"))?;
     let new = NewSubscriptionTransaction {
         id: Some(TransactionId::new()),
         razorpay_payment_id: Some(&payment.id),
