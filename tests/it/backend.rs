@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::TcpStream;
+use std::net::{Shutdown, TcpStream};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::Barrier;
@@ -100,6 +100,7 @@ impl Service {
         let mut stream = TcpStream::connect(&self.address).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.write_all(request).unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
         let mut response = String::new();
         stream.read_to_string(&mut response).unwrap();
         let status = response.split(' ').nth(1).unwrap().parse().unwrap();
@@ -435,6 +436,12 @@ fn bad_requests() {
     let chunk = format!("{:x}\r\n{}\r\n0\r\n\r\n", most + 1, "x".repeat(most + 1));
     let chunked = "POST /users HTTP/1.1\r\nHost: a\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n";
     expect(413, service.raw(format!("{chunked}{chunk}").as_bytes()));
+    for length in [i64::MAX as u64, u64::MAX] {
+        let cut = format!(
+            "POST /users HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{{"
+        );
+        expect(400, service.raw(cut.as_bytes()));
+    }
     expect(400, service.raw(b"nonsense\r\n\r\n"));
     expect(400, service.raw(b"\x00\xff\r\n\r\n"));
 
@@ -605,6 +612,7 @@ fn the_database_goes_away_and_comes_back() {
     // Delivered again, as gateways do.
     let answer = service.webhook("evt_1", &payment, WEBHOOK_SECRET);
     assert_eq!(expect(200, answer)["status"], "processed");
-    assert_tight_lipped(&service.stop(), &[&asha.token, &database.url()]);
+    let token = asha.token;
+    assert_tight_lipped(&service.stop(), &[&token, &database.url()]);
     assert_eq!(service.child.wait().unwrap().signal(), Some(15));
 }
