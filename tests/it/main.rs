@@ -3,6 +3,8 @@
 
 mod archive;
 mod audit;
+#[cfg(all(feature = "crypto", feature = "r2d2"))]
+mod backend;
 mod billing;
 #[cfg(feature = "cli")]
 mod cli;

@@ -1,0 +1,140 @@
+//! Sign-up, and sessions: a session is a refresh token, which the client shows with each request and renews before it ends.
+
+use argon2::password_hash::phc::PasswordHash;
+use argon2::{Argon2, PasswordHasher, PasswordVerifier};
+use bruhmcp_db::crypto::{TokenPurpose, new_secret};
+use bruhmcp_db::enums::AuthTokenType;
+use bruhmcp_db::ids::UserId;
+use bruhmcp_db::models::{AuthToken, NewUser, Rotation, User};
+use bruhmcp_db::schema::{auth_tokens, users};
+use bruhmcp_db::{SecretText, TokenDigest};
+use chrono::TimeDelta;
+use diesel::dsl::{not, now};
+use diesel::prelude::*;
+use oxhttp::model::{Body, Request};
+use secrecy::{ExposeSecret, SecretString};
+use serde::Deserialize;
+use serde_json::json;
+
+use crate::App;
+use crate::http::{Answer, Error, header};
+
+const SESSION: TimeDelta = TimeDelta::days(30);
+const ENDED: Error = Error::Refused(401, "the session has ended");
+const WRONG: Error = Error::Refused(401, "unknown address or wrong password");
+
+#[derive(Deserialize)]
+pub(crate) struct SignUp {
+    first_name: String,
+    #[serde(default)]
+    last_name: String,
+    email: String,
+    password: SecretString,
+}
+
+/// Makes an account. That the address is the user's, a mail would have to prove.
+pub(crate) fn sign_up(app: &App, new: &SignUp) -> Answer {
+    if new.password.expose_secret().chars().count() < 8 {
+        return Err(Error::Refused(422, "a password has at least 8 characters"));
+    }
+    let password = hash(&new.password)?;
+    let new = NewUser {
+        id: None,
+        first_name: &new.first_name,
+        last_name: &new.last_name,
+        email: &new.email,
+        password: Some(&password),
+        email_verified: None,
+        razorpay_customer_id: None,
+        is_active: None,
+    };
+    let user = User::sign_up(&mut *app.db()?, &new)?;
+    Ok((201, json!(user)))
+}
+
+#[derive(Deserialize)]
+pub(crate) struct LogIn {
+    email: String,
+    password: SecretString,
+}
+
+pub(crate) fn log_in(app: &App, login: &LogIn) -> Answer {
+    let user = User::find_active_by_email(&mut *app.db()?, &login.email)?;
+    // A password is verified in each case, so that the time taken doesn't tell which addresses have an account.
+    let password = user.as_ref().and_then(|user| user.password.as_ref());
+    let is_right = verify(&login.password, password.unwrap_or(&app.nobodys_password));
+    let user = user.filter(|_| is_right).ok_or(WRONG)?;
+
+    let token = new_secret();
+    let digest = app.token_key.digest(TokenPurpose::Refresh, &token);
+    let issued = app.db()?.transaction(|conn| {
+        User::record_login(conn, user.id)?;
+        AuthToken::issue(conn, user.id, AuthTokenType::Refresh, &digest, SESSION)
+    })?;
+    // None: deactivated since.
+    issued.map(|issued| session(&token, &issued)).ok_or(WRONG)
+}
+
+/// Puts a new token in the place of the one shown. Who shows one again has it from somebody else, or somebody else has it:
+/// all sessions of the user end.
+pub(crate) fn renew(app: &App, request: &Request<Body>) -> Answer {
+    let presented = presented(app, request)?;
+    let token = new_secret();
+    let digest = app.token_key.digest(TokenPurpose::Refresh, &token);
+    match AuthToken::rotate(&mut *app.db()?, &presented, &digest, SESSION)? {
+        Rotation::Rotated(issued) => Ok(session(&token, &issued)),
+        Rotation::Reused(_) | Rotation::Expired | Rotation::Unknown => Err(ENDED),
+    }
+}
+
+pub(crate) fn log_out(app: &App, request: &Request<Body>) -> Answer {
+    let presented = presented(app, request)?;
+    if !AuthToken::revoke(&mut *app.db()?, AuthTokenType::Refresh, &presented)? {
+        return Err(ENDED);
+    }
+    Ok((200, json!({})))
+}
+
+/// Whose session the request belongs to.
+pub(crate) fn user(app: &App, request: &Request<Body>) -> Result<UserId, Error> {
+    auth_tokens::table
+        .inner_join(users::table)
+        .filter(auth_tokens::type_.eq(AuthTokenType::Refresh))
+        .filter(auth_tokens::token.eq(presented(app, request)?))
+        .filter(not(auth_tokens::is_used))
+        .filter(auth_tokens::expires_at.gt(now))
+        .filter(users::is_active)
+        .select(users::id)
+        .first(&mut *app.db()?)
+        .optional()?
+        .ok_or(ENDED)
+}
+
+fn presented(app: &App, request: &Request<Body>) -> Result<TokenDigest, Error> {
+    let token = header(request, "authorization")
+        .and_then(|value| value.strip_prefix("Bearer "))
+        .ok_or(Error::Refused(401, "log in first"))?;
+    let token = SecretString::from(token);
+    Ok(app.token_key.digest(TokenPurpose::Refresh, &token))
+}
+
+fn session(token: &SecretString, issued: &AuthToken) -> (u16, serde_json::Value) {
+    let body = json!({ "token": token.expose_secret(), "expires_at": issued.expires_at });
+    (201, body)
+}
+
+/// Argon2id with a random salt.
+pub(crate) fn hash(password: &SecretString) -> Result<SecretText, Error> {
+    let hash = Argon2::default().hash_password(password.expose_secret().as_bytes());
+    hash.map(|hash| SecretText::new(hash.to_string()))
+        .map_err(|_| Error::Internal("no password can be hashed"))
+}
+
+/// Compares in constant time.
+fn verify(password: &SecretString, hash: &SecretText) -> bool {
+    PasswordHash::new(hash.expose()).is_ok_and(|hash| {
+        Argon2::default()
+            .verify_password(password.expose_secret().as_bytes(), &hash)
+            .is_ok()
+    })
+}

@@ -1,0 +1,193 @@
+//! Requests read, outcomes answered.
+
+use std::io::Read;
+
+use bruhmcp_db::models::{EmailError, InstanceError, OauthError, PaymentError, UpgradeError};
+use bruhmcp_db::{ConstraintViolation, RuleKind, crypto};
+use diesel::result::Error as DieselError;
+use oxhttp::model::header::{CACHE_CONTROL, CONTENT_TYPE, RETRY_AFTER};
+use oxhttp::model::{Body, HeaderValue, Request, Response, StatusCode};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+pub(crate) type Answer = Result<(u16, Value), Error>;
+
+pub(crate) const NOT_FOUND: Error = Error::Refused(404, "there is no such thing");
+
+const MAX_BODY_LEN: u64 = 64 * 1024;
+
+/// Why a request isn't done.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    /// By this status; the client hears why.
+    #[error("{1}")]
+    Refused(u16, &'static str),
+    #[error("no database connection is free")]
+    Unavailable,
+    #[error("{0}")]
+    Internal(&'static str),
+    #[error("database error")]
+    Database(#[from] DieselError),
+}
+
+impl Error {
+    /// What the client is told, where it is about the request: the same request would be refused again.
+    pub(crate) fn refusal(&self) -> Option<(u16, String)> {
+        match self {
+            Self::Refused(status, why) => Some((*status, (*why).to_owned())),
+            Self::Database(error) => ConstraintViolation::of(error).map(|broken| {
+                let status = match broken.kind {
+                    RuleKind::Unique => 409,
+                    _ => 422,
+                };
+                (status, format!("breaks the rule {}", broken.rule))
+            }),
+            Self::Unavailable | Self::Internal(_) => None,
+        }
+    }
+}
+
+impl From<EmailError> for Error {
+    fn from(error: EmailError) -> Self {
+        match error {
+            EmailError::InvalidEmail(_) => Error::Refused(422, "not an email address"),
+            EmailError::EmailTaken => Error::Refused(409, "the email address is taken"),
+            EmailError::Database(error) => error.into(),
+        }
+    }
+}
+
+impl From<InstanceError> for Error {
+    fn from(error: InstanceError) -> Self {
+        match error {
+            InstanceError::LimitReached => {
+                Error::Refused(403, "the plan allows no further active instance")
+            }
+            InstanceError::PlanExpired => Error::Refused(403, "the plan has expired"),
+            InstanceError::PlanMissing => Error::Refused(403, "there is no plan"),
+            InstanceError::ServiceDisabled => Error::Refused(409, "the service is disabled"),
+            InstanceError::UnknownService => Error::Refused(422, "there is no such service"),
+            InstanceError::NotFound => NOT_FOUND,
+            InstanceError::InstanceExpired => Error::Refused(409, "the instance has expired"),
+            InstanceError::Database(error) => error.into(),
+        }
+    }
+}
+
+impl From<OauthError> for Error {
+    fn from(error: OauthError) -> Self {
+        match error {
+            OauthError::UnknownState => Error::Refused(400, "no authorisation has this state"),
+            OauthError::NotPending => Error::Refused(409, "the authorisation isn't pending"),
+            OauthError::NotOauth => Error::Refused(409, "the instance is gone"),
+            OauthError::StateTaken => Self::Internal("a state came twice"),
+            OauthError::Database(error) => error.into(),
+        }
+    }
+}
+
+impl From<PaymentError> for Error {
+    fn from(error: PaymentError) -> Self {
+        match error {
+            PaymentError::Database(error) => error.into(),
+            PaymentError::Differs(_) => Error::Refused(409, "another payment has this id"),
+            // Refunds and steps of a payment, which this service doesn't know.
+            _ => Error::Refused(422, "not a payment"),
+        }
+    }
+}
+
+impl From<UpgradeError> for Error {
+    fn from(error: UpgradeError) -> Self {
+        match error {
+            UpgradeError::PlanMissing => Error::Refused(422, "there is no such user"),
+            UpgradeError::SubscriptionTaken | UpgradeError::CustomerTaken => {
+                Error::Refused(409, "another user has the subscription")
+            }
+            UpgradeError::Database(error) => error.into(),
+        }
+    }
+}
+
+impl From<crypto::SealError> for Error {
+    fn from(error: crypto::SealError) -> Self {
+        match error {
+            crypto::SealError::TooLong => Error::Refused(422, "the secret is too long"),
+            crypto::SealError::NoRandomness => Self::Internal("no random octets"),
+        }
+    }
+}
+
+/// The body, up to a length.
+pub(crate) fn body(request: &mut Request<Body>) -> Result<Vec<u8>, Error> {
+    let mut body = Vec::new();
+    let mut reader = request.body_mut().take(MAX_BODY_LEN + 1);
+    reader
+        .read_to_end(&mut body)
+        .map_err(|_| Error::Refused(400, "the body can't be read"))?;
+    if body.len() as u64 > MAX_BODY_LEN {
+        return Err(Error::Refused(413, "the body is too large"));
+    }
+    Ok(body)
+}
+
+pub(crate) fn json<T: DeserializeOwned>(request: &mut Request<Body>) -> Result<T, Error> {
+    parse(&body(request)?)
+}
+
+pub(crate) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Error> {
+    // PostgreSQL can't store NUL, which JSON can only spell so.
+    if body.windows(6).any(|text| text == br"\u0000") {
+        return Err(Error::Refused(422, "a text holds NUL"));
+    }
+    serde_json::from_slice(body).map_err(|error| {
+        if error.is_data() {
+            Error::Refused(422, "a field is missing, or of another type")
+        } else {
+            Error::Refused(400, "not JSON")
+        }
+    })
+}
+
+/// The value of a key of the query, as it is: what this service expects there needs no escapes.
+pub(crate) fn query<'a>(request: &'a Request<Body>, key: &str) -> Option<&'a str> {
+    let mut pairs = request.uri().query()?.split('&');
+    pairs.find_map(|pair| pair.strip_prefix(key)?.strip_prefix('='))
+}
+
+pub(crate) fn header<'a>(request: &'a Request<Body>, name: &str) -> Option<&'a str> {
+    request.headers().get(name)?.to_str().ok()
+}
+
+pub(crate) fn response(answer: Answer) -> Response<Body> {
+    let (status, body) = answer.unwrap_or_else(|error| {
+        let (status, why) = error.refusal().unwrap_or_else(|| failure(&error));
+        (status, serde_json::json!({ "error": why }))
+    });
+    let mut response = Response::new(Body::from(body.to_string()));
+    let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    *response.status_mut() = status;
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    if status == StatusCode::SERVICE_UNAVAILABLE {
+        headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
+    }
+    response
+}
+
+/// What the client is told of a failure that isn't the client's: nothing. What the database refuses beyond its rules is
+/// a conflict that outlived its retries, or an outage; Diesel can't always tell which, and both pass.
+///
+/// The log gets the kind of error only, for PostgreSQL's messages may quote values. It writes them into its own log.
+fn failure(error: &Error) -> (u16, String) {
+    match error {
+        Error::Database(DieselError::DatabaseError(kind, _)) => eprintln!("{error}: {kind:?}"),
+        Error::Database(reason) => eprintln!("{error}: {reason}"),
+        error => eprintln!("{error}"),
+    }
+    match error {
+        Error::Internal(_) => (500, "something is wrong here".to_owned()),
+        _ => (503, "try again in a moment".to_owned()),
+    }
+}

@@ -1,0 +1,227 @@
+//! Instances: created, listed, called, switched on and off, and authorised by OAuth.
+
+use bruhmcp_db::crypto::{SecretColumn, new_secret};
+use bruhmcp_db::enums::{AuthType, InstanceStatus};
+use bruhmcp_db::ids::{InstanceId, UserId};
+use bruhmcp_db::models::{
+    CompletedInstance, InstanceFilter, McpCredential, McpInstance, McpService, NewMcpCredential,
+    NewMcpInstance, OauthTokens,
+};
+use bruhmcp_db::{Keyset, SecretText};
+use chrono::{DateTime, Datelike, TimeDelta, Utc};
+use diesel::Connection;
+use oxhttp::model::{Body, Request};
+use secrecy::{ExposeSecret, SecretString};
+use serde::Deserialize;
+use serde_json::json;
+
+use crate::App;
+use crate::http::{Answer, Error, NOT_FOUND, query};
+
+#[derive(Deserialize)]
+pub(crate) struct Create {
+    service: String,
+    name: Option<String>,
+    api_key: Option<SecretString>,
+    client_id: Option<String>,
+    client_secret: Option<SecretString>,
+}
+
+/// Makes an instance with an API key, which can be called at once, or with an OAuth client, which can be called once the
+/// user has granted access at the `authorization_url`.
+pub(crate) fn create(app: &App, user_id: UserId, new: &Create) -> Answer {
+    let conn = &mut app.db()?;
+    let service = McpService::find_by_name(conn, &new.service)?
+        .ok_or(Error::Refused(422, "there is no such service"))?;
+    let instance_id = InstanceId::new();
+    let instance = NewMcpInstance {
+        instance_id: Some(instance_id),
+        user_id,
+        mcp_service_id: service.mcp_service_id,
+        oauth_status: None,
+        status: None,
+        expires_at: None,
+        custom_name: new.name.as_deref(),
+    };
+    match (
+        service.type_,
+        &new.api_key,
+        &new.client_id,
+        &new.client_secret,
+    ) {
+        (AuthType::ApiKey, Some(api_key), None, None) => {
+            let credential = NewMcpCredential::api_key(&app.key_ring, instance_id, api_key)?;
+            let (instance, _) = McpInstance::create(conn, &instance, &credential)?;
+            Ok((201, json!({ "instance": instance })))
+        }
+        (AuthType::Oauth, None, Some(client_id), Some(client_secret)) => {
+            if !client_id.bytes().all(needs_no_escape) {
+                return Err(Error::Refused(422, "the client's id can't stand in a URL"));
+            }
+            let credential =
+                NewMcpCredential::oauth(&app.key_ring, instance_id, client_id, client_secret)?;
+            let state = new_secret();
+            let state = SecretText::new(state.expose_secret());
+            let url = SecretText::new(format!(
+                "https://provider.example/authorize?response_type=code&client_id={client_id}&state={}",
+                state.expose()
+            ));
+            let instance = conn.transaction(|conn| {
+                let (instance, credential) = McpInstance::create(conn, &instance, &credential)?;
+                McpCredential::begin_oauth(conn, credential.credential_id, &state, &url)?;
+                Ok::<_, Error>(instance)
+            })?;
+            let body = json!({ "instance": instance, "authorization_url": url.expose() });
+            Ok((201, body))
+        }
+        (AuthType::ApiKey, ..) => Err(Error::Refused(422, "this service takes an API key")),
+        (AuthType::Oauth, ..) => Err(Error::Refused(422, "this service takes an OAuth client")),
+    }
+}
+
+/// A page of the user's instances, newest first. `next`, given back as `after`, leads to the next one.
+pub(crate) fn list(app: &App, user_id: UserId, request: &Request<Body>) -> Answer {
+    let limit = match query(request, "limit").map(str::parse) {
+        None => 20,
+        Some(Ok(limit @ 1..=100)) => limit,
+        Some(_) => return Err(Error::Refused(400, "limit is a number from 1 to 100")),
+    };
+    let after = match query(request, "after").map(place) {
+        Some(None) => return Err(Error::Refused(400, "after is no place in the list")),
+        after => after.flatten(),
+    };
+    let filter = InstanceFilter::default();
+    let instances = McpInstance::list_by_user(&mut *app.db()?, user_id, filter, after, limit)?;
+    let last = instances.last().map(|details| &details.instance);
+    let next = last
+        .filter(|_| instances.len() as i64 == limit)
+        .map(|last| {
+            format!(
+                "{}_{}",
+                last.created_at.timestamp_micros(),
+                last.instance_id
+            )
+        });
+    Ok((200, json!({ "instances": instances, "next": next })))
+}
+
+/// Microseconds since 1970 and a key.
+fn place(text: &str) -> Option<Keyset<InstanceId>> {
+    let (micros, id) = text.split_once('_')?;
+    let created_at = DateTime::from_timestamp_micros(micros.parse().ok()?)?;
+    // Where PostgreSQL and chrono agree on what a date is.
+    (1970..=9999).contains(&created_at.year()).then_some(())?;
+    Some(Keyset {
+        created_at,
+        id: instance_id(id).ok()?,
+    })
+}
+
+#[derive(Deserialize)]
+pub(crate) struct Toggle {
+    active: bool,
+}
+
+pub(crate) fn toggle(app: &App, user_id: UserId, id: &str, toggle: &Toggle) -> Answer {
+    let id = instance_id(id)?;
+    let conn = &mut app.db()?;
+    let instance = if toggle.active {
+        McpInstance::activate(conn, id, user_id)?
+    } else {
+        McpInstance::deactivate(conn, id, user_id)?.ok_or(NOT_FOUND)?
+    };
+    Ok((200, json!({ "instance": instance })))
+}
+
+/// Calls the service on the user's behalf and counts that.
+pub(crate) fn call(app: &App, user_id: UserId, service: &str, id: &str) -> Answer {
+    let id = instance_id(id)?;
+    let found = McpInstance::find_with_credentials(&mut *app.db()?, id, service)?;
+    let (instance, service, credential) = found
+        .filter(|(instance, ..)| instance.user_id == user_id)
+        .ok_or(NOT_FOUND)?;
+    let ended = instance.expires_at.is_some_and(|end| end <= Utc::now());
+    if instance.status != InstanceStatus::Active || ended {
+        return Err(Error::Refused(409, "the instance isn't active"));
+    }
+    let column = match service.type_ {
+        AuthType::ApiKey => SecretColumn::ApiKey,
+        AuthType::Oauth => SecretColumn::AccessToken,
+    };
+    let secret = open(app, &credential, column)?;
+    let answer = stand_in_for_calling_the_service(&service, &secret);
+    McpInstance::record_call(&mut *app.db()?, id)?;
+    Ok((200, json!({ "answer": answer })))
+}
+
+/// Where the provider sends the user's browser, with the state and either a code or an error.
+pub(crate) fn oauth_callback(app: &App, request: &Request<Body>) -> Answer {
+    let state = query(request, "state").ok_or(Error::Refused(400, "there is no state"))?;
+    // A statement of its own, so that whoever comes with the same state, the code is redeemed once.
+    let credential = McpCredential::take_by_state(&mut *app.db()?, &SecretText::new(state))?;
+    let id = credential.credential_id;
+
+    let client_secret = open(app, &credential, SecretColumn::ClientSecret)?;
+    let granted = query(request, "code")
+        .and_then(|code| stand_in_for_the_token_endpoint(&credential, &client_secret, code));
+    let Some(granted) = granted else {
+        McpCredential::fail_oauth(&mut *app.db()?, id)?;
+        return Err(Error::Refused(409, "the authorisation failed"));
+    };
+    let tokens = OauthTokens::seal(
+        &app.key_ring,
+        id,
+        &granted.access_token,
+        Some(&granted.refresh_token),
+        Some(Utc::now() + granted.lifetime),
+        None,
+    )?;
+    let completion = McpCredential::complete_oauth(&mut *app.db()?, id, &tokens)?;
+    let body = json!({
+        "instance_id": completion.credential.instance_id,
+        // False where the plan has no room: the tokens are stored, and the user may switch another one off.
+        "active": completion.instance == CompletedInstance::Active,
+    });
+    Ok((200, body))
+}
+
+fn open(app: &App, from: &McpCredential, column: SecretColumn) -> Result<SecretString, Error> {
+    match from.open(&app.key_ring, column) {
+        Ok(Some(secret)) => Ok(secret),
+        Ok(None) => Err(Error::Internal("credentials without their secret")),
+        Err(_) => Err(Error::Internal("credentials that don't open")),
+    }
+}
+
+fn instance_id(text: &str) -> Result<InstanceId, Error> {
+    text.parse().map(InstanceId).map_err(|_| NOT_FOUND)
+}
+
+fn needs_no_escape(octet: u8) -> bool {
+    octet.is_ascii_alphanumeric() || b"-._~".contains(&octet)
+}
+
+struct Granted {
+    access_token: SecretString,
+    refresh_token: SecretString,
+    lifetime: TimeDelta,
+}
+
+/// Stands in for the HTTP request to the provider's token endpoint, with a time limit, which redeems the code. `None`: the
+/// provider refuses it.
+fn stand_in_for_the_token_endpoint(
+    _client: &McpCredential,
+    _client_secret: &SecretString,
+    code: &str,
+) -> Option<Granted> {
+    (code != "refused").then(|| Granted {
+        access_token: format!("access-{code}").into(),
+        refresh_token: format!("refresh-{code}").into(),
+        lifetime: TimeDelta::hours(1),
+    })
+}
+
+/// Stands in for the request to the service that listens on `service.port`, with a time limit.
+fn stand_in_for_calling_the_service(service: &McpService, _secret: &SecretString) -> String {
+    format!("hello from {}", service.display_name)
+}

@@ -1,0 +1,131 @@
+//! The webhook of the payment gateway: recorded first, then processed, once.
+
+use bruhmcp_db::enums::{PaymentGateway, TransactionStatus};
+use bruhmcp_db::ids::{TransactionId, UserId, WebhookEventId};
+use bruhmcp_db::models::{
+    NewSubscriptionTransaction, NewWebhookEvent, ProPlan, Recorded, RecordedPayment,
+    SubscriptionTransaction, UserPlan, WebhookEvent,
+};
+use bruhmcp_db::{Isolation, retry_transaction};
+use chrono::{TimeDelta, Utc};
+use diesel::Connection;
+use diesel::pg::PgConnection;
+use hmac::{Hmac, KeyInit, Mac};
+use oxhttp::model::{Body, Request};
+use secrecy::ExposeSecret;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use sha2::Sha256;
+
+use crate::http::{Answer, Error, body, header, parse};
+use crate::{App, from_hex};
+
+/// What a payment pays for.
+const PAID: TimeDelta = TimeDelta::days(31);
+
+pub(crate) fn razorpay(app: &App, request: &mut Request<Body>) -> Answer {
+    let body = body(request)?;
+    let signature = header(request, "x-razorpay-signature").and_then(from_hex);
+    let mut mac = Hmac::<Sha256>::new_from_slice(app.webhook_secret.expose_secret().as_bytes())
+        .map_err(|_| Error::Internal("no HMAC"))?;
+    mac.update(&body);
+    // Compares in constant time.
+    mac.verify_slice(&signature.unwrap_or_default())
+        .map_err(|_| Error::Refused(401, "the signature is wrong"))?;
+
+    let payload: Value = parse(&body)?;
+    let conn = &mut app.db()?;
+    let event = NewWebhookEvent {
+        event_id: Some(WebhookEventId::new()),
+        external_event_id: header(request, "x-razorpay-event-id")
+            .ok_or(Error::Refused(400, "there is no event id"))?,
+        event_type: payload["event"]
+            .as_str()
+            .ok_or(Error::Refused(422, "there is no event type"))?,
+        payment_gateway: PaymentGateway::Razorpay,
+        payload: &payload,
+    };
+    let (Recorded::New(event) | Recorded::Duplicate(event) | Recorded::FailedEarlier(event)) =
+        WebhookEvent::record(conn, &event)?;
+    // Now it isn't lost any more. If what follows fails, it stays open: the gateway is told and delivers it again, or a
+    // worker finds it by `WebhookEvent::take_open`.
+    let status = retry_transaction(conn, Isolation::ReadCommitted, |conn| {
+        process(conn, event.event_id)
+    })?;
+    Ok((200, json!({ "status": status })))
+}
+
+fn process(conn: &mut PgConnection, event_id: WebhookEventId) -> Result<&'static str, Error> {
+    let Some(event) = WebhookEvent::take(conn, event_id)? else {
+        return Ok("duplicate");
+    };
+    if event.event_type != "payment.captured" {
+        WebhookEvent::mark_skipped(conn, event_id)?;
+        return Ok("skipped");
+    }
+    // A savepoint: the event can be marked after what failed is rolled back.
+    match conn.transaction(|conn| record_payment(conn, &event.payload)) {
+        Ok(()) => {
+            WebhookEvent::mark_processed(conn, event_id)?;
+            Ok("processed")
+        }
+        Err(error) => {
+            let (_, why) = error.refusal().ok_or(error)?;
+            WebhookEvent::mark_failed(conn, event_id, &why)?;
+            Ok("failed")
+        }
+    }
+}
+
+#[derive(Deserialize)]
+struct Payment {
+    id: String,
+    /// In paise, as the fee and the tax in it.
+    amount: i64,
+    currency: String,
+    fee: i64,
+    tax: i64,
+    notes: Notes,
+}
+
+/// What this service gave the gateway with the order.
+#[derive(Deserialize)]
+struct Notes {
+    user_id: UserId,
+}
+
+fn record_payment(conn: &mut PgConnection, payload: &Value) -> Result<(), Error> {
+    let payment = Payment::deserialize(&payload["payload"]["payment"]["entity"])
+        .map_err(|_| Error::Refused(422, "not a payment of this service"))?;
+    let user_id = payment.notes.user_id;
+    let plan = UserPlan::lock_by_user(conn, user_id)?
+        .ok_or(Error::Refused(422, "there is no such user"))?;
+    let new = NewSubscriptionTransaction {
+        id: Some(TransactionId::new()),
+        razorpay_payment_id: Some(&payment.id),
+        currency: Some(&payment.currency),
+        fee_amount: Some(payment.fee.saturating_sub(payment.tax)),
+        tax_amount: Some(payment.tax),
+        ..NewSubscriptionTransaction::new(
+            user_id,
+            payment.amount,
+            payment.amount.saturating_sub(payment.fee),
+            TransactionStatus::Captured,
+        )
+    };
+    match SubscriptionTransaction::record_payment(conn, &new)? {
+        RecordedPayment::Recorded(_) => {
+            // Who pays early loses nothing.
+            let begin = plan.expires_at.unwrap_or_default().max(Utc::now());
+            let pro = ProPlan {
+                subscription_id: plan.subscription_id.as_deref(),
+                customer_id: None,
+                expires_at: Some(begin + PAID),
+            };
+            UserPlan::upgrade(conn, user_id, &pro)?;
+        }
+        // Told of by another event.
+        RecordedPayment::Existing(_) => {}
+    }
+    Ok(())
+}
