@@ -6,11 +6,9 @@ use bruhmcp_db::crypto::{TokenPurpose, new_secret};
 use bruhmcp_db::enums::AuthTokenType;
 use bruhmcp_db::ids::UserId;
 use bruhmcp_db::models::{AuthToken, NewUser, Rotation, User};
-use bruhmcp_db::schema::{auth_tokens, users};
 use bruhmcp_db::{SecretText, TokenDigest};
 use chrono::TimeDelta;
-use diesel::dsl::{not, now};
-use diesel::prelude::*;
+use diesel::Connection;
 use oxhttp::model::{Body, Request};
 use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
@@ -97,16 +95,9 @@ pub(crate) fn log_out(app: &App, request: &Request<Body>) -> Answer {
 
 /// Whose session the request belongs to.
 pub(crate) fn user(app: &App, request: &Request<Body>) -> Result<UserId, Error> {
-    auth_tokens::table
-        .inner_join(users::table)
-        .filter(auth_tokens::type_.eq(AuthTokenType::Refresh))
-        .filter(auth_tokens::token.eq(presented(app, request)?))
-        .filter(not(auth_tokens::is_used))
-        .filter(auth_tokens::expires_at.gt(now))
-        .filter(users::is_active)
-        .select(users::id)
-        .first(&mut *app.db()?)
-        .optional()?
+    let digest = presented(app, request)?;
+    AuthToken::find_live(&mut *app.db()?, AuthTokenType::Refresh, &digest)?
+        .map(|session| session.user_id)
         .ok_or(ENDED)
 }
 

@@ -184,6 +184,34 @@ impl AuthToken {
             .load(conn)
     }
 
+    /// The live token of this digest: neither used nor expired, of an active user. Leaves it live, so for a refresh token that
+    /// stands for a session; a link's token is [consumed](Self::consume).
+    ///
+    /// Not for codes, whose digests may repeat and whose guesses must be counted: there is none of those here.
+    ///
+    /// # Errors
+    /// Only those of the connection.
+    pub fn find_live(
+        conn: &mut PgConnection,
+        type_: AuthTokenType,
+        digest: &TokenDigest,
+    ) -> QueryResult<Option<Self>> {
+        use AuthTokenType::{EmailChangePending, EmailOtp};
+        if matches!(type_, EmailOtp | EmailChangePending) {
+            return Ok(None);
+        }
+        auth_tokens::table
+            .inner_join(users::table)
+            .filter(auth_tokens::type_.eq(type_))
+            .filter(auth_tokens::token.eq(digest))
+            .filter(not(auth_tokens::is_used))
+            .filter(auth_tokens::expires_at.gt(now))
+            .filter(users::is_active)
+            .select(Self::as_select())
+            .first(conn)
+            .optional()
+    }
+
     /// Deletes the row of this key; says whether there was one.
     ///
     /// # Errors

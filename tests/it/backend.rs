@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::io::{BufRead, BufReader, Read, Write};
+use std::mem;
 use std::net::{Shutdown, TcpStream};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Stdio};
@@ -9,7 +10,6 @@ use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
-use std::{env, mem};
 
 use bruhmcp_db::enums::AuthType;
 use bruhmcp_db::models::{McpService, NewMcpService};
@@ -19,7 +19,7 @@ use hmac::{Hmac, KeyInit, Mac};
 use serde_json::{Value, json};
 use sha2::Sha256;
 
-use crate::support::{TestDatabase, database};
+use crate::support::{TestDatabase, database, example};
 
 const PASSWORD: &str = "correct horse battery";
 const API_KEY: &str = "figd_0123456789";
@@ -71,17 +71,7 @@ impl Service {
     }
 
     fn command(database_url: &str) -> Command {
-        let mut program = env::current_exe().unwrap();
-        program.pop();
-        program.pop();
-        program.push("examples/backend");
-        assert!(
-            program.is_file(),
-            "{} is missing: `cargo build --features r2d2 --example backend` makes it, and so does `cargo test` unless \
-             `--test` leaves it out",
-            program.display()
-        );
-        let mut command = Command::new(program);
+        let mut command = Command::new(example("backend"));
         command
             .env_clear()
             .env("DATABASE_URL", database_url)

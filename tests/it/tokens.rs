@@ -114,6 +114,43 @@ fn a_limit_of_issued_tokens_holds() {
 }
 
 #[test]
+fn a_live_token_is_found_and_stays_live() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let ada = user(conn, "ada@example.org");
+    let session = issue(conn, ada, Refresh, 1);
+    issue(conn, ada, EmailOtp, 2);
+    let mut find = |type_, number| AuthToken::find_live(conn, type_, &digest(number)).unwrap();
+    for _ in 0..2 {
+        assert_eq!(find(Refresh, 1).as_ref(), Some(&session));
+    }
+    assert_eq!(find(PasswordReset, 1), None, "another type");
+    assert_eq!(find(Refresh, 9), None, "unknown");
+    assert_eq!(find(EmailOtp, 2), None, "a code");
+
+    let_two_hours_pass(&database);
+    assert_eq!(find(Refresh, 1), None, "expired");
+    let conn = &mut database.connect();
+    issue(conn, ada, Refresh, 3);
+    AuthToken::revoke(conn, Refresh, &digest(3)).unwrap();
+    assert_eq!(
+        AuthToken::find_live(conn, Refresh, &digest(3)).unwrap(),
+        None,
+        "revoked"
+    );
+    issue(conn, ada, Refresh, 4);
+    let user = diesel::update(bruhmcp_db::schema::users::table.find(ada));
+    user.set(bruhmcp_db::schema::users::is_active.eq(false))
+        .execute(conn)
+        .unwrap();
+    assert_eq!(
+        AuthToken::find_live(conn, Refresh, &digest(4)).unwrap(),
+        None,
+        "not active"
+    );
+}
+
+#[test]
 fn a_link_is_consumed_once() {
     let database = support::database();
     let conn = &mut database.connect();
