@@ -12,8 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bruhmcp_db::migrations::{
-    Applied, Difference, Direction, Error, Event, Extent, Planned, Report, Reversal, Runner,
-    Status, Verification,
+    Direction, Error, Event, Extent, Planned, Report, Reversal, Runner, Status, Verification,
 };
 use clap::{Args, Parser, Subcommand};
 use serde_json::{Value, json};
@@ -214,22 +213,15 @@ fn show_status(status: &Status, json: bool) {
         value["refusal"] = json!(refusal);
         return say(value);
     }
-    for migration in &status.migrations {
-        let (word, at) = match migration.applied_at {
-            Some(at) => ("applied", at.format("%F %T UTC").to_string()),
-            None => ("pending", String::new()),
-        };
-        say(format!("{word}  {at:23}  {}", migration.name));
-    }
-    for Applied {
-        version,
-        applied_at,
-    } in &status.unknown
-    {
-        say(format!(
-            "unknown  {}  {version}",
-            applied_at.format("%F %T UTC")
-        ));
+    let known = status.migrations.iter().map(|one| {
+        let word = one.applied_at.map_or("pending", |_| "applied");
+        (word, one.applied_at, &one.name)
+    });
+    let unknown = status.unknown.iter();
+    let unknown = unknown.map(|one| ("unknown", Some(one.applied_at), &one.version));
+    for (word, at, name) in known.chain(unknown) {
+        let at = at.map(|at| at.format("%F %T UTC").to_string());
+        say(format!("{word}  {:23}  {name}", at.unwrap_or_default()));
     }
     if pending == 0 {
         say("Nothing is pending.");
@@ -252,16 +244,12 @@ fn show_plan(mut plan: Vec<Planned>, sql: bool, json: bool) {
     if plan.is_empty() {
         say("Nothing is pending.");
     }
-    for Planned {
-        name, sql: text, ..
-    } in plan
-    {
+    for planned in plan {
         // With the SQL, a comment: the whole can be read by psql.
-        say(if sql {
-            format!("-- {name}\n{text}")
-        } else {
-            name
-        });
+        say(format!("{}{}", if sql { "-- " } else { "" }, planned.name));
+        if sql {
+            say(planned.sql);
+        }
     }
 }
 
@@ -269,24 +257,16 @@ fn show_verification(verification: &Verification, json: bool) {
     if json {
         return say(json!(verification));
     }
-    let Verification {
-        expected,
-        found,
-        differences,
-    } = verification;
-    if differences.is_empty() {
-        return say(format!("The schema is as expected (fingerprint {found})."));
-    }
-    for difference in differences {
+    for difference in &verification.differences {
         say(difference);
     }
-    let is_missing = |one: &&Difference| matches!(one, Difference::Missing(_));
-    let missing = differences.iter().filter(is_missing).count();
-    let unexpected = differences.len() - missing;
-    let fingerprints = format!("fingerprint {found}, expected {expected}");
-    say(format!(
-        "The schema differs: {missing} missing, {unexpected} unexpected ({fingerprints})."
-    ));
+    let Verification {
+        expected, found, ..
+    } = verification;
+    say(match verification.differences.len() {
+        0 => format!("The schema is as expected (fingerprint {found})."),
+        count => format!("{count} differences (fingerprint {found}, expected {expected})."),
+    });
 }
 
 /// Says on standard error what would be lost, and asks at a terminal.

@@ -190,10 +190,8 @@ pub enum StateAfter {
 
 impl fmt::Display for Failure {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            name, direction, ..
-        } = self;
-        write!(formatter, "{} {name} failed", direction.verb())?;
+        let direction = self.direction;
+        write!(formatter, "{} {} failed", direction.verb(), self.name)?;
         if let Some((line, column)) = self.report.line.zip(self.report.column) {
             let place = format!("{direction}.sql, line {line}, column {column}");
             write!(formatter, " in {place}")?;
@@ -213,7 +211,7 @@ impl fmt::Display for Failure {
                 holder,
             } => (newest, *recorded, holder),
         };
-        formatter.write_str(if recorded == (*direction == Direction::Up) {
+        formatter.write_str(if recorded == (direction == Direction::Up) {
             "The database says that it is done nevertheless: it was finished as the connection broke, or by another \
              tool at the same time."
         } else if self.in_transaction {
@@ -225,12 +223,11 @@ impl fmt::Display for Failure {
             None => formatter.write_str(" The database has none applied.")?,
             Some(newest) => write!(formatter, " The database is at {newest}.")?,
         }
-        holder.as_ref().map_or(Ok(()), |holder| {
-            write!(
-                formatter,
-                " The lock is held ({holder}), so that this may still change."
-            )
-        })
+        if let Some(holder) = holder {
+            let still = "so that this may still change";
+            write!(formatter, " The lock is held ({holder}), {still}.")?;
+        }
+        Ok(())
     }
 }
 

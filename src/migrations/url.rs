@@ -45,16 +45,18 @@ impl Url {
         }
         let (address, query) = address.split_once('?').unwrap_or((address, ""));
         let parameters = query.split('&').filter(|parameter| !parameter.is_empty());
-        let pairs: Option<Vec<_>> = parameters
-            .clone()
-            .map(|parameter| parameter.split_once('='))
-            .collect();
-        let passwords = pairs
-            .filter(|pairs| pairs.iter().all(|(_, value)| !value.contains('=')))
-            .ok_or(Error::Url(
+        let parameters: Vec<String> = parameters.map(str::to_owned).collect();
+        if parameters
+            .iter()
+            .any(|parameter| parameter.matches('=').count() != 1)
+        {
+            return Err(Error::Url(
                 "each of its parameters is key=value, with a = in a value written %3D",
-            ))?
-            .into_iter()
+            ));
+        }
+        let passwords = parameters
+            .iter()
+            .filter_map(|parameter| parameter.split_once('='))
             .filter(|(key, _)| ["password", "sslpassword"].contains(key))
             .chain(user.trim_end_matches('@').split_once(':'))
             .map(|(_, password)| password)
@@ -66,7 +68,7 @@ impl Url {
             .collect();
         Ok(Self {
             base: format!("postgresql://{user}{address}"),
-            parameters: parameters.map(str::to_owned).collect(),
+            parameters,
             passwords,
         })
     }
