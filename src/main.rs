@@ -7,16 +7,17 @@ use std::env;
 use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
-use std::sync::mpsc::{self, RecvTimeoutError, Sender};
-use std::thread::{self, JoinHandle};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use bruhmcp_db::migrations::{
-    Difference, Direction, Error, Event, Extent, Report, Reversal, Runner, Status, Step,
+    Direction, Error, Event, Extent, Planned, Report, Reversal, Runner, Status, Verification,
 };
 use clap::{Args, Parser, Subcommand};
 use serde_json::{Value, json};
 
+const DONE: u8 = 0;
 const FAILED: u8 = 1;
 const USAGE: u8 = 2;
 const PENDING: u8 = 3;
@@ -66,18 +67,9 @@ enum Command {
         /// Revert all after this version.
         #[arg(long, value_name = "VERSION", conflicts_with_all = ["n", "all"])]
         to: Option<String>,
-        /// Don't ask, though rows are lost.
-        #[arg(long)]
-        yes: bool,
     },
     /// Revert what was applied last, and apply it again.
-    Redo {
-        #[command(flatten)]
-        extent: ExtentArgs,
-        /// Don't ask, though rows are lost.
-        #[arg(long)]
-        yes: bool,
-    },
+    Redo(ExtentArgs),
     /// Say what is applied, since when, and what is pending. Only reads.
     Status,
     /// Say what `run` would apply. Only reads.
@@ -101,6 +93,9 @@ struct ExtentArgs {
     /// All of them.
     #[arg(long)]
     all: bool,
+    /// Don't ask, though rows are lost.
+    #[arg(long)]
+    yes: bool,
 }
 
 impl ExtentArgs {
@@ -116,12 +111,12 @@ impl ExtentArgs {
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
-        Err(error) if !error.use_stderr() => {
-            say(error);
-            return ExitCode::SUCCESS;
-        }
         Err(error) => {
             let text = error.to_string();
+            if !error.use_stderr() {
+                say(text);
+                return DONE.into();
+            }
             // A URL in the wrong place would be quoted, password and all.
             tell(if text.contains("://") {
                 "error: the arguments can't be read; a URL follows --database-url. See --help."
@@ -146,115 +141,58 @@ fn main() -> ExitCode {
 
 fn execute(cli: Cli) -> Result<u8, Error> {
     let json = cli.json;
-    let Some(url) = cli
-        .database_url
-        .or_else(|| env::var("DATABASE_URL").ok())
+    let url = cli.database_url.or_else(|| env::var("DATABASE_URL").ok());
+    let url = url
         .filter(|url| !url.is_empty())
-    else {
-        return Err(Error::Url("neither --database-url nor DATABASE_URL is set"));
-    };
+        .ok_or(Error::Url("neither --database-url nor DATABASE_URL is set"))?;
     let mut runner = Runner::new(&url)?
         .connect_wait(Duration::from_secs(cli.wait))
         .lock_wait(Duration::from_secs(cli.lock_wait));
     if !json {
-        let mut progress = Progress::default();
-        runner = runner.on_event(move |event| progress.show(&event));
+        runner = runner.on_event(progress());
     }
     match cli.command {
-        Command::Run { to } => {
-            let report = runner.run_to(to.as_deref())?;
-            Ok(show_report(&report, None, json))
+        Command::Run { to } => show_report(&runner.run_to(to.as_deref())?, json),
+        Command::Revert { extent, to } => {
+            let steps = to.map_or_else(|| extent.extent(), Extent::To);
+            let report = runner.revert(&steps, |reversal| confirm(reversal, extent.yes))?;
+            show_report(&report, json);
         }
-        Command::Revert { extent, to, yes } => {
-            let extent = to.map_or_else(|| extent.extent(), Extent::To);
-            let mut asked = None;
-            let report = runner.revert(&extent, |reversal| {
-                confirm(asked.insert(reversal.clone()), yes)
-            })?;
-            Ok(show_report(&report, asked.as_ref(), json))
+        Command::Redo(extent) => {
+            let confirm = |reversal: &Reversal| confirm(reversal, extent.yes);
+            show_report(&runner.redo(&extent.extent(), confirm)?, json);
         }
-        Command::Redo { extent, yes } => {
-            let mut asked = None;
-            let report = runner.redo(&extent.extent(), |reversal| {
-                confirm(asked.insert(reversal.clone()), yes)
-            })?;
-            Ok(show_report(&report, asked.as_ref(), json))
-        }
-        Command::Status => Ok(show_status(&runner.status()?, json)),
-        Command::Plan { to, sql } => {
-            let planned = runner.plan(to.as_deref())?;
-            if json {
-                let planned = planned.iter().map(|planned| {
-                    let mut value = json!({ "version": planned.version, "name": planned.name });
-                    if sql {
-                        value["sql"] = planned.sql.as_str().into();
-                    }
-                    value
-                });
-                say(Value::Array(planned.collect()));
-            } else if planned.is_empty() {
-                say("Nothing is pending.");
-            } else {
-                for planned in planned {
-                    // With --sql, a comment: the whole can be read by psql.
-                    say(format!("{}{}", if sql { "-- " } else { "" }, planned.name));
-                    if sql {
-                        say(planned.sql);
-                    }
-                }
+        Command::Status => {
+            let status = runner.status()?;
+            show_status(&status, json);
+            if status.pending().next().is_some() {
+                return Ok(PENDING);
             }
-            Ok(0)
         }
+        Command::Plan { to, sql } => show_plan(runner.plan(to.as_deref())?, sql, json),
         Command::Verify => {
             let verification = runner.verify()?;
-            let drift = !verification.differences.is_empty();
-            if json {
-                say(json!(verification));
-            } else if drift {
-                for difference in &verification.differences {
-                    say(difference);
-                }
-                let missing = verification
-                    .differences
-                    .iter()
-                    .filter(|one| matches!(one, Difference::Missing(_)))
-                    .count();
-                let unexpected = verification.differences.len() - missing;
-                say(format!(
-                    "The schema differs: {missing} missing, {unexpected} unexpected (fingerprint {}, expected {}).",
-                    verification.found, verification.expected
-                ));
-            } else {
-                say(format!(
-                    "The schema is as expected (fingerprint {}).",
-                    verification.found
-                ));
+            show_verification(&verification, json);
+            if !verification.differences.is_empty() {
+                return Ok(DRIFT);
             }
-            Ok(if drift { DRIFT } else { 0 })
         }
     }
+    Ok(DONE)
 }
 
-fn show_report(report: &Report, reversal: Option<&Reversal>, json: bool) -> u8 {
+fn show_report(report: &Report, json: bool) {
     if json {
-        let mut value = json!(report);
-        if let Some(reversal) = reversal {
-            value["lost"] = json!(reversal.losses);
-        }
-        say(value);
-        return 0;
+        return say(json!(report));
     }
     if report.steps.is_empty() {
         say("Nothing to do.");
     }
     if !report.archived.is_empty() {
-        say(format!(
-            "Moved to the schema bruhmcp_archive: {}.",
-            report.archived.join(", ")
-        ));
+        let archived = report.archived.join(", ");
+        say(format!("Moved to the schema bruhmcp_archive: {archived}."));
     }
     show_newer(&report.newer);
-    0
 }
 
 fn show_newer(newer: &[String]) {
@@ -266,58 +204,82 @@ fn show_newer(newer: &[String]) {
     }
 }
 
-fn show_status(status: &Status, json: bool) -> u8 {
+fn show_status(status: &Status, json: bool) {
     let pending = status.pending().count();
     let refusal = status.refusal().map(|refusal| refusal.to_string());
     if json {
         let mut value = json!(status);
         value["pending"] = pending.into();
         value["refusal"] = json!(refusal);
-        say(value);
+        return say(value);
+    }
+    let known = status.migrations.iter().map(|one| {
+        let word = one.applied_at.map_or("pending", |_| "applied");
+        (word, one.applied_at, &one.name)
+    });
+    let unknown = status.unknown.iter();
+    let unknown = unknown.map(|one| ("unknown", Some(one.applied_at), &one.version));
+    for (word, at, name) in known.chain(unknown) {
+        let at = at.map(|at| at.format("%F %T UTC").to_string());
+        say(format!("{word}  {:23}  {name}", at.unwrap_or_default()));
+    }
+    if pending == 0 {
+        say("Nothing is pending.");
     } else {
-        for migration in &status.migrations {
-            match migration.applied_at {
-                Some(at) => say(format!(
-                    "applied  {}  {}",
-                    at.format("%F %T UTC"),
-                    migration.name
-                )),
-                None => say(format!("pending  {:23}  {}", "", migration.name)),
-            }
+        say(format!("{pending} pending."));
+    }
+    match refusal {
+        Some(refusal) => tell(format!("warning: run would refuse: {refusal}")),
+        None => show_newer(&status.newer()),
+    }
+}
+
+fn show_plan(mut plan: Vec<Planned>, sql: bool, json: bool) {
+    if json {
+        if !sql {
+            plan.iter_mut().for_each(|planned| planned.sql.clear());
         }
-        for unknown in &status.unknown {
-            say(format!(
-                "unknown  {}  {}",
-                unknown.applied_at.format("%F %T UTC"),
-                unknown.version
-            ));
-        }
-        say(match pending {
-            0 => "Nothing is pending.".to_owned(),
-            _ => format!("{pending} pending."),
-        });
-        if let Some(refusal) = refusal {
-            tell(format!("warning: run would refuse: {refusal}"));
-        } else {
-            show_newer(&status.newer());
+        return say(json!(plan));
+    }
+    if plan.is_empty() {
+        say("Nothing is pending.");
+    }
+    for planned in plan {
+        // With the SQL, a comment: the whole can be read by psql.
+        say(format!("{}{}", if sql { "-- " } else { "" }, planned.name));
+        if sql {
+            say(planned.sql);
         }
     }
-    if pending == 0 { 0 } else { PENDING }
+}
+
+fn show_verification(verification: &Verification, json: bool) {
+    if json {
+        return say(json!(verification));
+    }
+    for difference in &verification.differences {
+        say(difference);
+    }
+    let Verification {
+        expected, found, ..
+    } = verification;
+    say(match verification.differences.len() {
+        0 => format!("The schema is as expected (fingerprint {found})."),
+        count => format!("{count} differences (fingerprint {found}, expected {expected})."),
+    });
 }
 
 /// Says on standard error what would be lost, and asks at a terminal.
 fn confirm(reversal: &Reversal, yes: bool) -> bool {
-    match reversal.losses.as_deref() {
-        Some([]) => return true,
-        Some(losses) => {
-            tell("Rows that will be lost:");
-            for loss in losses {
-                tell(format!("  {loss}"));
-            }
-        }
+    match &reversal.losses {
         None => tell(
             "A migration among them runs outside a transaction: what will be lost can't be told beforehand.",
         ),
+        Some(losses) if losses.is_empty() => return true,
+        Some(losses) => {
+            tell("Rows that will be lost:");
+            losses.iter().for_each(|loss| tell(format!("  {loss}")));
+        }
     }
     if yes {
         return true;
@@ -326,11 +288,8 @@ fn confirm(reversal: &Reversal, yes: bool) -> bool {
         tell("No terminal to ask at: --yes is needed.");
         return false;
     }
-    let _ = write!(
-        io::stderr(),
-        "Reverting {}. Type yes to go on: ",
-        reversal.names.join(", ")
-    );
+    let names = reversal.names.join(", ");
+    let _ = write!(io::stderr(), "Reverting {names}. Type yes to go on: ");
     let mut answer = String::new();
     io::stdin().read_line(&mut answer).is_ok() && answer.trim() == "yes"
 }
@@ -355,70 +314,39 @@ fn json_of_error(error: &Error) -> Value {
     json!({ "error": value })
 }
 
-/// A line for each migration, and one from time to time while it runs.
-#[derive(Default)]
-struct Progress(Option<(Sender<()>, JoinHandle<()>)>);
-
-impl Progress {
-    fn show(&mut self, event: &Event<'_>) {
-        match event {
-            Event::Waiting(holder) => tell(format!("Waiting for another runner: {holder}.")),
-            Event::Started(name, direction) => self.start(format!("{} {name}", verb(*direction))),
-            Event::Finished(step) => {
-                self.stop();
-                let Step {
-                    name,
-                    direction,
-                    duration,
-                    ..
-                } = step;
-                say(format!(
-                    "{:8}  {name:42} {:>9.1} ms",
-                    if *direction == Direction::Up {
-                        "applied"
-                    } else {
-                        "reverted"
-                    },
-                    duration.as_secs_f64() * 1e3
-                ));
+/// A line for each migration, and one from time to time while it runs, by a thread that ends with what is returned.
+fn progress() -> impl FnMut(Event<'_>) + 'static {
+    let (sender, running) = mpsc::channel();
+    thread::spawn(move || {
+        let mut now: Option<(String, Instant)> = None;
+        loop {
+            match (running.recv_timeout(LIVE), &now) {
+                (Ok(next), _) => now = next,
+                (Err(RecvTimeoutError::Disconnected), _) => return,
+                (Err(RecvTimeoutError::Timeout), None) => {}
+                (Err(RecvTimeoutError::Timeout), Some((what, begin))) => {
+                    let seconds = begin.elapsed().as_secs();
+                    tell(format!("{what}: running for {seconds} s"));
+                }
             }
-            _ => {}
         }
-    }
-
-    fn start(&mut self, what: String) {
-        let (sender, stopped) = mpsc::channel();
-        let thread = thread::spawn(move || {
-            let begin = Instant::now();
-            while stopped.recv_timeout(LIVE) == Err(RecvTimeoutError::Timeout) {
-                tell(format!(
-                    "{what}: running for {} s",
-                    begin.elapsed().as_secs()
-                ));
-            }
-        });
-        self.0 = Some((sender, thread));
-    }
-
-    fn stop(&mut self) {
-        if let Some((sender, thread)) = self.0.take() {
-            drop(sender);
-            // It only prints.
-            let _ = thread.join();
+    });
+    move |event| match event {
+        Event::Waiting(holder) => tell(format!("Waiting for another runner: {holder}.")),
+        Event::Started(name, direction) => {
+            let what = format!("{} {name}", direction.verb());
+            let _ = sender.send(Some((what, Instant::now())));
         }
-    }
-}
-
-impl Drop for Progress {
-    fn drop(&mut self) {
-        self.stop();
-    }
-}
-
-fn verb(direction: Direction) -> &'static str {
-    match direction {
-        Direction::Up => "applying",
-        Direction::Down => "reverting",
+        Event::Finished(step) => {
+            let _ = sender.send(None);
+            let done = match step.direction {
+                Direction::Up => "applied",
+                Direction::Down => "reverted",
+            };
+            let milliseconds = step.duration.as_secs_f64() * 1e3;
+            say(format!("{done:8}  {:42} {milliseconds:>9.1} ms", step.name));
+        }
+        _ => {}
     }
 }
 

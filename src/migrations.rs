@@ -18,12 +18,12 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::time::{Duration, Instant};
 
-use chrono::{DateTime, NaiveDateTime, Utc};
+use chrono::{DateTime, Utc};
+use diesel::dsl::{select, sql};
 use diesel::migration::{Migration, MigrationConnection, MigrationSource};
 use diesel::pg::{Pg, PgConnection};
 use diesel::prelude::*;
-use diesel::sql_query;
-use diesel::sql_types::{Bool, Text, Timestamp};
+use diesel::sql_types::{Bool, Text, Timestamptz};
 use diesel_migrations::{EmbeddedMigrations, MigrationHarness, embed_migrations};
 use serde::{Serialize, Serializer};
 
@@ -51,9 +51,8 @@ pub const MIGRATIONS: EmbeddedMigrations = embed_migrations!("migrations");
 /// session waits for a table no longer than 5 s (`lock_timeout`). With nothing to do there is no lock and no write.
 pub struct Runner {
     url: Url,
-    /// In the order of their versions, each with its name.
+    /// In the order of their versions, which come first.
     migrations: Vec<(String, Box<dyn Migration<Pg>>)>,
-    duplicate: Option<Refusal>,
     connect_wait: Duration,
     lock_wait: Duration,
     watcher: Box<dyn FnMut(Event<'_>)>,
@@ -79,6 +78,16 @@ pub enum Direction {
     Up,
     /// By its `down.sql`.
     Down,
+}
+
+impl Direction {
+    /// What a runner is doing: `applying` or `reverting`.
+    pub fn verb(self) -> &'static str {
+        match self {
+            Self::Up => "applying",
+            Self::Down => "reverting",
+        }
+    }
 }
 
 impl fmt::Display for Direction {
@@ -115,6 +124,8 @@ pub struct Report {
     pub steps: Vec<Step>,
     /// What 000 moved to the schema `bruhmcp_archive`, such as `table users`.
     pub archived: Vec<String>,
+    /// The rows that were lost; `None` if nothing was reverted, or if it could not be tried beforehand.
+    pub lost: Option<Vec<Loss>>,
     /// Applied versions newer than all that this program knows: it is the older one of a rolling deploy.
     pub newer: Vec<String>,
 }
@@ -177,6 +188,7 @@ pub struct Planned {
     /// Its folder's name.
     pub name: String,
     /// Its `up.sql`.
+    #[serde(skip_serializing_if = "String::is_empty")]
     pub sql: String,
 }
 
@@ -198,19 +210,14 @@ impl Runner {
         let url = Url::parse(url)?;
         let migrations = source
             .migrations()
-            .map_err(|error| Error::Source(error.to_string()))?;
-        let mut migrations: Vec<_> = migrations
+            .map_err(|error| Error::Source(error.to_string()))?
             .into_iter()
-            .map(|migration| (migration.name().version().to_string(), migration))
-            .collect();
+            .map(|migration| (migration.name().version().to_string(), migration));
+        let mut migrations: Vec<_> = migrations.collect();
         migrations.sort_by(|(one, _), (other, _)| one.cmp(other));
-        let duplicate = migrations.windows(2).find(|pair| pair[0].0 == pair[1].0);
-        let duplicate =
-            duplicate.map(|pair| Refusal::DuplicateVersion(name(&*pair[0].1), name(&*pair[1].1)));
         Ok(Self {
             url,
             migrations,
-            duplicate,
             connect_wait: Duration::ZERO,
             lock_wait: Duration::from_secs(60),
             watcher: Box::new(|_| {}),
@@ -288,21 +295,7 @@ impl Runner {
     /// # Errors
     /// As [`run`](Self::run).
     pub fn run_to(&mut self, to: Option<&str>) -> Result<Report, Error> {
-        let status = self.status()?;
-        if self.pending(&status, to)?.is_empty() {
-            return Ok(Report {
-                newer: status.newer(),
-                ..Report::default()
-            });
-        }
-        let mut session = self.begin("run")?;
-        // Another runner may have done it all in the meantime.
-        let status = self.status_on(&mut session.connection)?;
-        let pending = self.pending(&status, to)?;
-        let mut report = Report::default();
-        self.up(&mut session, &pending, &mut report)?;
-        session.unlock()?;
-        Ok(report)
+        self.locked("run", |runner, status| runner.pending(status, to), Self::up)
     }
 
     /// Reverts applied migrations, newest first, if `confirm` agrees. It is asked under the lock, after all of it was
@@ -316,15 +309,11 @@ impl Runner {
         extent: &Extent,
         confirm: impl FnOnce(&Reversal) -> bool,
     ) -> Result<Report, Error> {
-        let mut report = Report::default();
-        let status = self.status()?;
-        if self.applied(&status, extent)?.is_empty() {
-            return Ok(report);
-        }
-        let mut session = self.begin("revert")?;
-        self.down(&mut session, extent, confirm, &mut report)?;
-        session.unlock()?;
-        Ok(report)
+        self.locked(
+            "revert",
+            |runner, status| runner.applied(status, extent),
+            |runner, session, indexes| runner.down(session, indexes, confirm),
+        )
     }
 
     /// Reverts as [`revert`](Self::revert) does and applies the same ones again.
@@ -336,46 +325,55 @@ impl Runner {
         extent: &Extent,
         confirm: impl FnOnce(&Reversal) -> bool,
     ) -> Result<Report, Error> {
-        let mut report = Report::default();
-        let status = self.status()?;
-        if self.applied(&status, extent)?.is_empty() {
-            return Ok(report);
-        }
-        let mut session = self.begin("redo")?;
-        let mut reverted = self.down(&mut session, extent, confirm, &mut report)?;
-        reverted.reverse();
-        self.up(&mut session, &reverted, &mut report)?;
-        session.unlock()?;
-        Ok(report)
+        self.locked(
+            "redo",
+            |runner, status| runner.applied(status, extent),
+            |runner, session, indexes| {
+                runner.down(session, indexes, confirm)?;
+                let again: Vec<usize> = indexes.iter().rev().copied().collect();
+                runner.up(session, &again)
+            },
+        )
     }
 
-    fn begin(&mut self, purpose: &str) -> Result<Session, Error> {
+    /// Does `work` under the lock with what `choose` finds to be done there, if it finds anything without.
+    fn locked(
+        &mut self,
+        purpose: &str,
+        choose: impl Fn(&Self, &Status) -> Result<Vec<usize>, Error>,
+        work: impl FnOnce(&mut Self, &mut Session, &[usize]) -> Result<(), Error>,
+    ) -> Result<Report, Error> {
+        let status = self.status()?;
+        if choose(self, &status)?.is_empty() {
+            return Ok(Report {
+                newer: status.newer(),
+                ..Report::default()
+            });
+        }
         let mut session = Session::open(&self.url, self.connect_wait, purpose)?;
         session.lock(self.lock_wait, |holder| {
             (self.watcher)(Event::Waiting(holder))
         })?;
-        Ok(session)
+        // Another runner may have done it all in the meantime.
+        let status = self.status_on(&mut session.connection)?;
+        let chosen = choose(self, &status)?;
+        if !chosen.is_empty() {
+            work(self, &mut session, &chosen)?;
+        }
+        session.unlock()
     }
 
-    fn up(
-        &mut self,
-        session: &mut Session,
-        indexes: &[usize],
-        report: &mut Report,
-    ) -> Result<(), Error> {
-        if indexes.is_empty() {
-            return Ok(());
-        }
+    fn up(&mut self, session: &mut Session, indexes: &[usize]) -> Result<(), Error> {
         session
             .connection
             .setup()
             .map_err(Error::database("creating __diesel_schema_migrations"))?;
         let archive = archive(&mut session.connection)?;
         for &index in indexes {
-            self.step(session, index, Direction::Up, report)?;
+            self.step(session, index, Direction::Up)?;
         }
         if archive.is_empty() {
-            report.archived = self::archive(&mut session.connection)?;
+            session.done.archived = self::archive(&mut session.connection)?;
         }
         Ok(())
     }
@@ -383,34 +381,27 @@ impl Runner {
     fn down(
         &mut self,
         session: &mut Session,
-        extent: &Extent,
+        indexes: &[usize],
         confirm: impl FnOnce(&Reversal) -> bool,
-        report: &mut Report,
-    ) -> Result<Vec<usize>, Error> {
-        let status = self.status_on(&mut session.connection)?;
-        let indexes = self.applied(&status, extent)?;
-        if indexes.is_empty() {
-            return Ok(indexes);
-        }
-        let migrations: Vec<&dyn Migration<Pg>> = indexes
-            .iter()
-            .map(|&index| &*self.migrations[index].1)
-            .collect();
+    ) -> Result<(), Error> {
+        let migrations = indexes.iter().map(|&index| &*self.migrations[index].1);
+        let migrations: Vec<&dyn Migration<Pg>> = migrations.collect();
         let losses = losses::find(&mut session.connection, &migrations).map_err(|error| {
-            let report = session.take_report();
             Error::Database {
                 doing: "trying the revert",
-                report: report.unwrap_or_else(|| message(&*error)),
+                report: session.report(&*error),
             }
         })?;
         let names = migrations.into_iter().map(name).collect();
-        if !confirm(&Reversal { names, losses }) {
+        let reversal = Reversal { names, losses };
+        if !confirm(&reversal) {
             return Err(Refusal::NotConfirmed.into());
         }
-        for &index in &indexes {
-            self.step(session, index, Direction::Down, report)?;
+        session.done.lost = reversal.losses;
+        for &index in indexes {
+            self.step(session, index, Direction::Down)?;
         }
-        Ok(indexes)
+        Ok(())
     }
 
     fn step(
@@ -418,12 +409,10 @@ impl Runner {
         session: &mut Session,
         index: usize,
         direction: Direction,
-        report: &mut Report,
     ) -> Result<(), Error> {
         let (version, migration) = &self.migrations[index];
         let name = name(&**migration);
         (self.watcher)(Event::Started(&name, direction));
-        session.take_report();
         let begin = Instant::now();
         let outcome = match direction {
             Direction::Up => session.connection.run_migration(migration),
@@ -434,9 +423,14 @@ impl Runner {
             return Err(Error::Failed(Box::new(Failure {
                 version: version.clone(),
                 direction,
-                report: session.take_report().unwrap_or_else(|| message(&*error)),
+                report: session.report(&*error),
                 in_transaction: migration.metadata().run_in_transaction(),
-                done: report.steps.iter().map(|step| step.name.clone()).collect(),
+                done: session
+                    .done
+                    .steps
+                    .iter()
+                    .map(|step| step.name.clone())
+                    .collect(),
                 state: self.state_after(session, version),
                 name,
             })));
@@ -448,47 +442,34 @@ impl Runner {
             duration,
         };
         (self.watcher)(Event::Finished(&step));
-        report.steps.push(step);
+        session.done.steps.push(step);
         Ok(())
     }
 
     fn state_after(&self, session: &mut Session, version: &str) -> StateAfter {
-        let state = |connection: &mut PgConnection| {
+        let known = |connection: &mut PgConnection, holder| {
             let applied = ledger(connection)?;
-            Ok::<_, Error>(StateAfter::Known {
+            Ok(StateAfter::Known {
                 newest: applied.keys().next_back().cloned(),
                 recorded: applied.contains_key(version),
-                holder: None,
+                holder,
             })
         };
-        if let Ok(state) = state(&mut session.connection) {
-            return state;
-        }
-        // The connection is lost; its server process may live on for a moment, or for as long as it isn't noticed.
-        let again = session::connect(&self.url, self.connect_wait).and_then(|mut connection| {
-            let holder = session::holder(&mut connection)
-                .map_err(Error::database("asking who holds the lock"))?;
-            Ok((state(&mut connection)?, holder))
-        });
-        match again {
-            Ok((
-                StateAfter::Known {
-                    newest, recorded, ..
-                },
-                holder,
-            )) => StateAfter::Known {
-                newest,
-                recorded,
-                holder,
-            },
-            Ok((unknown, _)) => unknown,
-            Err(error) => StateAfter::Unknown(error.to_string()),
-        }
+        // Once the connection is lost, its server process may live on for as long as that isn't noticed.
+        let again = |_: Error| {
+            let mut connection = session::connect(&self.url, self.connect_wait)?;
+            let holder = session::holder(&mut connection)?;
+            known(&mut connection, holder)
+        };
+        known(&mut session.connection, None)
+            .or_else(again)
+            .unwrap_or_else(|error| StateAfter::Unknown(error.to_string()))
     }
 
     fn status_on(&self, connection: &mut PgConnection) -> Result<Status, Error> {
-        if let Some(duplicate) = &self.duplicate {
-            return Err(duplicate.clone().into());
+        let mut pairs = self.migrations.windows(2);
+        if let Some([(_, one), (_, other)]) = pairs.find(|pair| pair[0].0 == pair[1].0) {
+            return Err(Refusal::DuplicateVersion(name(&**one), name(&**other)).into());
         }
         let mut applied = ledger(connection)?;
         let migrations = self
@@ -498,15 +479,18 @@ impl Runner {
                 version: version.clone(),
                 name: name(&**migration),
                 applied_at: applied.remove(version),
-            });
-        let migrations = migrations.collect();
-        let unknown = applied.into_iter().map(|(version, applied_at)| Applied {
-            version,
-            applied_at,
-        });
+            })
+            .collect();
+        let unknown = applied
+            .into_iter()
+            .map(|(version, applied_at)| Applied {
+                version,
+                applied_at,
+            })
+            .collect();
         Ok(Status {
             migrations,
-            unknown: unknown.collect(),
+            unknown,
         })
     }
 
@@ -528,28 +512,21 @@ impl Runner {
 
     /// Indexes of what [`revert`](Self::revert) is to revert.
     fn applied(&self, status: &Status, extent: &Extent) -> Result<Vec<usize>, Error> {
-        let begin = match extent {
-            Extent::To(to) => self.index(to)? + 1,
-            Extent::Last(_) | Extent::All => 0,
+        let (begin, most) = match extent {
+            Extent::To(to) => (self.index(to)? + 1, usize::MAX),
+            Extent::Last(most) => (0, *most),
+            Extent::All => (0, usize::MAX),
         };
-        let most = if let Extent::Last(most) = extent {
-            *most
-        } else {
-            usize::MAX
-        };
-        let applied = (begin..self.migrations.len())
+        let applied: Vec<usize> = (begin..self.migrations.len())
             .rev()
-            .filter(|&index| status.migrations[index].applied_at.is_some());
-        let applied: Vec<usize> = applied.take(most).collect();
+            .filter(|&index| status.migrations[index].applied_at.is_some())
+            .take(most)
+            .collect();
         // An unknown one was applied after those it is newer than, and may build on them.
-        if let Some(&oldest) = applied.last() {
-            let unknown = status.unknown.iter().map(|unknown| unknown.version.clone());
-            let newer: Vec<String> = unknown
-                .filter(|version| *version > self.migrations[oldest].0)
-                .collect();
-            if !newer.is_empty() {
-                return Err(Refusal::Unknown(newer).into());
-            }
+        let oldest = applied.last().map(|&oldest| &self.migrations[oldest].0);
+        let newer = status.unknown_after(oldest);
+        if oldest.is_some() && !newer.is_empty() {
+            return Err(Refusal::Unknown(newer).into());
         }
         for &index in &applied {
             let migration = &*self.migrations[index].1;
@@ -561,10 +538,8 @@ impl Runner {
     }
 
     fn index(&self, version: &str) -> Result<usize, Error> {
-        let index = self
-            .migrations
-            .iter()
-            .position(|(known, _)| known == version);
+        let mut migrations = self.migrations.iter();
+        let index = migrations.position(|(known, _)| known == version);
         index.ok_or_else(|| Refusal::NoSuchVersion(version.to_owned()).into())
     }
 }
@@ -572,10 +547,7 @@ impl Runner {
 impl fmt::Debug for Runner {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         // Not the URL: it holds the password.
-        formatter
-            .debug_struct("Runner")
-            .field("lock_wait", &self.lock_wait)
-            .finish_non_exhaustive()
+        formatter.debug_struct("Runner").finish_non_exhaustive()
     }
 }
 
@@ -590,23 +562,14 @@ impl Status {
 
     /// Why [`Runner::run`] would refuse this state, if it would.
     pub fn refusal(&self) -> Option<Refusal> {
-        let first_pending = self
-            .migrations
-            .iter()
-            .find(|migration| migration.applied_at.is_none());
-        let newest = self
-            .migrations
-            .iter()
-            .rfind(|migration| migration.applied_at.is_some());
-        let unknown: Vec<String> = self
-            .unknown
-            .iter()
-            .map(|unknown| unknown.version.clone())
-            .collect();
-        if unknown.len() > self.newer().len() || (first_pending.is_some() && !unknown.is_empty()) {
+        let is_applied = |migration: &&MigrationStatus| migration.applied_at.is_some();
+        let pending = self.migrations.iter().find(|one| !is_applied(one));
+        let applied = self.migrations.iter().rfind(is_applied);
+        let unknown = self.unknown_after(None);
+        if unknown.len() > self.newer().len() || (pending.is_some() && !unknown.is_empty()) {
             return Some(Refusal::Unknown(unknown));
         }
-        let (pending, applied) = first_pending.zip(newest)?;
+        let (pending, applied) = pending.zip(applied)?;
         (pending.version < applied.version).then(|| Refusal::OutOfOrder {
             pending: pending.name.clone(),
             applied: applied.name.clone(),
@@ -615,10 +578,13 @@ impl Status {
 
     /// Applied versions newer than all that this program knows.
     pub fn newer(&self) -> Vec<String> {
-        let newest = self.migrations.last().map(|migration| &migration.version);
+        self.unknown_after(self.migrations.last().map(|migration| &migration.version))
+    }
+
+    fn unknown_after(&self, version: Option<&String>) -> Vec<String> {
         let unknown = self.unknown.iter().map(|unknown| &unknown.version);
         unknown
-            .filter(|version| newest.is_none_or(|newest| *version > newest))
+            .filter(|unknown| Some(*unknown) > version)
             .cloned()
             .collect()
     }
@@ -628,54 +594,26 @@ fn name(migration: &dyn Migration<Pg>) -> String {
     migration.name().to_string()
 }
 
-fn message(error: &dyn std::error::Error) -> ServerReport {
-    ServerReport {
-        message: error.to_string(),
-        ..ServerReport::default()
-    }
-}
-
 /// The applied versions. Always those of `public`, whatever the search_path; there may be no table yet.
 fn ledger(connection: &mut PgConnection) -> Result<BTreeMap<String, DateTime<Utc>>, Error> {
-    #[derive(QueryableByName)]
-    struct Exists {
-        #[diesel(sql_type = Bool)]
-        yes: bool,
-    }
-    #[derive(QueryableByName)]
-    struct Row {
-        #[diesel(sql_type = Text)]
-        version: String,
-        // Without a zone; Diesel's sessions, and so the CLI's and this one, are set to UTC.
-        #[diesel(sql_type = Timestamp)]
-        run_on: NaiveDateTime,
-    }
     let read = |connection: &mut PgConnection| {
-        let exists: Exists =
-            sql_query("SELECT to_regclass('public.__diesel_schema_migrations') IS NOT NULL AS yes")
-                .get_result(connection)?;
-        if !exists.yes {
+        let exists = sql::<Bool>("to_regclass('public.__diesel_schema_migrations') IS NOT NULL");
+        if !select(exists).get_result(connection)? {
             return Ok(Vec::new());
         }
-        sql_query("SELECT version::text, run_on FROM public.__diesel_schema_migrations")
-            .load(connection)
+        // run_on has no zone; Diesel's sessions, and so the CLI's and this one, are set to UTC.
+        sql::<(Text, Timestamptz)>(
+            "SELECT version::text, run_on AT TIME ZONE 'UTC' FROM public.__diesel_schema_migrations",
+        )
+        .load(connection)
     };
-    let rows: Vec<Row> =
-        read(connection).map_err(Error::database("reading __diesel_schema_migrations"))?;
-    Ok(rows
-        .into_iter()
-        .map(|row| (row.version, row.run_on.and_utc()))
-        .collect())
+    let rows = read(connection).map_err(Error::database("reading __diesel_schema_migrations"))?;
+    Ok(rows.into_iter().collect())
 }
 
 /// What the archive of the old system holds.
 fn archive(connection: &mut PgConnection) -> Result<Vec<String>, Error> {
-    #[derive(QueryableByName)]
-    struct Row {
-        #[diesel(sql_type = Text)]
-        object: String,
-    }
-    let rows: QueryResult<Vec<Row>> = sql_query(
+    sql::<Text>(
         "SELECT CASE c.relkind WHEN 'v' THEN 'view ' WHEN 'm' THEN 'materialized view ' WHEN 'S' THEN 'sequence '
                     WHEN 'f' THEN 'foreign table ' ELSE 'table ' END || c.relname AS object
          FROM pg_class c
@@ -690,7 +628,6 @@ fn archive(connection: &mut PgConnection) -> Result<Vec<String>, Error> {
          WHERE p.pronamespace = to_regnamespace('bruhmcp_archive')
          ORDER BY object",
     )
-    .load(connection);
-    let rows = rows.map_err(Error::database("reading what the archive holds"))?;
-    Ok(rows.into_iter().map(|row| row.object).collect())
+    .load(connection)
+    .map_err(Error::database("reading what the archive holds"))
 }

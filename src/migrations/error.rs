@@ -4,7 +4,9 @@ use std::fmt;
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use diesel::result::{DatabaseErrorInformation, DatabaseErrorKind};
+use diesel::prelude::*;
+use diesel::result::DatabaseErrorKind;
+use diesel::sql_types::{Integer, Nullable, Text, Timestamptz};
 use serde::Serialize;
 
 use super::Direction;
@@ -117,15 +119,19 @@ pub enum Refusal {
 }
 
 /// Who holds the lock.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, QueryableByName)]
 pub struct Holder {
     /// Its backend's process id.
+    #[diesel(sql_type = Integer)]
     pub pid: i32,
     /// Its `application_name`; `None` if this role may not see it.
+    #[diesel(sql_type = Nullable<Text>)]
     pub application: Option<String>,
     /// Where it is connected from; `None` for a socket, or if this role may not see it.
+    #[diesel(sql_type = Nullable<Text>)]
     pub address: Option<String>,
     /// When it connected, which is no later than when it took the lock; `None` if this role may not see it.
+    #[diesel(sql_type = Nullable<Timestamptz>)]
     pub since: Option<DateTime<Utc>>,
 }
 
@@ -184,57 +190,44 @@ pub enum StateAfter {
 
 impl fmt::Display for Failure {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            name, direction, ..
-        } = self;
-        let verb = match direction {
-            Direction::Up => "applying",
-            Direction::Down => "reverting",
-        };
-        write!(formatter, "{verb} {name} failed")?;
+        let direction = self.direction;
+        write!(formatter, "{} {} failed", direction.verb(), self.name)?;
         if let Some((line, column)) = self.report.line.zip(self.report.column) {
-            write!(
-                formatter,
-                " in {direction}.sql, line {line}, column {column}"
-            )?;
+            let place = format!("{direction}.sql, line {line}, column {column}");
+            write!(formatter, " in {place}")?;
         }
         writeln!(formatter, ": {}", self.report)?;
-        match &self.state {
-            StateAfter::Unknown(why) => write!(
-                formatter,
-                "What it left is not known, for the database can't be asked ({why}): look at the status before \
-                 anything else."
-            ),
+        let (newest, recorded, holder) = match &self.state {
+            StateAfter::Unknown(why) => {
+                return write!(
+                    formatter,
+                    "What it left is not known, for the database can't be asked ({why}): look at the status before \
+                     anything else."
+                );
+            }
             StateAfter::Known {
                 newest,
                 recorded,
                 holder,
-            } => {
-                let happened = recorded == &(*direction == Direction::Up);
-                let newest = newest.as_deref().map_or_else(
-                    || "has none applied".to_owned(),
-                    |newest| format!("is at {newest}"),
-                );
-                formatter.write_str(match (happened, self.in_transaction) {
-                    (true, _) => {
-                        "The database says that it is done nevertheless: it was finished as the connection broke, or \
-                         by another tool at the same time."
-                    }
-                    (false, true) => "It was rolled back as a whole.",
-                    (false, false) => {
-                        "It does not run in a transaction, so that parts of it may have stayed: clean them up by hand."
-                    }
-                })?;
-                write!(formatter, " The database {newest}.")?;
-                if let Some(holder) = holder {
-                    write!(
-                        formatter,
-                        " The lock is held ({holder}), so that this may still change."
-                    )?;
-                }
-                Ok(())
-            }
+            } => (newest, *recorded, holder),
+        };
+        formatter.write_str(if recorded == (direction == Direction::Up) {
+            "The database says that it is done nevertheless: it was finished as the connection broke, or by another \
+             tool at the same time."
+        } else if self.in_transaction {
+            "It was rolled back as a whole."
+        } else {
+            "It does not run in a transaction, so that parts of it may have stayed: clean them up by hand."
+        })?;
+        match newest {
+            None => formatter.write_str(" The database has none applied.")?,
+            Some(newest) => write!(formatter, " The database is at {newest}.")?,
         }
+        if let Some(holder) = holder {
+            let still = "so that this may still change";
+            write!(formatter, " The lock is held ({holder}), {still}.")?;
+        }
+        Ok(())
     }
 }
 
@@ -257,33 +250,46 @@ pub struct ServerReport {
 const SECRET_TABLES: [&str; 2] = ["auth_tokens", "mcp_credentials"];
 
 impl ServerReport {
+    /// Of an error that came from `sql`.
     pub(super) fn new(error: &diesel::result::Error, sql: &str) -> Self {
         let diesel::result::Error::DatabaseError(kind, information) = error else {
-            return Self {
-                message: error.to_string(),
-                ..Self::default()
-            };
+            return Self::from_text(error);
         };
+        let mut message = information.message().trim_end().to_owned();
+        if let DatabaseErrorKind::ClosedConnection = kind {
+            // libpq goes on about what this probably means.
+            let first = message.lines().next().unwrap_or_default();
+            message = format!("the connection was lost ({first})");
+        }
+        let table = information.table_name().unwrap_or_default();
+        let quotes_a_row = matches!(
+            kind,
+            DatabaseErrorKind::CheckViolation | DatabaseErrorKind::NotNullViolation
+        );
+        let detail = information.details().map(|detail| {
+            if quotes_a_row || SECRET_TABLES.contains(&table) {
+                "withheld, for it may quote a row"
+            } else {
+                detail
+            }
+        });
         let position = information.statement_position();
         let (line, column) = position
             .and_then(|position| line_and_column(sql, position))
             .unzip();
-        let message = information.message().trim_end();
         Self {
-            message: match kind {
-                // libpq goes on about what this probably means.
-                DatabaseErrorKind::ClosedConnection => {
-                    format!(
-                        "the connection was lost ({})",
-                        message.lines().next().unwrap_or_default()
-                    )
-                }
-                _ => message.to_owned(),
-            },
-            detail: detail(kind, &**information),
+            message,
+            detail: detail.map(str::to_owned),
             hint: information.hint().map(str::to_owned),
             line,
             column,
+        }
+    }
+
+    pub(super) fn from_text(error: &dyn std::error::Error) -> Self {
+        Self {
+            message: error.to_string(),
+            ..Self::default()
         }
     }
 }
@@ -299,22 +305,6 @@ impl fmt::Display for ServerReport {
         }
         Ok(())
     }
-}
-
-fn detail(kind: &DatabaseErrorKind, information: &dyn DatabaseErrorInformation) -> Option<String> {
-    let detail = information.details()?;
-    let whole_row = matches!(
-        kind,
-        DatabaseErrorKind::CheckViolation | DatabaseErrorKind::NotNullViolation
-    );
-    let secret = information
-        .table_name()
-        .is_some_and(|table| SECRET_TABLES.contains(&table));
-    Some(if whole_row || secret {
-        "withheld, for it may quote a row".to_owned()
-    } else {
-        detail.to_owned()
-    })
 }
 
 /// Of a position in characters from 1, as the server counts.

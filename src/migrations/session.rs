@@ -5,16 +5,16 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use chrono::{DateTime, Utc};
 use diesel::connection::{Connection, InstrumentationEvent};
+use diesel::dsl::{select, sql};
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
-use diesel::sql_types::{BigInt, Bool, Integer, Nullable, Text, Timestamptz};
+use diesel::sql_types::{BigInt, Bool, Nullable, Text};
 use diesel::{ConnectionError, sql_query};
 use uuid::Uuid;
 
 use super::url::Url;
-use super::{Error, Holder, Refusal, ServerReport};
+use super::{Error, Holder, Refusal, Report, ServerReport};
 
 /// Names the lock of this crate's migrations within a database: "bruhmcpd" in ASCII.
 const LOCK: i64 = 0x6272_7568_6d63_7064;
@@ -76,21 +76,9 @@ fn may_come_up(text: &str) -> bool {
 /// A connection that is a server process of its own for certain, with the settings of a runner.
 pub(super) struct Session {
     pub(super) connection: PgConnection,
+    /// What was done with it.
+    pub(super) done: Report,
     caught: Arc<Mutex<Option<ServerReport>>>,
-}
-
-#[derive(QueryableByName)]
-struct Surroundings {
-    #[diesel(sql_type = Bool)]
-    own: bool,
-    #[diesel(sql_type = Bool)]
-    read_only: bool,
-    #[diesel(sql_type = Nullable<Text>)]
-    schema: Option<String>,
-    #[diesel(sql_type = Bool)]
-    may_create: bool,
-    #[diesel(sql_type = Text)]
-    role: String,
 }
 
 impl Session {
@@ -101,27 +89,29 @@ impl Session {
         let token = Uuid::new_v4().simple().to_string();
         let secret = url.secret_with_setting("bruhmcp_db.session", &token);
         let mut connection = establish(url, &secret, wait)?;
-        let here: Surroundings = sql_query(
-            "SELECT coalesce(current_setting('bruhmcp_db.session', true) = $1, false) AS own,
-                    current_setting('transaction_read_only')::boolean AS read_only,
-                    current_schema()::text AS schema,
-                    coalesce(has_schema_privilege(to_regnamespace('public'), 'CREATE'), false) AS may_create,
-                    current_user::text AS role",
-        )
-        .bind::<Text, _>(&token)
-        .get_result(&mut connection)
+        let (own, read_only, schema, may_create, role) = select((
+            sql::<Bool>("coalesce(current_setting('bruhmcp_db.session', true), '') = ")
+                .bind::<Text, _>(&token),
+            sql::<Bool>("current_setting('transaction_read_only')::boolean"),
+            sql::<Nullable<Text>>("current_schema()::text"),
+            sql::<Bool>(
+                "coalesce(has_schema_privilege(to_regnamespace('public'), 'CREATE'), false)",
+            ),
+            sql::<Text>("current_user::text"),
+        ))
+        .get_result::<(bool, bool, Option<String>, bool, String)>(&mut connection)
         .map_err(Error::database("looking around"))?;
-        if !here.own {
+        if !own {
             return Err(Refusal::Pooler.into());
         }
-        if here.read_only {
+        if read_only {
             return Err(Refusal::ReadOnly.into());
         }
-        if here.schema.as_deref() != Some("public") {
-            return Err(Refusal::SearchPath(here.schema).into());
+        if schema.as_deref() != Some("public") {
+            return Err(Refusal::SearchPath(schema).into());
         }
-        if !here.may_create {
-            return Err(Refusal::NoRights(here.role).into());
+        if !may_create {
+            return Err(Refusal::NoRights(role).into());
         }
 
         // idle_session_timeout: a person may be asked while the lock is held. client_connection_check_interval: if this
@@ -151,15 +141,19 @@ impl Session {
                     .get_or_insert_with(|| ServerReport::new(error, &query.to_string()));
             }
         });
-        Ok(Self { connection, caught })
+        Ok(Self {
+            connection,
+            done: Report::default(),
+            caught,
+        })
     }
 
-    /// The first error since the last call. A migration's own error type keeps no more than the message.
-    pub(super) fn take_report(&self) -> Option<ServerReport> {
-        self.caught
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+    /// What the server said about a failure: its first error, for a migration's own error type keeps only the message.
+    pub(super) fn report(&self, error: &dyn std::error::Error) -> ServerReport {
+        let mut caught = self.caught.lock().unwrap_or_else(PoisonError::into_inner);
+        caught
             .take()
+            .unwrap_or_else(|| ServerReport::from_text(error))
     }
 
     /// Takes the lock. Polled, because a blocked `pg_advisory_lock` deadlocks with a `CREATE INDEX CONCURRENTLY` of the
@@ -172,12 +166,10 @@ impl Session {
         let begin = Instant::now();
         let mut told = false;
         loop {
-            if self.ask("SELECT pg_try_advisory_lock($1) AS yes", "taking the lock")? {
+            if self.ask("pg_try_advisory_lock", "taking the lock")? {
                 return Ok(());
             }
-            if let Some(holder) = holder(&mut self.connection)
-                .map_err(Error::database("asking who holds the lock"))?
-            {
+            if let Some(holder) = holder(&mut self.connection)? {
                 if !told {
                     told = true;
                     busy(&holder);
@@ -191,45 +183,25 @@ impl Session {
         }
     }
 
-    /// Gives the lock back.
-    pub(super) fn unlock(&mut self) -> Result<(), Error> {
-        if self.ask(
-            "SELECT pg_advisory_unlock($1) AS yes",
-            "giving back the lock",
-        )? {
-            Ok(())
+    /// Gives the lock back, and ends.
+    pub(super) fn unlock(mut self) -> Result<Report, Error> {
+        if self.ask("pg_advisory_unlock", "giving back the lock")? {
+            Ok(self.done)
         } else {
             Err(Error::LockLost)
         }
     }
 
-    fn ask(&mut self, query: &str, doing: &'static str) -> Result<bool, Error> {
-        #[derive(QueryableByName)]
-        struct Answer {
-            #[diesel(sql_type = Bool)]
-            yes: bool,
-        }
-        let answer: QueryResult<Answer> = sql_query(query)
-            .bind::<BigInt, _>(LOCK)
-            .get_result(&mut self.connection);
-        Ok(answer.map_err(Error::database(doing))?.yes)
+    fn ask(&mut self, function: &str, doing: &'static str) -> Result<bool, Error> {
+        select(sql::<Bool>(&format!("{function}({LOCK})")))
+            .get_result(&mut self.connection)
+            .map_err(Error::database(doing))
     }
 }
 
 /// Who holds the lock, if anybody does.
-pub(super) fn holder(connection: &mut PgConnection) -> QueryResult<Option<Holder>> {
-    #[derive(QueryableByName)]
-    struct Row {
-        #[diesel(sql_type = Integer)]
-        pid: i32,
-        #[diesel(sql_type = Nullable<Text>)]
-        application: Option<String>,
-        #[diesel(sql_type = Nullable<Text>)]
-        address: Option<String>,
-        #[diesel(sql_type = Nullable<Timestamptz>)]
-        since: Option<DateTime<Utc>>,
-    }
-    let row: Option<Row> = sql_query(
+pub(super) fn holder(connection: &mut PgConnection) -> Result<Option<Holder>, Error> {
+    sql_query(
         "SELECT l.pid, nullif(a.application_name, '') AS application, host(a.client_addr) AS address,
                 a.backend_start AS since
          FROM pg_locks l LEFT JOIN pg_stat_activity a USING (pid)
@@ -239,20 +211,8 @@ pub(super) fn holder(connection: &mut PgConnection) -> QueryResult<Option<Holder
     )
     .bind::<BigInt, _>(LOCK)
     .get_result(connection)
-    .optional()?;
-    Ok(row.map(
-        |Row {
-             pid,
-             application,
-             address,
-             since,
-         }| Holder {
-            pid,
-            application,
-            address,
-            since,
-        },
-    ))
+    .optional()
+    .map_err(Error::database("asking who holds the lock"))
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
+use diesel::dsl::sql;
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
 use diesel::sql_types::Text;
@@ -69,23 +70,18 @@ pub fn verify(connection: &mut PgConnection) -> QueryResult<Verification> {
 
 /// The catalogue as [`verify`] compares it, a sorted line each.
 fn catalogue(connection: &mut PgConnection) -> QueryResult<String> {
-    #[derive(QueryableByName)]
-    struct Row {
-        #[diesel(sql_type = Text)]
-        line: String,
-    }
-    let rows: Vec<Row> = connection
+    let lines: Vec<String> = connection
         .build_transaction()
         .read_only()
         .repeatable_read()
         .run(|connection| {
             // Whatever the role's own is: every name outside pg_catalog is then written with its schema.
             diesel::sql_query("SET LOCAL search_path = pg_catalog").execute(connection)?;
-            diesel::sql_query(include_str!("catalogue.sql")).load(connection)
+            sql::<Text>(include_str!("catalogue.sql")).load(connection)
         })?;
-    let mut lines: Vec<String> = rows
+    let mut lines: Vec<String> = lines
         .into_iter()
-        .map(|row| row.line.replace(['\n', '\r'], " ") + "\n")
+        .map(|line| line.replace(['\n', '\r'], " ") + "\n")
         .collect();
     lines.sort();
     Ok(lines.concat())

@@ -1,6 +1,6 @@
 //! The parts of a database URL that this crate needs to tell apart.
 
-use std::fmt::Write as _;
+use percent_encoding::{NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
 
 use crate::Error;
 
@@ -54,7 +54,11 @@ impl Url {
                 None => return Err(Error::Url("each of its parameters must be key=value")),
             }
         }
-        if decode(url).is_none() {
+        let mut escapes = url
+            .split('%')
+            .skip(1)
+            .map(|after| after.as_bytes().get(..2));
+        if !escapes.all(|code| code.is_some_and(|code| code.iter().all(u8::is_ascii_hexdigit))) {
             return Err(Error::Url("a % in it is written %25"));
         }
         let at = if user.is_empty() { "" } else { "@" };
@@ -68,14 +72,7 @@ impl Url {
 
     /// The URL of the superuser's connection to a server whose socket is in `folder`.
     pub(crate) fn of_socket(folder: &str) -> Self {
-        let mut host = "host=".to_owned();
-        for byte in folder.bytes() {
-            match byte {
-                b'/' | b'-' | b'_' | b'.' => host.push(byte.into()),
-                _ if byte.is_ascii_alphanumeric() => host.push(byte.into()),
-                _ => write!(host, "%{byte:02X}").expect("a String takes any text"),
-            }
-        }
+        let host = format!("host={}", utf8_percent_encode(folder, NON_ALPHANUMERIC));
         Self {
             authority: "postgresql://".to_owned(),
             password: None,
@@ -94,43 +91,26 @@ impl Url {
 
     /// The whole URL, password included.
     pub(crate) fn secret(&self) -> String {
-        let mut parameters = self.parameters.clone();
-        parameters.extend(
-            self.password
-                .as_ref()
-                .map(|password| format!("password={password}")),
-        );
-        self.with_parameters(&parameters)
+        let separator = if self.parameters.is_empty() { '?' } else { '&' };
+        let password = self.password.as_ref();
+        let password = password.map(|password| format!("{separator}password={password}"));
+        self.public() + &password.unwrap_or_default()
     }
 
     /// The URL without its password.
     pub(crate) fn public(&self) -> String {
-        self.with_parameters(&self.parameters)
-    }
-
-    /// The password in the clear, as `PGPASSWORD` takes it.
-    pub(crate) fn password(&self) -> Option<String> {
-        self.password.as_deref().and_then(decode)
-    }
-
-    fn with_parameters(&self, parameters: &[String]) -> String {
-        let question_mark = if parameters.is_empty() { "" } else { "?" };
+        let question_mark = if self.parameters.is_empty() { "" } else { "?" };
         format!(
             "{}/{}{question_mark}{}",
             self.authority,
             self.database,
-            parameters.join("&")
+            self.parameters.join("&")
         )
     }
-}
 
-fn decode(text: &str) -> Option<String> {
-    let mut pieces = text.split('%');
-    let mut bytes = pieces.next()?.as_bytes().to_vec();
-    for piece in pieces {
-        let (code, rest) = piece.split_at_checked(2)?;
-        bytes.push(u8::from_str_radix(code, 16).ok()?);
-        bytes.extend_from_slice(rest.as_bytes());
+    /// The password in the clear, as `PGPASSWORD` takes it.
+    pub(crate) fn password(&self) -> Option<String> {
+        let password = percent_decode_str(self.password.as_deref()?);
+        Some(password.decode_utf8_lossy().into_owned())
     }
-    String::from_utf8(bytes).ok()
 }
