@@ -726,15 +726,14 @@ fn no_password_in_any_text() {
 #[test]
 fn parameters_of_the_url_keep_their_meaning() {
     let database = empty_database();
-    let url = |options: &str| format!("{}&options={options}", database.url());
+    let url = database.url_with("options=-cwork_mem%3D123kB%20-c%20a.b%3D%22x");
     let folder = Folder::new(&[(
         "001_a",
         "CREATE TABLE seen AS SELECT current_setting('work_mem') AS w, current_setting('a.b') AS b",
         "DROP TABLE seen",
     )]);
-    let source = FileBasedMigrations::from_path(&folder.0).unwrap();
-    let mut runner =
-        Runner::with_source(&url("-cwork_mem%3D123kB%20-c%20a.b%3D%22x"), &source).unwrap();
+    let source = FileBasedMigrations::from_path(folder.path()).unwrap();
+    let mut runner = Runner::with_source(&url, &source).unwrap();
     runner.run().unwrap();
     assert_eq!(database.psql("TABLE seen").unwrap(), "123kB|\"x\n");
 }

@@ -85,6 +85,13 @@ impl TestDatabase {
         self.0.url()
     }
 
+    /// The URL with one more parameter.
+    pub(crate) fn url_with(&self, parameter: &str) -> String {
+        let url = self.url();
+        let separator = if url.contains('?') { '&' } else { '?' };
+        format!("{url}{separator}{parameter}")
+    }
+
     pub(crate) fn connect(&self) -> PgConnection {
         PgConnection::establish(&self.url()).unwrap()
     }
