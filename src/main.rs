@@ -265,7 +265,7 @@ fn show_verification(verification: &Verification, json: bool) {
     } = verification;
     say(match verification.differences.len() {
         0 => format!("The schema is as expected (fingerprint {found})."),
-        count => format!("{count} differences (fingerprint {found}, expected {expected})."),
+        count => format!("Differences: {count} (fingerprint {found}, expected {expected})."),
     });
 }
 

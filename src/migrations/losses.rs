@@ -30,7 +30,7 @@ impl fmt::Display for Loss {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { table, rows, .. } = self;
         match &self.column {
-            None => write!(formatter, "{table}: {rows} rows"),
+            None => write!(formatter, "{table}: {rows} row(s)"),
             Some(column) => write!(formatter, "{table}, column {column}: {rows} values"),
         }
     }

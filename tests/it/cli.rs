@@ -238,7 +238,10 @@ fn asks_at_a_terminal() {
             .unwrap();
         let outcome: Outcome = child.wait_with_output().unwrap().into();
         assert_eq!(outcome.code, Some(code), "{outcome:?}");
-        assert!(outcome.out.contains("public.users: 1 rows"), "{outcome:?}");
+        assert!(
+            outcome.out.contains("public.users: 1 row(s)"),
+            "{outcome:?}"
+        );
         assert!(outcome.out.contains("Type yes to go on: "), "{outcome:?}");
     }
 }
