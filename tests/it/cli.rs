@@ -146,7 +146,7 @@ fn each_command_and_its_exit_code() {
     assert_eq!((refused.code, &refused.out[..]), (Some(5), ""));
     assert_eq!(
         refused.err,
-        "Rows that will be lost:\n  public.user_plans: 1 rows\n  public.users: 1 rows\n\
+        "Rows that will be lost:\n  public.user_plans: 1 row(s)\n  public.users: 1 row(s)\n\
          No terminal to ask at: --yes is needed.\nerror: refused: not confirmed; nothing was changed\n"
     );
     assert_eq!(database.psql("SELECT count(*) FROM users").unwrap(), "1\n");
