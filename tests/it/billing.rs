@@ -8,8 +8,8 @@ use bruhmcp_db::{ConstraintViolation, SecretText};
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
 
-use crate::money::{at_once, user};
-use crate::support::database;
+use crate::instances::user;
+use crate::support::{at_once, database};
 
 fn address(user_id: UserId, city: &str) -> NewUserBillingDetails<'_> {
     NewUserBillingDetails {

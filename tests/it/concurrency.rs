@@ -1,8 +1,6 @@
 //! Many connections at once: the plan's limit, the lock order, the counters, and who waits for whom.
 
-use std::sync::Barrier;
 use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
-use std::thread;
 
 use bruhmcp_db::enums::{OauthStatus, PlanPaymentStatus};
 use bruhmcp_db::ids::{InstanceId, ServiceId, UserId};
@@ -24,31 +22,6 @@ const ISOLATIONS: [Isolation; 3] = [
     Isolation::Serializable,
 ];
 
-/// What each connection's `work` returns, all of which begin at the same moment.
-fn at_once<T: Send>(
-    connections: &mut [PgConnection],
-    work: impl Fn(usize, &mut PgConnection) -> T + Sync,
-) -> Vec<T> {
-    let start = Barrier::new(connections.len());
-    thread::scope(|scope| {
-        let (start, work) = (&start, &work);
-        let threads: Vec<_> = connections
-            .iter_mut()
-            .enumerate()
-            .map(|(n, conn)| {
-                scope.spawn(move || {
-                    start.wait();
-                    work(n, conn)
-                })
-            })
-            .collect();
-        threads
-            .into_iter()
-            .map(|thread| thread.join().unwrap())
-            .collect()
-    })
-}
-
 /// Lets 32 connections try to make an instance of a free user active, for two users at each isolation level: one
 /// succeeds, and the others learn that the limit is reached.
 fn one_of_32_succeeds<T: Sync>(
@@ -59,12 +32,11 @@ fn one_of_32_succeeds<T: Sync>(
     let database = support::database();
     let conn = &mut database.connect();
     let gmail = service(conn, "gmail", 4001);
-    let mut connections: Vec<_> = (0..32).map(|_| database.connect()).collect();
     for isolation in ISOLATIONS {
         for _ in 0..2 {
             let user = user(conn);
             let prepared = prepare(conn, user, gmail);
-            let outcomes = at_once(&mut connections, |n, conn| {
+            let outcomes = support::at_once(&database, 32, |n, conn| {
                 retry_transaction(conn, isolation, |conn| {
                     attempt(conn, user, gmail, &prepared, n)
                 })
@@ -232,8 +204,7 @@ fn a_thousand_mixed_operations_run_into_no_deadlock() {
         created: AtomicI64::new(0),
         at_work: AtomicUsize::new(THREADS),
     };
-    let mut connections: Vec<_> = (0..THREADS + 4).map(|_| database.connect()).collect();
-    at_once(&mut connections, |n, conn| {
+    support::at_once(&database, THREADS + 4, |n, conn| {
         let dice = &mut Dice(u64::try_from(n).unwrap());
         if n < THREADS {
             let done = (0..OPERATIONS).try_for_each(|_| match world.operate(conn, dice) {
@@ -330,8 +301,7 @@ fn calls_from_everywhere_are_all_counted() {
     let conn = &mut database.connect();
     let (user, gmail) = (user(conn), service(conn, "gmail", 4001));
     let id = create(conn, user, gmail).unwrap();
-    let mut connections: Vec<_> = (0..8).map(|_| database.connect()).collect();
-    at_once(&mut connections, |_, conn| {
+    support::at_once(&database, 8, |_, conn| {
         for _ in 0..50 {
             assert!(McpInstance::record_call(conn, id).unwrap());
         }

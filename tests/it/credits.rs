@@ -12,8 +12,8 @@ use diesel::prelude::*;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
-use crate::money::{at_once, user};
-use crate::support::database;
+use crate::instances::user;
+use crate::support::{at_once, database};
 
 fn credit(user_id: UserId, amount: i64) -> NewAccountCredit<'static> {
     NewAccountCredit {

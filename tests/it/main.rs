@@ -18,7 +18,6 @@ mod faults;
 mod instances;
 mod migrations;
 mod models;
-mod money;
 mod monitor;
 #[cfg(feature = "crypto")]
 mod oauth;

@@ -1,8 +1,7 @@
 //! OAuth: authorisations, refreshes, the queue of those that are due, and changes guarded by a version.
 
 use std::collections::HashSet;
-use std::sync::{Barrier, LazyLock};
-use std::thread;
+use std::sync::LazyLock;
 
 use bruhmcp_db::crypto::{KeyRing, SecretColumn};
 use bruhmcp_db::enums::{AuditStatus, AuthType, InstanceStatus, OauthStatus, PlanType};
@@ -17,7 +16,7 @@ use chrono::{DateTime, TimeDelta, Utc};
 use diesel::prelude::*;
 use secrecy::{ExposeSecret, SecretString};
 
-use crate::support::{TestDatabase, database};
+use crate::support::{at_once, database};
 
 pub(crate) static RING: LazyLock<KeyRing> =
     LazyLock::new(|| KeyRing::new([(1, &[1; 32][..])]).unwrap());
@@ -161,28 +160,6 @@ fn find_instance(conn: &mut PgConnection, credential: &McpCredential) -> McpInst
     McpInstance::find(conn, credential.instance_id)
         .unwrap()
         .unwrap()
-}
-
-/// Runs `work` in this many threads that begin together, each with its number and a connection of its own.
-pub(crate) fn together<T: Send>(
-    database: &TestDatabase,
-    threads: usize,
-    work: impl Fn(usize, &mut PgConnection) -> T + Sync,
-) -> Vec<T> {
-    let barrier = Barrier::new(threads);
-    let (barrier, work) = (&barrier, &work);
-    thread::scope(|scope| {
-        let spawn = |number| {
-            scope.spawn(move || {
-                let mut conn = database.connect();
-                barrier.wait();
-                work(number, &mut conn)
-            })
-        };
-        let handles: Vec<_> = (0..threads).map(spawn).collect();
-        let join = |handle: thread::ScopedJoinHandle<'_, T>| handle.join().unwrap();
-        handles.into_iter().map(join).collect()
-    })
 }
 
 #[test]
@@ -335,7 +312,7 @@ fn a_state_is_consumed_once() {
     let id = pending(conn, user_id, service_id).credential_id;
     McpCredential::begin_oauth(conn, id, &state("a"), &url("a")).unwrap();
 
-    let taken = together(&database, 32, |_, conn| match McpCredential::take_by_state(
+    let taken = at_once(&database, 32, |_, conn| match McpCredential::take_by_state(
         conn,
         &state("a"),
     ) {
@@ -436,7 +413,7 @@ fn one_of_32_completions_is_active(isolation: Isolation) {
         .map(|_| pending(conn, user_id, service_id))
         .collect();
 
-    let outcomes = together(&database, rows.len(), |number, conn| {
+    let outcomes = at_once(&database, rows.len(), |number, conn| {
         let id = rows[number].credential_id;
         let tokens = tokens(id, &number.to_string());
         let complete = |conn: &mut PgConnection| McpCredential::complete_oauth(conn, id, &tokens);
@@ -568,7 +545,7 @@ fn of_10_000_guarded_updates_none_is_lost() {
         })
         .collect();
 
-    together(&database, THREADS, |number, conn| {
+    at_once(&database, THREADS, |number, conn| {
         let mut row = rows[number % ROWS].clone();
         let id = row.credential_id;
         let mut done = 0;
@@ -649,7 +626,7 @@ fn eight_workers_refresh_each_row_once() {
         completed(conn, user_id, service_id, in_minutes(minutes - 5));
     }
 
-    let refreshed = together(&database, 8, |_, conn| {
+    let refreshed = at_once(&database, 8, |_, conn| {
         let mut refreshed = Vec::new();
         loop {
             let batch = conn

@@ -19,8 +19,8 @@ use proptest::prelude::*;
 use secrecy::{ExposeSecret, SecretString};
 use uuid::Uuid;
 
-use crate::oauth::{RING, completed, insert_api_key, instance, pro_user, service, text, together};
-use crate::support::database;
+use crate::oauth::{RING, completed, insert_api_key, instance, pro_user, service, text};
+use crate::support::{at_once, database};
 
 /// Of each id a key of 32 octets, the same ones for the same `seed`.
 fn ring(seed: u8, ids: &[u8]) -> KeyRing {
@@ -332,7 +332,7 @@ fn sealing_anew_loses_no_change() {
         .collect();
 
     let ring = rotated();
-    together(&database, WRITERS + 2, |number, conn| {
+    at_once(&database, WRITERS + 2, |number, conn| {
         if number >= WRITERS {
             reseal_all(conn, &ring, 2);
             return;

@@ -10,8 +10,8 @@ use chrono::{TimeDelta, Utc};
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
 
-use crate::money::{at_once, user};
-use crate::support::database;
+use crate::instances::user;
+use crate::support::{at_once, database};
 
 fn new(user_id: UserId, status: SubscriptionStatus) -> NewUserSubscription<'static> {
     NewUserSubscription {

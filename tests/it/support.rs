@@ -5,7 +5,7 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::sync::LazyLock;
+use std::sync::{Barrier, LazyLock};
 use std::thread;
 
 use bruhmcp_db::migrations::Runner;
@@ -148,6 +148,34 @@ fn result(output: Output) -> Result<String, String> {
     } else {
         Err(String::from_utf8_lossy(&output.stderr).into_owned())
     }
+}
+
+/// What `work` returns in `threads` threads that begin together, each with its number and a connection of its own.
+pub(crate) fn at_once<T: Send>(
+    database: &TestDatabase,
+    threads: usize,
+    work: impl Fn(usize, &mut PgConnection) -> T + Sync,
+) -> Vec<T> {
+    let start = Barrier::new(threads);
+    // All connected before any thread waits for the others.
+    let connections: Vec<_> = (0..threads).map(|_| database.connect()).collect();
+    thread::scope(|scope| {
+        let (start, work) = (&start, &work);
+        let running: Vec<_> = connections
+            .into_iter()
+            .enumerate()
+            .map(|(number, mut conn)| {
+                scope.spawn(move || {
+                    start.wait();
+                    work(number, &mut conn)
+                })
+            })
+            .collect();
+        running
+            .into_iter()
+            .map(|thread| thread.join().unwrap())
+            .collect()
+    })
 }
 
 #[test]

@@ -11,7 +11,7 @@ use diesel::pg::PgConnection;
 use diesel::prelude::*;
 
 use crate::support::{self, TestDatabase};
-use crate::users::{race, user};
+use crate::users::user;
 
 fn digest(number: usize) -> TokenDigest {
     let mut digest = [0; 32];
@@ -73,7 +73,7 @@ fn of_32_tokens_issued_at_a_time_one_lives() {
     let database = support::database();
     let conn = &mut database.connect();
     let ada = user(conn, "ada@example.org");
-    race(&database, 32, |conn, thread| {
+    support::at_once(&database, 32, |thread, conn| {
         issue(conn, ada, EmailOtp, thread)
     });
     assert_eq!(live(conn, ada, EmailOtp).len(), 1);
@@ -97,7 +97,7 @@ fn a_limit_of_issued_tokens_holds() {
     issue(conn, ada, EmailOtp, 100);
     let_two_hours_pass(&database);
     let since = Utc::now() - hour();
-    let outcomes = race(&database, 8, |conn, thread| {
+    let outcomes = support::at_once(&database, 8, |thread, conn| {
         conn.transaction(|conn| {
             issue(conn, ada, EmailOtp, thread);
             let issued = AuthToken::count_issued_since(conn, ada, EmailOtp, since)?;
@@ -188,7 +188,7 @@ fn of_32_who_present_a_link_one_gets_it() {
     let database = support::database();
     let ada = user(&mut database.connect(), "ada@example.org");
     issue(&mut database.connect(), ada, EmailVerification, 1);
-    let outcomes = race(&database, 32, |conn, _| {
+    let outcomes = support::at_once(&database, 32, |_, conn| {
         AuthToken::consume(conn, EmailVerification, &digest(1))
     });
     let used = |outcome: &&Result<_, _>| matches!(outcome, Err(ConsumeError::Used));
@@ -201,7 +201,7 @@ fn of_32_who_present_a_link_one_gets_it() {
 fn consuming_and_replacing_do_not_deadlock() {
     let database = support::database();
     let ada = user(&mut database.connect(), "ada@example.org");
-    race(&database, 4, |conn, thread| {
+    support::at_once(&database, 4, |thread, conn| {
         for round in 0..50 {
             let number = thread * 1000 + round;
             issue(conn, ada, PasswordReset, number);
@@ -280,7 +280,7 @@ fn parallel_guesses_do_not_pass_the_limit() {
     let conn = &mut database.connect();
     let ada = user(conn, "ada@example.org");
     issue(conn, ada, EmailOtp, 100);
-    let outcomes = race(&database, 32, |conn, thread| {
+    let outcomes = support::at_once(&database, 32, |thread, conn| {
         AuthToken::check_code(conn, ada, EmailOtp, &digest(thread)).unwrap()
     });
     let mut left: Vec<i16> = Vec::new();
@@ -302,7 +302,7 @@ fn of_32_right_guesses_one_counts() {
     let database = support::database();
     let ada = user(&mut database.connect(), "ada@example.org");
     issue(&mut database.connect(), ada, EmailOtp, 1);
-    let outcomes = race(&database, 32, |conn, _| {
+    let outcomes = support::at_once(&database, 32, |_, conn| {
         AuthToken::check_code(conn, ada, EmailOtp, &digest(1)).unwrap()
     });
     let right = |outcome: &&_| matches!(outcome, CodeCheck::Right(_));
@@ -366,7 +366,7 @@ fn of_two_who_present_a_refresh_token_the_second_revokes_it_all() {
     let ada = user(conn, "ada@example.org");
     for threads in [2, 32] {
         issue(conn, ada, Refresh, threads * 1000);
-        let outcomes = race(&database, threads, |conn, thread| {
+        let outcomes = support::at_once(&database, threads, |thread, conn| {
             rotate(conn, threads * 1000, threads * 1000 + thread + 1)
         });
         let rotated = |outcome: &&_| matches!(outcome, Rotation::Rotated(_));
@@ -389,7 +389,7 @@ fn no_successor_slips_past_the_alarm() {
         let first = round * 100;
         issue(conn, ada, Refresh, first);
         rotate(conn, first, first + 1);
-        race(&database, 2, |conn, thread| {
+        support::at_once(&database, 2, |thread, conn| {
             if thread == 0 {
                 assert_eq!(rotate(conn, first, first + 99), Rotation::Reused(ada));
             } else {
@@ -474,7 +474,7 @@ fn the_purge_takes_what_expired_long_enough_ago() {
     );
 
     // Each row once, though four purge at a time.
-    let purged = race(&database, 4, |conn, _| {
+    let purged = support::at_once(&database, 4, |_, conn| {
         let batches = std::iter::repeat_with(|| AuthToken::purge_expired(conn, hour(), 7).unwrap());
         batches.take_while(|&rows| rows > 0).sum::<usize>()
     });

@@ -1,8 +1,6 @@
 //! Sign-up, login, addresses, and what becomes of an account.
 
 use std::cell::RefCell;
-use std::sync::Barrier;
-use std::thread;
 
 use bruhmcp_db::enums::{AuthTokenType, PlanType};
 use bruhmcp_db::ids::{SubscriptionId, UserId};
@@ -17,31 +15,6 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
 use crate::support::{self, TestDatabase};
-
-/// What each of `threads` got that did `work` at the same time, on connections of their own. `work` is told the
-/// thread's number.
-pub(crate) fn race<T: Send>(
-    database: &TestDatabase,
-    threads: usize,
-    work: impl Fn(&mut PgConnection, usize) -> T + Sync,
-) -> Vec<T> {
-    let start = Barrier::new(threads);
-    let run = |thread| {
-        let mut conn = database.connect();
-        start.wait();
-        work(&mut conn, thread)
-    };
-    let run = &run;
-    thread::scope(|scope| {
-        let handles: Vec<_> = (0..threads)
-            .map(|thread| scope.spawn(move || run(thread)))
-            .collect();
-        handles
-            .into_iter()
-            .map(|handle| handle.join().unwrap())
-            .collect()
-    })
-}
 
 fn ada(email: &str) -> NewUser<'_> {
     NewUser {
@@ -118,7 +91,7 @@ fn sign_up_takes_any_spelling_of_an_address_once() {
 #[test]
 fn of_32_sign_ups_with_one_address_one_wins() {
     let database = support::database();
-    let outcomes = race(&database, 32, |conn, thread| {
+    let outcomes = support::at_once(&database, 32, |thread, conn| {
         let spelling = if thread % 2 == 0 {
             "ada@example.org"
         } else {
@@ -252,7 +225,7 @@ fn of_8_changes_to_one_address_one_wins() {
     let ids: Vec<UserId> = (0..8)
         .map(|i| user(conn, &format!("{i}@example.org")))
         .collect();
-    let outcomes = race(&database, 8, |conn, thread| {
+    let outcomes = support::at_once(&database, 8, |thread, conn| {
         User::change_email(conn, ids[thread], "wanted@example.org", true)
     });
     let taken = |outcome: &&Result<_, _>| matches!(outcome, Err(EmailError::EmailTaken));

@@ -13,8 +13,7 @@ use diesel::pg::PgConnection;
 use diesel::prelude::*;
 use serde_json::{Value, json};
 
-use crate::money::at_once;
-use crate::support::database;
+use crate::support::{at_once, database};
 
 static PAYLOAD: Value = Value::Null;
 
