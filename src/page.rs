@@ -87,3 +87,4 @@ macro_rules! newest_first {
             .limit(page.limit())
     }};
 }
+pub(crate) use newest_first;
