@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use bruhmcp_db::{ConstraintViolation, RuleKind};
+use bruhmcp_db::{ConstraintKind, ConstraintViolation};
 use diesel::connection::SimpleConnection;
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
@@ -256,15 +256,15 @@ fn each_broken_rule_is_named() {
         let broken = broken_rule(conn, sql);
         assert!(broken.is(rule), "{sql}: {broken} instead of {rule}");
         let kind = match rule {
-            rule if rule.ends_with("_fkey") => RuleKind::ForeignKey,
+            rule if rule.ends_with("_fkey") => ConstraintKind::ForeignKey,
             rule if rule.ends_with("_pkey")
                 || rule.ends_with("_key")
                 || rule.contains("_one_live_per_") =>
             {
-                RuleKind::Unique
+                ConstraintKind::Unique
             }
-            rule if rule.starts_with("unique_") => RuleKind::Unique,
-            _ => RuleKind::Check,
+            rule if rule.starts_with("unique_") => ConstraintKind::Unique,
+            _ => ConstraintKind::Check,
         };
         assert_eq!(broken.kind, kind, "{rule}");
         assert_ne!(broken.table, "", "{rule}");
