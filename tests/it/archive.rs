@@ -186,7 +186,9 @@ fn the_comment_lists_what_points_into_the_archive() {
     let comment = database
         .psql("SELECT obj_description('bruhmcp_archive'::regnamespace, 'pg_namespace')")
         .unwrap();
-    let (_, list) = comment.split_once("Objects outside that still refer to it:\n").unwrap();
+    let (_, list) = comment
+        .split_once("Objects outside that still refer to it:\n")
+        .unwrap();
     assert_eq!(
         list,
         "- column plan of table support_tickets\n\
