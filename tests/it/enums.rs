@@ -1,4 +1,4 @@
-//! The Rust enums and the SQL types: a label is the same word in SQL, serde, `Display` and `FromStr`.
+//! Rust enums and SQL types: a label is the same word in SQL, serde, `Display` and `FromStr`.
 
 use std::collections::BTreeMap;
 use std::fmt::{Debug, Display};

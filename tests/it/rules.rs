@@ -292,8 +292,7 @@ const RAISED: &str = "SELECT (regexp_matches(prosrc, 'CONSTRAINT = ''(\\w+)''', 
     FROM pg_proc WHERE pronamespace = 'public'::regnamespace";
 
 /// The constraints and unique indexes of the schema.
-const DECLARED: &str =
-    "SELECT conname::text AS name FROM pg_constraint
+const DECLARED: &str = "SELECT conname::text AS name FROM pg_constraint
       WHERE connamespace = 'public'::regnamespace AND contype IN ('c', 'f', 'p', 'u', 'x')
       UNION
      SELECT indexrelid::regclass::text FROM pg_index JOIN pg_class ON pg_class.oid = indrelid
