@@ -66,20 +66,20 @@ diesel::table! {
     use diesel::sql_types::*;
     use super::sql_types::CreditSource;
 
-    /// Money the platform owes a user.
+    /// Money that the platform owes a user.
     account_credits (id) {
         id -> Uuid,
         user_id -> Uuid,
-        /// Minor units of currency (paise); negative is a debit.
+        /// In minor units of currency (paise for INR); negative is a debit.
         amount -> Int8,
         currency -> Text,
         description -> Nullable<Text>,
         source_type -> Nullable<CreditSource>,
-        /// What the credit is for, in the words of its source. A refund or downgrade is credited once.
+        /// Id of what the credit is for, such as a refund. A refund or downgrade is credited only once.
         source_id -> Nullable<Text>,
         is_used -> Bool,
         used_at -> Nullable<Timestamptz>,
-        /// NULL: never.
+        /// NULL: never expires.
         expires_at -> Nullable<Timestamptz>,
         created_at -> Timestamptz,
         updated_at -> Timestamptz,
@@ -90,18 +90,18 @@ diesel::table! {
     use diesel::sql_types::*;
     use super::sql_types::AuthTokenType;
 
-    /// One-time codes, links and refresh tokens, as digests.
+    /// One-time codes, links and refresh tokens, stored as digests.
     auth_tokens (id) {
         id -> Uuid,
         user_id -> Uuid,
-        /// Keyed digest of the secret, 32 octets; never the secret itself.
+        /// Keyed digest of the secret, 32 bytes; never the secret itself.
         token -> Bytea,
         #[sql_name = "type"]
         type_ -> AuthTokenType,
         expires_at -> Timestamptz,
-        /// Consumed, replaced or revoked.
+        /// True once the token is consumed, replaced or revoked.
         is_used -> Bool,
-        /// Wrong guesses so far.
+        /// Number of wrong guesses so far.
         attempts -> Int2,
         created_at -> Timestamptz,
         updated_at -> Timestamptz,
@@ -112,36 +112,36 @@ diesel::table! {
     use diesel::sql_types::*;
     use super::sql_types::McpOauthStatus;
 
-    /// The credentials of an instance: an API key, or an OAuth client and its tokens.
+    /// Credentials of an instance: an API key, or an OAuth client with its tokens.
     mcp_credentials (credential_id) {
         credential_id -> Uuid,
         instance_id -> Uuid,
-        /// Ciphertext.
+        /// Encrypted by the application.
         api_key -> Nullable<Bytea>,
         client_id -> Nullable<Text>,
-        /// Ciphertext.
+        /// Encrypted by the application.
         client_secret -> Nullable<Bytea>,
-        /// Ciphertext.
+        /// Encrypted by the application.
         access_token -> Nullable<Bytea>,
-        /// Ciphertext.
+        /// Encrypted by the application.
         refresh_token -> Nullable<Bytea>,
-        /// When access_token ends; NULL: unknown or never.
+        /// When access_token expires; NULL: unknown or never.
         token_expires_at -> Nullable<Timestamptz>,
-        /// Scopes granted, separated by spaces (RFC 6749, 3.3).
+        /// Granted scopes, separated by spaces (RFC 6749, 3.3).
         token_scope -> Nullable<Text>,
-        /// The truth; mcp_service_table has a copy. An API key is completed at once.
+        /// Authoritative; mcp_service_table has a copy. An API key is completed from the start.
         oauth_status -> McpOauthStatus,
-        /// When oauth_status left pending.
+        /// When oauth_status left pending, whatever the outcome; NULL exactly while pending.
         oauth_completed_at -> Nullable<Timestamptz>,
-        /// Where the user grants access; secret while pending, as it holds the state.
+        /// URL where the user grants access. Secret while pending, because it contains the state.
         oauth_authorization_url -> Nullable<Text>,
-        /// The state parameter of the pending authorisation (RFC 6749, 10.12); consumed once.
+        /// State parameter of the pending authorization (RFC 6749, 10.12). Can be consumed once.
         oauth_state -> Nullable<Text>,
         created_at -> Timestamptz,
         updated_at -> Timestamptz,
-        /// Goes up by one with each change; never set by hand.
+        /// Increased by a trigger with every change.
         version -> Int4,
-        /// When version went up last.
+        /// When version was last increased.
         last_modified -> Timestamptz,
     }
 }
@@ -151,30 +151,31 @@ diesel::table! {
     use super::sql_types::McpOauthStatus;
     use super::sql_types::McpInstanceStatus;
 
-    /// Instances: users' connections to MCP services.
+    /// Instances: connections of users to MCP services. The services are in mcp_table.
     mcp_service_table (instance_id) {
-        /// Stands in the instance's public URL, and is random for that reason.
+        /// Part of the instance's public URL, and therefore random.
         instance_id -> Uuid,
         user_id -> Uuid,
         mcp_service_id -> Uuid,
-        /// Copy of mcp_credentials.oauth_status, kept by a trigger.
+        /// Copy of mcp_credentials.oauth_status, maintained by a trigger.
         oauth_status -> McpOauthStatus,
         status -> McpInstanceStatus,
-        /// NULL: never.
+        /// NULL: never expires.
         expires_at -> Nullable<Timestamptz>,
         last_used_at -> Nullable<Timestamptz>,
-        /// Calls through this instance.
+        /// Number of calls through this instance.
         usage_count -> Int8,
-        /// The user's own name for it.
+        /// Name that the user gave the instance.
         custom_name -> Nullable<Text>,
+        /// How often expires_at was extended.
         renewed_count -> Int4,
         last_renewed_at -> Nullable<Timestamptz>,
         credentials_updated_at -> Nullable<Timestamptz>,
         created_at -> Timestamptz,
         updated_at -> Timestamptz,
-        /// Goes up by one with each change but the counting of calls; never set by hand.
+        /// Increased by a trigger with every change, except when a call is recorded.
         version -> Int4,
-        /// When version went up last.
+        /// When version was last increased.
         last_modified -> Timestamptz,
     }
 }
@@ -183,7 +184,7 @@ diesel::table! {
     use diesel::sql_types::*;
     use super::sql_types::McpAuthType;
 
-    /// The registry of MCP services.
+    /// Registry of MCP services. Their instances are in mcp_service_table.
     mcp_table (mcp_service_id) {
         mcp_service_id -> Uuid,
         mcp_service_name -> Text,
@@ -192,16 +193,17 @@ diesel::table! {
         icon_url_path -> Nullable<Text>,
         /// TCP port on which the service listens.
         port -> Int4,
+        /// How instances of this service authenticate.
         #[sql_name = "type"]
         type_ -> McpAuthType,
-        /// False: no new instances; those that exist go on.
+        /// False: no new instances; existing ones keep working.
         is_active -> Bool,
-        /// Instances ever created. Kept by triggers, when a transaction commits.
+        /// Number of instances ever created. Maintained by triggers at commit.
         total_instances_created -> Int8,
-        /// Instances that are active and completed. Kept by triggers, when a transaction commits.
+        /// Number of instances that are active and completed. Maintained by triggers at commit.
         active_instances_count -> Int8,
         created_at -> Timestamptz,
-        /// Not touched by the counters.
+        /// Not changed when a counter changes.
         updated_at -> Timestamptz,
     }
 }
@@ -216,23 +218,23 @@ diesel::table! {
         id -> Uuid,
         user_id -> Uuid,
         subscription_id -> Nullable<Uuid>,
-        /// Unique: a payment that is reported twice is one row.
+        /// Payment id at Razorpay. Unique: a payment that is reported twice is stored once.
         razorpay_payment_id -> Nullable<Text>,
         razorpay_order_id -> Nullable<Text>,
         transaction_type -> TransactionType,
-        /// Gross, in minor units of currency (paise); negative only for a refund.
+        /// Gross amount in minor units of currency (paise for INR); negative only for a refund.
         amount -> Int8,
-        /// Minor units of currency.
+        /// In minor units of currency.
         tax_amount -> Int8,
-        /// Minor units of currency.
+        /// In minor units of currency.
         discount_amount -> Int8,
-        /// The gateway's fee, in minor units of currency.
+        /// Fee of the gateway, in minor units of currency.
         fee_amount -> Int8,
-        /// What is left after tax, discount and fee, in minor units of currency.
+        /// Amount that remains after tax, discount and fee, in minor units of currency.
         net_amount -> Int8,
-        /// ISO 4217 code.
+        /// ISO 4217 code, in capitals.
         currency -> Text,
-        /// Rupees for one unit of currency.
+        /// Rupees per unit of currency.
         exchange_rate -> Numeric,
         status -> TransactionStatus,
         gateway_status -> Nullable<Text>,
@@ -245,7 +247,7 @@ diesel::table! {
         failure_reason -> Nullable<Text>,
         failure_code -> Nullable<Text>,
         retry_count -> Int4,
-        /// The payment that a refund or adjustment belongs to.
+        /// The payment to which this refund or adjustment belongs.
         parent_transaction_id -> Nullable<Uuid>,
         processed_at -> Nullable<Timestamptz>,
         settled_at -> Nullable<Timestamptz>,
@@ -259,21 +261,21 @@ diesel::table! {
     use diesel::sql_types::*;
     use super::sql_types::TokenAuditStatus;
 
-    /// What was done with tokens and credentials. Append-only for 90 days.
+    /// Log of operations on tokens and credentials. Append-only; rows can be deleted after 90 days.
     token_audit_log (audit_id) {
         audit_id -> Int8,
-        /// No foreign key: the instance may be gone.
+        /// Not a foreign key: the instance may have been deleted.
         instance_id -> Uuid,
-        /// No foreign key: the user may be gone. NULL: done by the system.
+        /// Not a foreign key: the user may have been deleted. NULL: done by the system.
         user_id -> Nullable<Uuid>,
         /// What was done, such as token_refresh.
         operation -> Text,
         status -> TokenAuditStatus,
-        /// How, such as oauth or api_key.
+        /// How it was done, such as oauth or api_key.
         method -> Nullable<Text>,
         error_type -> Nullable<Text>,
         error_message -> Nullable<Text>,
-        /// Never a secret.
+        /// Must not contain a secret.
         metadata -> Nullable<Jsonb>,
         created_at -> Timestamptz,
     }
@@ -290,9 +292,9 @@ diesel::table! {
         state -> Text,
         country -> Text,
         zip_code -> Text,
-        /// Gateway tokens and what may be shown of a card; never its number or security code.
+        /// JSON array of gateway tokens with the card details that may be shown; never a card number or security code.
         cards -> Jsonb,
-        /// The id of one of cards.
+        /// Id of the default card in cards.
         default_card_id -> Nullable<Text>,
         created_at -> Timestamptz,
         updated_at -> Timestamptz,
@@ -304,24 +306,24 @@ diesel::table! {
     use super::sql_types::PlanType;
     use super::sql_types::PlanPaymentStatus;
 
-    /// The plan of each user. Every user has one from the first moment on.
+    /// What each user may do. One row per user; a trigger gives every new user the free plan.
     user_plans (plan_id) {
         plan_id -> Uuid,
         user_id -> Uuid,
         plan_type -> PlanType,
-        /// How many instances may be active and completed at a time; NULL: any number. When it falls below what is active, those are switched off.
+        /// How many instances may be active and completed at once; NULL: any number. If it falls below the current number, all of the user's active instances are deactivated.
         max_instances -> Nullable<Int4>,
-        /// Features that are switched on for this user, an object.
+        /// Features enabled for this user, a JSON object.
         features -> Jsonb,
-        /// From then on no instance can be activated; NULL: never.
+        /// From this time on no instance can be activated; NULL: the plan does not end.
         expires_at -> Nullable<Timestamptz>,
         created_at -> Timestamptz,
         updated_at -> Timestamptz,
-        /// Subscription at the payment gateway.
+        /// Subscription id at the gateway that pays for the plan (Stripe or Razorpay).
         subscription_id -> Nullable<Text>,
-        /// Customer at the payment gateway. Unique, because saved cards are read by it.
+        /// Customer id at the gateway that pays for the plan. Unique, because saved cards are looked up by it.
         customer_id -> Nullable<Text>,
-        /// None: nobody pays for this plan.
+        /// none: nobody pays for this plan.
         payment_status -> PlanPaymentStatus,
     }
 }
@@ -332,14 +334,15 @@ diesel::table! {
     use super::sql_types::SubscriptionStatus;
     use super::sql_types::BillingCycle;
 
-    /// Subscriptions of users at the payment gateway, past and present.
+    /// Subscriptions sold to users, past and present, with their state at Razorpay. user_plans decides what a user may do.
     user_subscriptions (id) {
         id -> Uuid,
         user_id -> Uuid,
         plan_code -> SubscriptionPlan,
         razorpay_subscription_id -> Nullable<Text>,
+        /// Customer id of this subscription at Razorpay; users.razorpay_customer_id is the current one.
         razorpay_customer_id -> Nullable<Text>,
-        /// At most one of active, past_due and paused per user.
+        /// A user has at most one subscription that is active, past_due or paused.
         status -> SubscriptionStatus,
         billing_cycle -> BillingCycle,
         current_period_start -> Timestamptz,
@@ -354,16 +357,16 @@ diesel::table! {
         paused_at -> Nullable<Timestamptz>,
         resume_at -> Nullable<Timestamptz>,
         next_billing_date -> Nullable<Timestamptz>,
-        /// Paise; negative: in the user's favour.
+        /// In paise; negative in the user's favour.
         proration_amount -> Int8,
-        /// Paise.
+        /// In paise.
         discount_amount -> Int8,
-        /// Paise.
+        /// In paise.
         tax_amount -> Int8,
-        /// Paise.
+        /// In paise.
         total_amount -> Int8,
         auto_renewal -> Bool,
-        /// Days past due before the subscription is halted.
+        /// How many days the subscription may be past due before it is halted.
         grace_period_days -> Int4,
         failed_payment_count -> Int4,
         last_payment_attempt -> Nullable<Timestamptz>,
@@ -373,23 +376,24 @@ diesel::table! {
 }
 
 diesel::table! {
-    /// People with an account. Never deleted while they have financial rows: anonymised instead.
+    /// User accounts. A user with financial rows can't be deleted, only anonymised.
     users (id) {
         id -> Uuid,
         first_name -> Text,
-        /// May be empty: not everybody has one.
+        /// May be empty: not everyone has a last name.
         last_name -> Text,
-        /// Canonical: lower case, without white space, one @.
+        /// Canonical form: lowercase, without white space, exactly one @.
         email -> Text,
-        /// Password hash in PHC or crypt form ($…), never the password. NULL: signs in by other means.
+        /// Password hash in PHC or crypt format (starts with $), never the password itself. NULL: the user signs in another way.
         password -> Nullable<Text>,
+        /// True once the user has proved that mail arrives at email.
         email_verified -> Bool,
-        /// Customer at Razorpay. Unique, because saved cards are read by it.
+        /// Customer id at Razorpay. Unique, because saved cards are looked up by it.
         razorpay_customer_id -> Nullable<Text>,
         created_at -> Timestamptz,
         updated_at -> Timestamptz,
         last_login_at -> Nullable<Timestamptz>,
-        /// False: deactivated, can't sign in.
+        /// False: deactivated; the user can't sign in.
         is_active -> Bool,
     }
 }
@@ -399,18 +403,18 @@ diesel::table! {
     use super::sql_types::PaymentGateway;
     use super::sql_types::WebhookStatus;
 
-    /// Webhooks of the payment gateways: recorded first, processed after.
+    /// Webhooks of the payment gateways: recorded on arrival, then processed.
     webhook_events (event_id) {
         event_id -> Uuid,
-        /// The gateway's id of the event; unique together with the gateway.
+        /// Event id at the gateway; unique together with payment_gateway.
         external_event_id -> Text,
         event_type -> Text,
         payment_gateway -> PaymentGateway,
-        /// When it was processed, skipped or failed last; NULL exactly while pending.
+        /// When the event was processed, skipped or last failed; NULL exactly while pending.
         processed_at -> Nullable<Timestamptz>,
         payload -> Jsonb,
         processing_status -> WebhookStatus,
-        /// Why it failed.
+        /// Why processing failed.
         error_message -> Nullable<Text>,
         created_at -> Timestamptz,
     }

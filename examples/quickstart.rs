@@ -12,7 +12,7 @@ use bruhmcp_db::migrations::{Event, Runner};
 use bruhmcp_db::models::{
     CredentialError, InstanceError, InstanceFilter, McpCredential, McpInstance, McpService,
     NewMcpCredential, NewMcpInstance, NewMcpService, NewSubscriptionTransaction, NewTokenAudit,
-    NewUser, NewWebhookEvent, OauthTokens, ProPlan, Recorded, Registered, RenameError,
+    NewUser, NewWebhookEvent, OauthTokens, ProPlan, RecordedWebhook, Registered, RenameError,
     SubscriptionTransaction, TokenAudit, User, UserPlan, WebhookEvent,
 };
 use bruhmcp_db::views::TokenAuditSummary;
@@ -215,8 +215,8 @@ fn upgrade_once(conn: &mut PgConnection, user_id: UserId) -> Result {
     };
     for _ in 0..2 {
         let event = match WebhookEvent::record(conn, &webhook)? {
-            Recorded::New(event) | Recorded::FailedEarlier(event) => event,
-            Recorded::Duplicate(event) => {
+            RecordedWebhook::New(event) | RecordedWebhook::FailedEarlier(event) => event,
+            RecordedWebhook::Duplicate(event) => {
                 println!("  duplicate of {}: nothing to do", event.external_event_id);
                 continue;
             }

@@ -1,34 +1,63 @@
-//! The enum types of the database. Labels are the same in SQL and in serde: snake_case.
+//! The database's enum types. A label is the same snake_case word in SQL, serde, `Display` and `FromStr`.
 //!
-//! A label that the database has and this crate doesn't know fails the load of a row: add it here, release, and only
-//! then use it.
+//! A row with a label that this crate doesn't know fails to load. Add a new label here, release the crate, and use the
+//! label after that.
 
 use diesel_derive_enum::DbEnum;
 use serde::{Deserialize, Serialize};
+use strum::{Display, EnumString, VariantArray};
 
-/// What a token in `auth_tokens` is good for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, DbEnum)]
+/// What a token in `auth_tokens` is for.
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Hash,
+    Serialize,
+    Deserialize,
+    DbEnum,
+    Display,
+    EnumString,
+    VariantArray,
+)]
 #[ExistingTypePath = "crate::schema::sql_types::AuthTokenType"]
 #[serde(rename_all = "snake_case")]
+#[strum(serialize_all = "snake_case")]
 pub enum AuthTokenType {
-    /// A six-digit code, to sign in.
+    /// A six-digit code to sign in.
     EmailOtp,
-    /// A link, to set a new password.
+    /// A link to set a new password.
     PasswordReset,
-    /// A link, to prove an address.
+    /// A link that proves an email address.
     EmailVerification,
-    /// A refresh token; the only type of which a user may have several live ones.
+    /// A refresh token. A user may have several live ones; of the other types, one.
     Refresh,
-    /// A six-digit code, to prove a new address.
+    /// A six-digit code that proves a new email address.
     EmailChangePending,
 }
 
 /// The plan that a subscription pays for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, DbEnum)]
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Hash,
+    Serialize,
+    Deserialize,
+    DbEnum,
+    Display,
+    EnumString,
+    VariantArray,
+)]
 #[ExistingTypePath = "crate::schema::sql_types::SubscriptionPlan"]
 #[serde(rename_all = "snake_case")]
+#[strum(serialize_all = "snake_case")]
 pub enum SubscriptionPlan {
-    /// Nothing is paid.
+    /// No payment.
     Free,
     /// The pro plan.
     Pro,
@@ -36,36 +65,50 @@ pub enum SubscriptionPlan {
     Plus,
 }
 
-/// Where a subscription is in its life, in the gateway's words. At most one of a user's is active, past due or paused.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, DbEnum)]
+/// The status of a subscription, in the gateway's terms. A user has at most one that is active, past due or paused.
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Hash,
+    Serialize,
+    Deserialize,
+    DbEnum,
+    Display,
+    EnumString,
+    VariantArray,
+)]
 #[ExistingTypePath = "crate::schema::sql_types::SubscriptionStatus"]
 #[serde(rename_all = "snake_case")]
+#[strum(serialize_all = "snake_case")]
 pub enum SubscriptionStatus {
-    /// Made at the gateway, not paid yet.
+    /// Created at the gateway, not paid yet.
     Created,
     /// The payment method is confirmed.
     Authenticated,
     /// Paid.
     Active,
-    /// A payment failed; within the days of grace.
+    /// A payment failed; the grace period runs.
     PastDue,
     /// Ended by the user.
     Cancelled,
-    /// Ran to its end.
+    /// Ended after its last period.
     Completed,
     /// Paused by the user.
     Paused,
-    /// Ended by failed payments.
+    /// Stopped after failed payments.
     Halted,
-    /// Followed by one of a higher plan.
+    /// Replaced by a subscription to a higher plan.
     Upgraded,
-    /// Followed by another.
+    /// Replaced by another subscription.
     Replaced,
 }
 
 impl SubscriptionStatus {
-    /// Whether nothing follows: cancelled, completed, upgraded and replaced subscriptions stay so. A halted one doesn't:
-    /// gateways take it up again when the user pays after all.
+    /// Whether this status is final: cancelled, completed, upgraded or replaced. Halted is not: the gateway resumes a halted
+    /// subscription when the user pays.
     #[must_use]
     pub fn is_final(self) -> bool {
         matches!(
@@ -76,9 +119,23 @@ impl SubscriptionStatus {
 }
 
 /// How often a subscription is charged.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, DbEnum)]
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Hash,
+    Serialize,
+    Deserialize,
+    DbEnum,
+    Display,
+    EnumString,
+    VariantArray,
+)]
 #[ExistingTypePath = "crate::schema::sql_types::BillingCycle"]
 #[serde(rename_all = "snake_case")]
+#[strum(serialize_all = "snake_case")]
 pub enum BillingCycle {
     /// Every month.
     Monthly,
@@ -86,16 +143,30 @@ pub enum BillingCycle {
     Yearly,
 }
 
-/// What a transaction is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, DbEnum)]
+/// The type of a transaction.
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Hash,
+    Serialize,
+    Deserialize,
+    DbEnum,
+    Display,
+    EnumString,
+    VariantArray,
+)]
 #[ExistingTypePath = "crate::schema::sql_types::TransactionType"]
 #[serde(rename_all = "snake_case")]
+#[strum(serialize_all = "snake_case")]
 pub enum TransactionType {
-    /// A charge for a subscription.
+    /// A payment for a subscription.
     Subscription,
-    /// A charge beside it.
+    /// A payment for an extra.
     Addon,
-    /// Money given back; its amounts may be negative.
+    /// Money returned to the user; its amounts are negative.
     Refund,
     /// A correction.
     Adjustment,
@@ -103,98 +174,196 @@ pub enum TransactionType {
     Fee,
 }
 
-/// Where a transaction is in its life.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, DbEnum)]
+/// The status of a transaction.
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Hash,
+    Serialize,
+    Deserialize,
+    DbEnum,
+    Display,
+    EnumString,
+    VariantArray,
+)]
 #[ExistingTypePath = "crate::schema::sql_types::TransactionStatus"]
 #[serde(rename_all = "snake_case")]
+#[strum(serialize_all = "snake_case")]
 pub enum TransactionStatus {
-    /// Made, not paid yet.
+    /// Created, not paid yet.
     Created,
-    /// Reserved at the payer's bank.
+    /// Reserved on the payer's account.
     Authorized,
     /// Paid.
     Captured,
-    /// Paid, and given back.
+    /// Paid and fully refunded.
     Refunded,
-    /// Refused.
+    /// The payment failed.
     Failed,
-    /// Given up.
+    /// Cancelled before payment.
     Cancelled,
 }
 
-/// Where a credit comes from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, DbEnum)]
+/// The source of a credit.
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Hash,
+    Serialize,
+    Deserialize,
+    DbEnum,
+    Display,
+    EnumString,
+    VariantArray,
+)]
 #[ExistingTypePath = "crate::schema::sql_types::CreditSource"]
 #[serde(rename_all = "snake_case")]
+#[strum(serialize_all = "snake_case")]
 pub enum CreditSource {
-    /// A refund; credited once per source.
+    /// A refund, credited once per `source_id`.
     Refund,
-    /// A correction, or what is left of a credit that was spent in part.
+    /// A correction, or the remainder of a partly spent credit.
     Adjustment,
-    /// A gift.
+    /// A promotion.
     Promotion,
-    /// The unused rest of a higher plan; credited once per source.
+    /// The unused part of a higher plan, credited once per `source_id`.
     Downgrade,
 }
 
-/// How a service authenticates.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, DbEnum)]
+/// How a service authenticates its users.
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Hash,
+    Serialize,
+    Deserialize,
+    DbEnum,
+    Display,
+    EnumString,
+    VariantArray,
+)]
 #[ExistingTypePath = "crate::schema::sql_types::McpAuthType"]
 #[serde(rename_all = "snake_case")]
+#[strum(serialize_all = "snake_case")]
 pub enum AuthType {
-    /// By a key of the user's.
+    /// An API key of the user.
     ApiKey,
-    /// By OAuth 2.0.
+    /// OAuth 2.0.
     Oauth,
 }
 
-/// Where an authorisation is. An API key is completed at once.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, DbEnum)]
+/// The status of an authorization. An API key is completed at once.
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Hash,
+    Serialize,
+    Deserialize,
+    DbEnum,
+    Display,
+    EnumString,
+    VariantArray,
+)]
 #[ExistingTypePath = "crate::schema::sql_types::McpOauthStatus"]
 #[serde(rename_all = "snake_case")]
+#[strum(serialize_all = "snake_case")]
 pub enum OauthStatus {
-    /// The user hasn't granted access yet.
+    /// The user has not granted access yet.
     Pending,
     /// The credentials can be used.
     Completed,
     /// The user or the provider refused.
     Failed,
-    /// The provider withdrew it; the user must grant access again.
+    /// The provider withdrew access; the user must grant it again.
     Expired,
 }
 
-/// Whether an instance may be called.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, DbEnum)]
+/// Whether an instance can be called.
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Hash,
+    Serialize,
+    Deserialize,
+    DbEnum,
+    Display,
+    EnumString,
+    VariantArray,
+)]
 #[ExistingTypePath = "crate::schema::sql_types::McpInstanceStatus"]
 #[serde(rename_all = "snake_case")]
+#[strum(serialize_all = "snake_case")]
 pub enum InstanceStatus {
-    /// Yes.
+    /// It can be called once its authorization is completed.
     Active,
-    /// Switched off.
+    /// Switched off by its user or by a plan limit.
     Inactive,
-    /// Past its `expires_at`.
+    /// Its `expires_at` has passed.
     Expired,
 }
 
-/// How an audited operation went.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, DbEnum)]
+/// The outcome of an audited operation.
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Hash,
+    Serialize,
+    Deserialize,
+    DbEnum,
+    Display,
+    EnumString,
+    VariantArray,
+)]
 #[ExistingTypePath = "crate::schema::sql_types::TokenAuditStatus"]
 #[serde(rename_all = "snake_case")]
+#[strum(serialize_all = "snake_case")]
 pub enum AuditStatus {
-    /// Done.
+    /// It succeeded.
     Success,
-    /// Failed.
+    /// It failed.
     Failure,
-    /// Under way.
+    /// It has begun.
     Pending,
-    /// Done, with something to look at.
+    /// It succeeded, but somebody should look at it.
     Warning,
 }
 
 /// A user's plan.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, DbEnum)]
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Hash,
+    Serialize,
+    Deserialize,
+    DbEnum,
+    Display,
+    EnumString,
+    VariantArray,
+)]
 #[ExistingTypePath = "crate::schema::sql_types::PlanType"]
 #[serde(rename_all = "snake_case")]
+#[strum(serialize_all = "snake_case")]
 pub enum PlanType {
     /// One active instance.
     Free,
@@ -202,27 +371,55 @@ pub enum PlanType {
     Pro,
 }
 
-/// How the payments of a plan go.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, DbEnum)]
+/// The payment status of a plan.
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Hash,
+    Serialize,
+    Deserialize,
+    DbEnum,
+    Display,
+    EnumString,
+    VariantArray,
+)]
 #[ExistingTypePath = "crate::schema::sql_types::PlanPaymentStatus"]
 #[serde(rename_all = "snake_case")]
+#[strum(serialize_all = "snake_case")]
 pub enum PlanPaymentStatus {
-    /// Nobody pays.
+    /// No payment is expected.
     None,
     /// Paid.
     Active,
     /// Cancelled.
     Cancelled,
-    /// The last payment failed for good.
+    /// The last payment failed and will not be retried.
     Failed,
-    /// The last payment is late.
+    /// The last payment is overdue.
     PastDue,
 }
 
-/// Who takes the payments.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, DbEnum)]
+/// The payment gateway.
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Hash,
+    Serialize,
+    Deserialize,
+    DbEnum,
+    Display,
+    EnumString,
+    VariantArray,
+)]
 #[ExistingTypePath = "crate::schema::sql_types::PaymentGateway"]
 #[serde(rename_all = "snake_case")]
+#[strum(serialize_all = "snake_case")]
 pub enum PaymentGateway {
     /// Stripe.
     Stripe,
@@ -230,17 +427,57 @@ pub enum PaymentGateway {
     Razorpay,
 }
 
-/// What became of a webhook.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, DbEnum)]
+/// The processing status of a webhook event.
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    Hash,
+    Serialize,
+    Deserialize,
+    DbEnum,
+    Display,
+    EnumString,
+    VariantArray,
+)]
 #[ExistingTypePath = "crate::schema::sql_types::WebhookStatus"]
 #[serde(rename_all = "snake_case")]
+#[strum(serialize_all = "snake_case")]
 pub enum WebhookStatus {
     /// Recorded, not processed yet.
     Pending,
     /// Processed.
     Processed,
-    /// Processing failed; worth another try.
+    /// Processing failed and can be retried.
     Failed,
-    /// Of no interest.
+    /// Needs no processing.
     Skipped,
+}
+
+macro_rules! all {
+    ($($name:ident)*) => {$(
+        impl $name {
+            /// All variants, in the order of the database's labels.
+            pub const ALL: &'static [Self] = <Self as VariantArray>::VARIANTS;
+        }
+    )*};
+}
+all! {
+    AuthTokenType
+    SubscriptionPlan
+    SubscriptionStatus
+    BillingCycle
+    TransactionType
+    TransactionStatus
+    CreditSource
+    AuthType
+    OauthStatus
+    InstanceStatus
+    AuditStatus
+    PlanType
+    PlanPaymentStatus
+    PaymentGateway
+    WebhookStatus
 }

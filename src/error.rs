@@ -1,79 +1,80 @@
-//! Which rule of the database an error broke.
+//! The constraint that a failed statement violated.
 
 use diesel::result::{DatabaseErrorKind, Error};
 
-/// What sort of rule was broken.
+/// The kind of a violated constraint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum RuleKind {
-    /// The value is there already: a unique index.
+#[non_exhaustive]
+pub enum ConstraintKind {
+    /// A unique index: the value exists already.
     Unique,
-    /// What is referred to isn't there, or is still referred to: a foreign key.
+    /// A foreign key: the referenced row is missing, or other rows still refer to this one.
     ForeignKey,
-    /// A CHECK, or a rule that a trigger keeps: both look the same.
+    /// A CHECK constraint, or a rule kept by a trigger: both look the same to a client.
     Check,
-    /// A value is missing: NOT NULL.
+    /// NOT NULL: a value is missing.
     NotNull,
 }
 
-/// A rule of the database that a statement broke, by name.
+/// A constraint that a statement violated.
 ///
-/// Holds no value of the row: the server's DETAIL, which prints the whole of it, is left behind.
+/// It holds no value of the row: the server's DETAIL, which prints the whole row, is dropped.
 ///
 /// ```
-/// # use bruhmcp_db::{ConstraintViolation, RuleKind};
-/// # fn handle(error: diesel::result::Error) -> u16 {
+/// # use bruhmcp_db::{ConstraintKind, ConstraintViolation};
+/// # fn http_status(error: diesel::result::Error) -> u16 {
 /// match ConstraintViolation::of(&error) {
-///     Some(broken) if broken.is("user_plan_active_limit") => 403,
-///     Some(broken) if broken.kind == RuleKind::Unique => 409,
+///     Some(violation) if violation.is("user_plan_active_limit") => 403,
+///     Some(violation) if violation.kind == ConstraintKind::Unique => 409,
 ///     Some(_) => 422,
 ///     None => 500,
 /// }
 /// # }
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq, Hash, thiserror::Error)]
-#[error("{table}: {rule} doesn't hold")]
+#[error("table {table} violates {constraint}")]
 pub struct ConstraintViolation {
-    /// What sort of rule.
-    pub kind: RuleKind,
-    /// The table whose rule it is.
+    /// The constraint's kind.
+    pub kind: ConstraintKind,
+    /// The table that has the constraint.
     pub table: String,
-    /// The constraint's name; for [`RuleKind::NotNull`] the column's.
-    pub rule: String,
+    /// The constraint's name; for [`ConstraintKind::NotNull`] the column's name.
+    pub constraint: String,
 }
 
 impl ConstraintViolation {
-    /// The broken rule, if that is what the error is about.
+    /// Returns the violated constraint, or `None` if the error has another cause.
     #[must_use]
     pub fn of(error: &Error) -> Option<Self> {
         let Error::DatabaseError(kind, info) = error else {
             return None;
         };
         let kind = match kind {
-            DatabaseErrorKind::UniqueViolation => RuleKind::Unique,
-            DatabaseErrorKind::ForeignKeyViolation => RuleKind::ForeignKey,
-            DatabaseErrorKind::CheckViolation => RuleKind::Check,
-            DatabaseErrorKind::NotNullViolation => RuleKind::NotNull,
+            DatabaseErrorKind::UniqueViolation => ConstraintKind::Unique,
+            DatabaseErrorKind::ForeignKeyViolation => ConstraintKind::ForeignKey,
+            DatabaseErrorKind::CheckViolation => ConstraintKind::Check,
+            DatabaseErrorKind::NotNullViolation => ConstraintKind::NotNull,
             _ => return None,
         };
-        let rule = match kind {
-            RuleKind::NotNull => info.column_name(),
+        let constraint = match kind {
+            ConstraintKind::NotNull => info.column_name(),
             _ => info.constraint_name(),
         };
         Some(Self {
             kind,
             table: info.table_name().unwrap_or_default().to_owned(),
-            rule: rule.unwrap_or_default().to_owned(),
+            constraint: constraint.unwrap_or_default().to_owned(),
         })
     }
 
-    /// Whether it is this rule.
+    /// Whether this constraint was violated.
     #[must_use]
-    pub fn is(&self, rule: &str) -> bool {
-        self.rule == rule
+    pub fn is(&self, constraint: &str) -> bool {
+        self.constraint == constraint
     }
 }
 
-/// Whether `error` says that the rule of this name was broken.
-pub(crate) fn breaks(error: &Error, rule: &str) -> bool {
-    matches!(error, Error::DatabaseError(_, info) if info.constraint_name() == Some(rule))
+/// Whether `error` reports a violation of this constraint.
+pub(crate) fn violates(error: &Error, constraint: &str) -> bool {
+    matches!(error, Error::DatabaseError(_, info) if info.constraint_name() == Some(constraint))
 }

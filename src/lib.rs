@@ -43,9 +43,9 @@ pub mod crypto;
 pub mod enums;
 mod error;
 pub mod ids;
-mod keyset;
 pub mod migrations;
 pub mod models;
+mod page;
 #[expect(
     missing_docs,
     reason = "generated: `schema.rs` carries the database's comments and no others"
@@ -56,9 +56,9 @@ mod secret;
 mod transaction;
 pub mod views;
 
-pub use error::{ConstraintViolation, RuleKind};
-pub use keyset::Keyset;
-pub use secret::{Sealed, SecretText, TokenDigest};
+pub use error::{ConstraintKind, ConstraintViolation};
+pub use page::{Cursor, Page};
+pub use secret::{HashedToken, Sealed, SecretText, TokenDigest};
 pub use transaction::{Isolation, MAX_ATTEMPTS, is_transient, retry_transaction};
 
 /// The README's example compiles.

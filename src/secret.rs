@@ -1,5 +1,5 @@
-//! Columns that nobody must see by accident: their types have no `Serialize`, and a `Debug` that says nothing. A row that
-//! derives `Serialize` without skipping such a column doesn't compile:
+//! Types of secret columns. None has `Serialize`, and their `Debug` shows nothing. A row that derives `Serialize` must skip
+//! such a column, or it doesn't compile:
 //!
 //! ```compile_fail,E0277
 //! use bruhmcp_db::{Sealed, SecretText, TokenDigest};
@@ -11,7 +11,7 @@
 //! }
 //! ```
 //!
-//! Skipped, it does:
+//! This compiles:
 //!
 //! ```
 //! # use bruhmcp_db::{Sealed, SecretText, TokenDigest};
@@ -23,32 +23,123 @@
 //! }
 //! ```
 
-use diesel_derive_newtype::DieselNewType;
+use std::fmt;
 
-/// A keyed digest in `auth_tokens.token`: 32 octets. Whoever has a digest can't sign in with it, but can look for it.
+use diesel::deserialize::{self, FromSql, FromSqlRow};
+use diesel::expression::AsExpression;
+use diesel::pg::{Pg, PgValue};
+use diesel::serialize::{self, Output, ToSql};
+use diesel::sql_types::Text;
+use diesel_derive_newtype::DieselNewType;
+use serde::{Deserialize, Deserializer};
+use zeroize::Zeroize;
+
+use crate::enums::AuthTokenType;
+
+/// A secret string: a password hash, a credential, a one-time secret, an authorization URL.
+///
+/// It is wiped from memory when it is dropped. It can be read from a request (`Deserialize`), but not written to a
+/// response or a log: there is no `Serialize`, and `Debug` shows nothing.
+#[derive(Clone, PartialEq, Eq, AsExpression, FromSqlRow)]
+#[diesel(sql_type = Text)]
+pub struct SecretText(String);
+
+impl SecretText {
+    /// Wraps a secret.
+    #[must_use]
+    pub fn new(secret: impl Into<String>) -> Self {
+        Self(secret.into())
+    }
+
+    /// The secret itself.
+    #[must_use]
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl From<String> for SecretText {
+    fn from(secret: String) -> Self {
+        Self(secret)
+    }
+}
+
+impl From<&str> for SecretText {
+    fn from(secret: &str) -> Self {
+        Self(secret.to_owned())
+    }
+}
+
+impl Drop for SecretText {
+    fn drop(&mut self) {
+        self.0.zeroize();
+    }
+}
+
+impl<'de> Deserialize<'de> for SecretText {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer).map(Self)
+    }
+}
+
+impl ToSql<Text, Pg> for SecretText {
+    fn to_sql<'b>(&'b self, out: &mut Output<'b, '_, Pg>) -> serialize::Result {
+        ToSql::<Text, Pg>::to_sql(&self.0, out)
+    }
+}
+
+impl FromSql<Text, Pg> for SecretText {
+    fn from_sql(value: PgValue<'_>) -> deserialize::Result<Self> {
+        FromSql::<Text, Pg>::from_sql(value).map(Self)
+    }
+}
+
+/// A keyed digest of a one-time secret: the 32 bytes in `auth_tokens.token`.
 #[derive(Clone, PartialEq, Eq, Hash, DieselNewType)]
 pub struct TokenDigest(Vec<u8>);
 
 impl TokenDigest {
-    /// Takes a digest made elsewhere.
+    /// Wraps a digest.
     #[must_use]
     pub fn new(digest: [u8; 32]) -> Self {
         Self(digest.to_vec())
     }
 
-    /// The 32 octets.
+    /// The 32 bytes.
     #[must_use]
     pub fn as_bytes(&self) -> &[u8] {
         &self.0
     }
 }
 
-/// Ciphertext in `mcp_credentials`: 29 to 16384 octets. Not readable without its key; still nobody's business.
+/// A one-time secret as the database knows it: its type and its digest.
+///
+/// `TokenKey::hash` (feature `crypto`) makes one from the secret.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct HashedToken {
+    /// What the secret is for.
+    pub type_: AuthTokenType,
+    /// The digest of the secret.
+    pub digest: TokenDigest,
+}
+
+impl HashedToken {
+    /// Takes a digest that was made elsewhere.
+    #[must_use]
+    pub fn new(type_: AuthTokenType, digest: [u8; 32]) -> Self {
+        Self {
+            type_,
+            digest: TokenDigest::new(digest),
+        }
+    }
+}
+
+/// Ciphertext in `mcp_credentials`: 29 to 16384 bytes.
 #[derive(Clone, PartialEq, Eq, DieselNewType)]
 pub struct Sealed(Vec<u8>);
 
 impl Sealed {
-    /// Takes ciphertext as it is. The database refuses fewer than 29 and more than 16384 octets.
+    /// Wraps ciphertext. The database refuses less than 29 and more than 16384 bytes.
     #[must_use]
     pub fn from_ciphertext(ciphertext: Vec<u8>) -> Self {
         Self(ciphertext)
@@ -61,37 +152,19 @@ impl Sealed {
     }
 }
 
-/// A text column that is secret: a password hash, an OAuth state, an authorisation URL that holds the state.
-#[derive(Clone, PartialEq, Eq, DieselNewType)]
-pub struct SecretText(String);
-
-impl SecretText {
-    /// Wraps a text.
-    #[must_use]
-    pub fn new(text: impl Into<String>) -> Self {
-        Self(text.into())
-    }
-
-    /// The text itself: for the one place that needs it.
-    #[must_use]
-    pub fn expose(&self) -> &str {
-        &self.0
-    }
-}
-
-macro_rules! say_nothing {
+macro_rules! silent_debug {
     ($($name:ident)*) => {$(
-        impl std::fmt::Debug for $name {
-            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str(concat!(stringify!($name), "(..)"))
             }
         }
     )*};
 }
-say_nothing!(TokenDigest Sealed SecretText);
+silent_debug!(SecretText TokenDigest Sealed);
 
-/// What must not compile, beside what does in the same words: no secret is serialised, and no row or insert can be made
-/// from what a client sends.
+/// Secrets have no `Serialize`, and rows and inserts have no `Deserialize`: a client's request can't make one. The first
+/// example shows that the others fail for that reason alone.
 ///
 /// ```
 /// fn shown<T: serde::Serialize>() {}

@@ -1,45 +1,53 @@
-//! Transactions that are repeated when the database asks for it.
+//! Transactions that are retried after a serialization failure or a deadlock.
 
 use std::error::Error as StdError;
 use std::thread;
 use std::time::Duration;
 
+use diesel::connection::{
+    Connection, Instrumentation, InstrumentationEvent, get_default_instrumentation,
+};
 use diesel::pg::PgConnection;
 use diesel::result::{DatabaseErrorKind, Error};
 
-/// How often [`retry_transaction`] tries before it gives the error back.
+/// The number of times [`retry_transaction`] runs a transaction before it gives up.
 pub const MAX_ATTEMPTS: u32 = 16;
 
 /// The isolation level of a transaction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Isolation {
-    /// Each statement sees what was committed before it began. Enough for every operation of this crate.
+    /// Each statement sees what was committed before it began. Every operation of this crate is safe at this level.
     #[default]
     ReadCommitted,
-    /// All statements see what was committed before the first.
+    /// All statements see what was committed before the first one.
     RepeatableRead,
-    /// As if transactions ran one after the other.
+    /// Transactions behave as if they ran one after another.
     Serializable,
 }
 
-/// Runs `work` in a transaction, and again when it fails on a serialization failure (SQLSTATE 40001) or a deadlock
-/// (40P01), at most [`MAX_ATTEMPTS`] times, after a random pause of at most 5 ms, which doubles each time up to 640 ms.
+/// Runs `work` in a transaction and retries it after a serialization failure (SQLSTATE 40001) or a deadlock (40P01).
 ///
-/// `work` runs as a whole each time, so what it does outside the database must bear repetition.
+/// It gives up after [`MAX_ATTEMPTS`] attempts. Before each retry it sleeps for a random time of at most 5 ms, doubled with
+/// each attempt up to 640 ms. `work` runs again from its start, so its effects outside the database are repeated.
+///
+/// `E` may wrap the database error in any way (`anyhow`, thiserror's `transparent`): the cause is seen on the connection, by
+/// Diesel's instrumentation. This function installs one that passes all events on to
+/// [the default one](diesel::connection::set_default_instrumentation). It replaces an instrumentation that was set on this
+/// connection only, because Diesel can't combine two.
 ///
 /// # Errors
-/// The error of `work` or of COMMIT, the last one where tries ran out; `AlreadyInTransaction` inside another
-/// transaction, where a repetition could not help.
+/// The last error of `work` or of COMMIT; `AlreadyInTransaction` inside another transaction, which a retry could not help.
 pub fn retry_transaction<T, E>(
     conn: &mut PgConnection,
     isolation: Isolation,
     mut work: impl FnMut(&mut PgConnection) -> Result<T, E>,
 ) -> Result<T, E>
 where
-    E: From<Error> + StdError + 'static,
+    E: From<Error>,
 {
     let mut attempt = 1;
     loop {
+        Watcher::start(conn);
         let transaction = conn.build_transaction();
         let mut transaction = match isolation {
             Isolation::ReadCommitted => transaction.read_committed(),
@@ -47,7 +55,7 @@ where
             Isolation::Serializable => transaction.serializable(),
         };
         match transaction.run(&mut work) {
-            Err(error) if attempt < MAX_ATTEMPTS && is_transient(&error) => {
+            Err(_) if attempt < MAX_ATTEMPTS && Watcher::saw_transient_error(conn) => {
                 thread::sleep(pause(attempt));
                 attempt += 1;
             }
@@ -56,8 +64,8 @@ where
     }
 }
 
-/// Whether the same transaction may well succeed when it is run again: a serialization failure or a deadlock, here or
-/// in what the error was caused by.
+/// Whether a retry of the transaction is likely to succeed: the error, or one that caused it, is a serialization failure
+/// or a deadlock.
 #[must_use]
 pub fn is_transient(error: &(dyn StdError + 'static)) -> bool {
     match error.downcast_ref::<Error>() {
@@ -73,7 +81,42 @@ pub fn is_transient(error: &(dyn StdError + 'static)) -> bool {
     }
 }
 
-/// Up to 5 ms × 2^(attempt − 1): the whole range, so that those who collided don't meet again.
+/// Remembers whether a statement failed with a transient error.
+struct Watcher {
+    saw_transient_error: bool,
+    next: Option<Box<dyn Instrumentation>>,
+}
+
+impl Watcher {
+    fn start(conn: &mut PgConnection) {
+        match conn.instrumentation().downcast_mut::<Self>() {
+            Some(watcher) => watcher.saw_transient_error = false,
+            None => conn.set_instrumentation(Self {
+                saw_transient_error: false,
+                next: get_default_instrumentation(),
+            }),
+        }
+    }
+
+    fn saw_transient_error(conn: &mut PgConnection) -> bool {
+        let watcher = conn.instrumentation().downcast_ref::<Self>();
+        watcher.is_some_and(|watcher| watcher.saw_transient_error)
+    }
+}
+
+impl Instrumentation for Watcher {
+    fn on_connection_event(&mut self, event: InstrumentationEvent<'_>) {
+        if let InstrumentationEvent::FinishQuery {
+            error: Some(error), ..
+        } = event
+        {
+            self.saw_transient_error |= is_transient(error);
+        }
+        self.next.on_connection_event(event);
+    }
+}
+
+/// A random time up to 5 ms × 2^(attempt − 1). The range starts at 0, so that transactions that collided don't meet again.
 fn pause(attempt: u32) -> Duration {
     let longest = 5_000 << (attempt - 1).min(7);
     let micros = uuid::Uuid::new_v4().as_u128() % longest;

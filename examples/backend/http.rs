@@ -3,7 +3,7 @@
 use std::io::Read;
 
 use bruhmcp_db::models::{EmailError, InstanceError, OauthError, PaymentError, UpgradeError};
-use bruhmcp_db::{ConstraintViolation, RuleKind, crypto};
+use bruhmcp_db::{ConstraintKind, ConstraintViolation, crypto};
 use diesel::result::Error as DieselError;
 use oxhttp::model::header::{CACHE_CONTROL, CONTENT_TYPE, RETRY_AFTER};
 use oxhttp::model::{Body, HeaderValue, Request, Response, StatusCode};
@@ -37,10 +37,10 @@ impl Error {
             Self::Refused(status, why) => Some((*status, (*why).to_owned())),
             Self::Database(error) => ConstraintViolation::of(error).map(|broken| {
                 let status = match broken.kind {
-                    RuleKind::Unique => 409,
+                    ConstraintKind::Unique => 409,
                     _ => 422,
                 };
-                (status, format!("breaks the rule {}", broken.rule))
+                (status, format!("breaks the rule {}", broken.constraint))
             }),
             Self::Unavailable | Self::Internal(_) => None,
         }

@@ -7,7 +7,7 @@ use bruhmcp_db::models::{
     CompletedInstance, InstanceFilter, McpCredential, McpInstance, McpService, NewMcpCredential,
     NewMcpInstance, OauthTokens,
 };
-use bruhmcp_db::{Keyset, SecretText};
+use bruhmcp_db::{Cursor, SecretText};
 use chrono::{DateTime, Datelike, TimeDelta, Utc};
 use diesel::Connection;
 use oxhttp::model::{Body, Request};
@@ -106,12 +106,12 @@ pub(crate) fn list(app: &App, user_id: UserId, request: &Request<Body>) -> Answe
 }
 
 /// Microseconds since 1970 and a key.
-fn place(text: &str) -> Option<Keyset<InstanceId>> {
+fn place(text: &str) -> Option<Cursor<InstanceId>> {
     let (micros, id) = text.split_once('_')?;
     let created_at = DateTime::from_timestamp_micros(micros.parse().ok()?)?;
     // Where PostgreSQL and chrono agree on what a date is.
     (1970..=9999).contains(&created_at.year()).then_some(())?;
-    Some(Keyset {
+    Some(Cursor {
         created_at,
         id: instance_id(id).ok()?,
     })

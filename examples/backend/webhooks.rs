@@ -3,7 +3,7 @@
 use bruhmcp_db::enums::{PaymentGateway, TransactionStatus};
 use bruhmcp_db::ids::{TransactionId, UserId, WebhookEventId};
 use bruhmcp_db::models::{
-    NewSubscriptionTransaction, NewWebhookEvent, ProPlan, Recorded, RecordedPayment,
+    NewSubscriptionTransaction, NewWebhookEvent, ProPlan, RecordedPayment, RecordedWebhook,
     SubscriptionTransaction, UserPlan, WebhookEvent,
 };
 use bruhmcp_db::{Isolation, retry_transaction};
@@ -45,8 +45,9 @@ pub(crate) fn razorpay(app: &App, request: &mut Request<Body>) -> Answer {
         payment_gateway: PaymentGateway::Razorpay,
         payload: &payload,
     };
-    let (Recorded::New(event) | Recorded::Duplicate(event) | Recorded::FailedEarlier(event)) =
-        WebhookEvent::record(conn, &event)?;
+    let (RecordedWebhook::New(event)
+    | RecordedWebhook::Duplicate(event)
+    | RecordedWebhook::FailedEarlier(event)) = WebhookEvent::record(conn, &event)?;
     // Now it isn't lost any more. If what follows fails, it stays open: the gateway is told and delivers it again, or a
     // worker finds it by `WebhookEvent::take_open`.
     let status = retry_transaction(conn, Isolation::ReadCommitted, |conn| {

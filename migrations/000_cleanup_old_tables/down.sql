@@ -1,5 +1,5 @@
--- Moves the archive back to where it came from. Does nothing where nothing was archived, where the archive was dropped, and
--- where the archive came from another schema or isn't the work of this migration.
+-- Moves the archived objects back to the schema they came from. Does nothing if there is no
+-- archive, or if up.sql did not create it from the current schema.
 
 SET LOCAL lock_timeout = '5s';
 
@@ -16,7 +16,7 @@ DECLARE
     );
     object record;
 BEGIN
-    -- Again, for psql without --single-transaction: there the statement above was a transaction of its own.
+    -- Repeated for psql without --single-transaction, where the statement above has no effect.
     SET LOCAL lock_timeout = '5s';
 
     IF archive IS NULL THEN
@@ -33,17 +33,21 @@ BEGIN
             FROM pg_type
             WHERE typnamespace = archive
             UNION ALL
-            SELECT 3, CASE relkind WHEN 'S' THEN 'SEQUENCE' ELSE 'TABLE' END, 'pg_class'::regclass, oid
+            SELECT 3,
+                   CASE relkind WHEN 'S' THEN 'SEQUENCE' ELSE 'TABLE' END,
+                   'pg_class'::regclass,
+                   oid
             FROM pg_class
             WHERE relnamespace = archive AND relkind IN ('r', 'p', 'v', 'm', 'f', 'S')
         )
         SELECT kind, classid, objid
         FROM candidate
-        -- Row types, array types and owned sequences move with what they belong to.
+        -- Row types, array types and owned sequences move with their owner.
         WHERE NOT EXISTS (
             SELECT
             FROM pg_depend
-            WHERE (pg_depend.classid, pg_depend.objid, objsubid) = (candidate.classid, candidate.objid, 0)
+            WHERE (pg_depend.classid, pg_depend.objid, objsubid)
+                  = (candidate.classid, candidate.objid, 0)
               AND (deptype IN ('e', 'i') OR (deptype = 'a' AND kind = 'SEQUENCE'))
         )
         ORDER BY turn, objid DESC

@@ -1,30 +1,35 @@
--- A database of the previous system has tables, types and functions of the names that 001–007 create. They move into the
--- schema bruhmcp_archive, where they keep their rows, indexes, triggers and privileges; nothing is dropped. Where there is
--- nothing of these names, nothing happens.
+-- The previous system used the same names for tables, types and functions as 001–007. This
+-- migration moves such objects into the schema bruhmcp_archive. They keep their rows, indexes,
+-- triggers and privileges; nothing is dropped. On an empty database it does nothing.
 
 SET LOCAL lock_timeout = '5s';
 
 DO $$
 DECLARE
-    -- Tables, views and types share their names: each relation has a row type called like it.
+    -- One list for relations and types: each relation has a row type of the same name.
     relation_and_type_names CONSTANT text[] := ARRAY[
         -- Relations of the previous system and of 001–007
-        'users', 'auth_tokens', 'user_subscriptions', 'subscription_transactions', 'account_credits', 'mcp_table',
-        'mcp_service_table', 'mcp_credentials', 'token_audit_log', 'token_audit_summary', 'user_plans', 'webhook_events',
-        'user_billing_details', 'api_keys', 'magic_links', 'sessions', 'password_resets',
+        'users', 'auth_tokens', 'user_subscriptions', 'subscription_transactions',
+        'account_credits', 'mcp_table', 'mcp_service_table', 'mcp_credentials', 'token_audit_log',
+        'token_audit_summary', 'user_plans', 'webhook_events', 'user_billing_details', 'api_keys',
+        'magic_links', 'sessions', 'password_resets',
         -- Enums of 001–007
-        'auth_token_type', 'subscription_plan', 'subscription_status', 'billing_cycle', 'transaction_type',
-        'transaction_status', 'credit_source', 'mcp_auth_type', 'mcp_oauth_status', 'mcp_instance_status',
-        'token_audit_status', 'plan_type', 'plan_payment_status', 'payment_gateway', 'webhook_status'
+        'auth_token_type', 'subscription_plan', 'subscription_status', 'billing_cycle',
+        'transaction_type', 'transaction_status', 'credit_source', 'mcp_auth_type',
+        'mcp_oauth_status', 'mcp_instance_status', 'token_audit_status', 'plan_type',
+        'plan_payment_status', 'payment_gateway', 'webhook_status'
     ];
     -- Functions of the previous system and of 001–007
     routine_names CONSTANT text[] := ARRAY[
-        'update_updated_at_column', 'mcp_credentials_sync_oauth_status', 'mcp_service_table_check_oauth_status',
-        'mcp_service_table_check_service', 'mcp_service_table_count_instances', 'token_audit_log_refuse_change',
+        'update_updated_at_column', 'mcp_credentials_sync_oauth_status',
+        'mcp_service_table_check_oauth_status', 'mcp_service_table_check_service',
+        'mcp_service_table_count_instances', 'token_audit_log_refuse_change',
         'cleanup_old_token_audit_logs', 'update_version_and_timestamp', 'assign_default_plan',
         'mcp_service_table_check_active_limit', 'user_plans_deactivate_surplus'
     ];
-    origin          CONSTANT oid     := (SELECT oid FROM pg_namespace WHERE nspname = current_schema());
+    origin          CONSTANT oid     := (
+        SELECT oid FROM pg_namespace WHERE nspname = current_schema()
+    );
     archive_existed CONSTANT boolean := to_regnamespace('bruhmcp_archive') IS NOT NULL;
     moved           integer          := 0;
     object          record;
@@ -32,7 +37,7 @@ DECLARE
     grantee         text;
     left_behind     text;
 BEGIN
-    -- Again, for psql without --single-transaction: there the statement above was a transaction of its own.
+    -- Repeated for psql without --single-transaction, where the statement above has no effect.
     SET LOCAL lock_timeout = '5s';
 
     FOR object IN
@@ -50,7 +55,10 @@ BEGIN
             WHERE child.relnamespace = origin
         ),
         candidate (turn, kind, classid, objid) AS (
-            SELECT 1, CASE relkind WHEN 'S' THEN 'SEQUENCE' ELSE 'TABLE' END, 'pg_class'::regclass, oid
+            SELECT 1,
+                   CASE relkind WHEN 'S' THEN 'SEQUENCE' ELSE 'TABLE' END,
+                   'pg_class'::regclass,
+                   oid
             FROM relation
             UNION ALL
             SELECT 2, 'TYPE', 'pg_type'::regclass, oid
@@ -63,26 +71,29 @@ BEGIN
         )
         SELECT kind, classid, objid
         FROM candidate
-        -- What belongs to an extension stays. Row types, array types and owned sequences move with what they belong to.
+        -- Objects of an extension stay. Row types, array types and owned sequences move with their
+        -- owner.
         WHERE NOT EXISTS (
             SELECT
             FROM pg_depend
-            WHERE (pg_depend.classid, pg_depend.objid, objsubid) = (candidate.classid, candidate.objid, 0)
+            WHERE (pg_depend.classid, pg_depend.objid, objsubid)
+                  = (candidate.classid, candidate.objid, 0)
               AND (deptype IN ('e', 'i') OR (deptype = 'a' AND kind = 'SEQUENCE'))
         )
         ORDER BY turn, objid
     LOOP
         IF archive_existed THEN
-            RAISE EXCEPTION 'old tables cannot be archived: schema "bruhmcp_archive" exists already'
+            RAISE EXCEPTION 'old tables were not archived: schema "bruhmcp_archive" already exists'
                 USING ERRCODE = 'duplicate_schema',
-                      HINT    = 'Rename that schema, or drop it once nothing in it is needed, and run the migration again.';
+                      HINT    = 'Rename that schema, or drop it if nothing in it is needed. '
+                          'Then run the migration again.';
         END IF;
 
         IF moved = 0 THEN
             CREATE SCHEMA bruhmcp_archive;
         END IF;
 
-        -- The identity is read only now: a function's argument types may just have moved.
+        -- Read the identity here: a function's argument types may have moved in this loop.
         EXECUTE format(
             'ALTER %s %s SET SCHEMA bruhmcp_archive',
             object.kind,
@@ -95,7 +106,7 @@ BEGIN
         RETURN;
     END IF;
 
-    -- The archive holds password hashes. Default privileges may have opened it to others.
+    -- The archive holds password hashes, and default privileges may have given others access.
     FOR grantee IN
         SELECT DISTINCT CASE acl.grantee WHEN 0 THEN 'PUBLIC' ELSE acl.grantee::regrole::text END
         FROM pg_namespace, aclexplode(nspacl) AS acl
@@ -104,7 +115,8 @@ BEGIN
         EXECUTE format('REVOKE ALL ON SCHEMA bruhmcp_archive FROM %s', grantee);
     END LOOP;
 
-    -- A foreign key is checked as the owner of the table it refers to, who must therefore still reach that table.
+    -- A foreign key is checked with the rights of the referenced table's owner, who must still
+    -- reach that table.
     FOR owner IN
         SELECT DISTINCT relowner::regrole::text
         FROM pg_class
@@ -114,7 +126,8 @@ BEGIN
         EXECUTE format('GRANT USAGE ON SCHEMA bruhmcp_archive TO %s', owner);
     END LOOP;
 
-    -- What depends on something in the archive without being a part of it, as its constraints and triggers are.
+    -- Objects that depend on the archive without being part of it. Constraints and triggers are
+    -- part of it.
     WITH RECURSIVE archived AS (
         SELECT 'pg_class'::regclass::oid AS classid, oid AS objid
         FROM pg_class
@@ -143,13 +156,13 @@ BEGIN
     WHERE (refclassid, refobjid) IN (SELECT archived.classid, archived.objid FROM archived)
       AND (classid, objid) NOT IN (SELECT part.classid, part.objid FROM part);
 
-    -- down.sql recognises the archive, and the schema it came from, by the first words.
+    -- down.sql recognises the archive and the schema it came from by the first words.
     EXECUTE format(
         'COMMENT ON SCHEMA bruhmcp_archive IS %L',
         format('Moved from schema %I by migration 000_cleanup_old_tables', current_schema())
             || ', which moves it back when reverted.'
             || E'\nIt holds password hashes: drop it when it is no longer needed.'
-            || coalesce(E'\nLeft behind, but still pointing in here:' || left_behind, '')
+            || coalesce(E'\nObjects outside that still refer to it:' || left_behind, '')
     );
 END
 $$;

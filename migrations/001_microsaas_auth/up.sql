@@ -1,5 +1,5 @@
--- Accounts, the digests of their one-time secrets, and everything that is money. Deleting a user never takes a
--- financial row along: those foreign keys restrict, and a user who must go is anonymised instead.
+-- User accounts, digests of their one-time secrets, and billing. Deleting a user never deletes a
+-- financial row: those foreign keys are ON DELETE RESTRICT. Such a user is anonymised instead.
 
 SET LOCAL lock_timeout = '5s';
 
@@ -8,11 +8,14 @@ CREATE TYPE auth_token_type AS ENUM (
 );
 CREATE TYPE subscription_plan AS ENUM ('free', 'pro', 'plus');
 CREATE TYPE subscription_status AS ENUM (
-    'created', 'authenticated', 'active', 'past_due', 'cancelled', 'completed', 'paused', 'halted', 'upgraded', 'replaced'
+    'created', 'authenticated', 'active', 'past_due', 'cancelled', 'completed', 'paused', 'halted',
+    'upgraded', 'replaced'
 );
 CREATE TYPE billing_cycle AS ENUM ('monthly', 'yearly');
 CREATE TYPE transaction_type AS ENUM ('subscription', 'addon', 'refund', 'adjustment', 'fee');
-CREATE TYPE transaction_status AS ENUM ('created', 'authorized', 'captured', 'refunded', 'failed', 'cancelled');
+CREATE TYPE transaction_status AS ENUM (
+    'created', 'authorized', 'captured', 'refunded', 'failed', 'cancelled'
+);
 CREATE TYPE credit_source AS ENUM ('refund', 'adjustment', 'promotion', 'downgrade');
 
 CREATE FUNCTION update_updated_at_column() RETURNS trigger
@@ -23,7 +26,7 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION update_updated_at_column() IS
-    'Sets updated_at; its triggers carry a WHEN that lets only rows through that really changed.';
+    'Sets updated_at to now(). Its triggers have a WHEN that skips updates without a change.';
 
 CREATE TABLE users (
     id                   uuid        NOT NULL DEFAULT gen_random_uuid(),
@@ -42,7 +45,7 @@ CREATE TABLE users (
     CONSTRAINT users_razorpay_customer_id_key UNIQUE (razorpay_customer_id),
     CONSTRAINT users_first_name_check CHECK (char_length(first_name) BETWEEN 1 AND 255),
     CONSTRAINT users_last_name_check CHECK (char_length(last_name) <= 255),
-    -- Equality on the unique index is the login lookup, so only one spelling of an address may exist.
+    -- Login looks an address up by equality on the unique index, so it may have one spelling only.
     CONSTRAINT users_email_canonical CHECK (
         email = lower(email) AND email ~ '^[^@\s]+@[^@\s]+$' AND char_length(email) <= 255
     ),
@@ -54,14 +57,18 @@ CREATE TRIGGER users_update_updated_at
     FOR EACH ROW WHEN (OLD.* IS DISTINCT FROM NEW.*)
     EXECUTE FUNCTION update_updated_at_column();
 
-COMMENT ON TABLE users IS 'People with an account. Never deleted while they have financial rows: anonymised instead.';
-COMMENT ON COLUMN users.last_name IS 'May be empty: not everybody has one.';
-COMMENT ON COLUMN users.email IS 'Canonical: lower case, without white space, one @.';
+COMMENT ON TABLE users IS
+    'User accounts. A user with financial rows can''t be deleted, only anonymised.';
+COMMENT ON COLUMN users.last_name IS 'May be empty: not everyone has a last name.';
+COMMENT ON COLUMN users.email IS 'Canonical form: lowercase, without white space, exactly one @.';
 COMMENT ON COLUMN users.password IS
-    'Password hash in PHC or crypt form ($…), never the password. NULL: signs in by other means.';
+    'Password hash in PHC or crypt format (starts with $), never the password itself. '
+    'NULL: the user signs in another way.';
+COMMENT ON COLUMN users.email_verified IS
+    'True once the user has proved that mail arrives at email.';
 COMMENT ON COLUMN users.razorpay_customer_id IS
-    'Customer at Razorpay. Unique, because saved cards are read by it.';
-COMMENT ON COLUMN users.is_active IS 'False: deactivated, can''t sign in.';
+    'Customer id at Razorpay. Unique, because saved cards are looked up by it.';
+COMMENT ON COLUMN users.is_active IS 'False: deactivated; the user can''t sign in.';
 
 CREATE TABLE auth_tokens (
     id         uuid            NOT NULL DEFAULT gen_random_uuid(),
@@ -74,12 +81,13 @@ CREATE TABLE auth_tokens (
     created_at timestamptz     NOT NULL DEFAULT now(),
     updated_at timestamptz     NOT NULL DEFAULT now(),
     CONSTRAINT auth_tokens_pkey PRIMARY KEY (id),
-    CONSTRAINT auth_tokens_user_id_fkey FOREIGN KEY (user_id) REFERENCES users (id) ON DELETE CASCADE,
+    CONSTRAINT auth_tokens_user_id_fkey
+        FOREIGN KEY (user_id) REFERENCES users (id) ON DELETE CASCADE,
     CONSTRAINT auth_tokens_token_check CHECK (octet_length(token) = 32),
     CONSTRAINT auth_tokens_expires_at_check CHECK (expires_at > created_at),
     CONSTRAINT auth_tokens_attempts_check CHECK (attempts >= 0)
 );
--- Long random secrets only: the digest of a six-digit code may well repeat.
+-- For long random secrets only: the digest of a six-digit code may repeat.
 CREATE UNIQUE INDEX auth_tokens_token_key ON auth_tokens (token)
     WHERE type IN ('refresh', 'password_reset', 'email_verification');
 CREATE UNIQUE INDEX auth_tokens_one_live_per_type ON auth_tokens (user_id, type)
@@ -91,10 +99,11 @@ CREATE TRIGGER auth_tokens_update_updated_at
     FOR EACH ROW WHEN (OLD.* IS DISTINCT FROM NEW.*)
     EXECUTE FUNCTION update_updated_at_column();
 
-COMMENT ON TABLE auth_tokens IS 'One-time codes, links and refresh tokens, as digests.';
-COMMENT ON COLUMN auth_tokens.token IS 'Keyed digest of the secret, 32 octets; never the secret itself.';
-COMMENT ON COLUMN auth_tokens.is_used IS 'Consumed, replaced or revoked.';
-COMMENT ON COLUMN auth_tokens.attempts IS 'Wrong guesses so far.';
+COMMENT ON TABLE auth_tokens IS 'One-time codes, links and refresh tokens, stored as digests.';
+COMMENT ON COLUMN auth_tokens.token IS
+    'Keyed digest of the secret, 32 bytes; never the secret itself.';
+COMMENT ON COLUMN auth_tokens.is_used IS 'True once the token is consumed, replaced or revoked.';
+COMMENT ON COLUMN auth_tokens.attempts IS 'Number of wrong guesses so far.';
 
 CREATE TABLE user_subscriptions (
     id                       uuid                NOT NULL DEFAULT gen_random_uuid(),
@@ -127,9 +136,11 @@ CREATE TABLE user_subscriptions (
     created_at               timestamptz         NOT NULL DEFAULT now(),
     updated_at               timestamptz         NOT NULL DEFAULT now(),
     CONSTRAINT user_subscriptions_pkey PRIMARY KEY (id),
-    CONSTRAINT user_subscriptions_user_id_fkey FOREIGN KEY (user_id) REFERENCES users (id) ON DELETE RESTRICT,
+    CONSTRAINT user_subscriptions_user_id_fkey
+        FOREIGN KEY (user_id) REFERENCES users (id) ON DELETE RESTRICT,
     CONSTRAINT user_subscriptions_razorpay_subscription_id_key UNIQUE (razorpay_subscription_id),
-    CONSTRAINT user_subscriptions_current_period_check CHECK (current_period_end > current_period_start),
+    CONSTRAINT user_subscriptions_current_period_check
+        CHECK (current_period_end > current_period_start),
     CONSTRAINT user_subscriptions_trial_check CHECK (
         trial_end IS NULL OR (trial_start IS NOT NULL AND trial_end > trial_start)
     ),
@@ -142,7 +153,8 @@ CREATE TABLE user_subscriptions (
 );
 CREATE UNIQUE INDEX user_subscriptions_one_live_per_user ON user_subscriptions (user_id)
     WHERE status IN ('active', 'past_due', 'paused');
-CREATE INDEX user_subscriptions_user_id_created_at_idx ON user_subscriptions (user_id, created_at DESC);
+CREATE INDEX user_subscriptions_user_id_created_at_idx
+    ON user_subscriptions (user_id, created_at DESC);
 CREATE INDEX user_subscriptions_next_billing_date_idx ON user_subscriptions (next_billing_date)
     WHERE status IN ('active', 'past_due');
 CREATE TRIGGER user_subscriptions_update_updated_at
@@ -150,13 +162,20 @@ CREATE TRIGGER user_subscriptions_update_updated_at
     FOR EACH ROW WHEN (OLD.* IS DISTINCT FROM NEW.*)
     EXECUTE FUNCTION update_updated_at_column();
 
-COMMENT ON TABLE user_subscriptions IS 'Subscriptions of users at the payment gateway, past and present.';
-COMMENT ON COLUMN user_subscriptions.status IS 'At most one of active, past_due and paused per user.';
-COMMENT ON COLUMN user_subscriptions.proration_amount IS 'Paise; negative: in the user''s favour.';
-COMMENT ON COLUMN user_subscriptions.discount_amount IS 'Paise.';
-COMMENT ON COLUMN user_subscriptions.tax_amount IS 'Paise.';
-COMMENT ON COLUMN user_subscriptions.total_amount IS 'Paise.';
-COMMENT ON COLUMN user_subscriptions.grace_period_days IS 'Days past due before the subscription is halted.';
+COMMENT ON TABLE user_subscriptions IS
+    'Subscriptions sold to users, past and present, with their state at Razorpay. '
+    'user_plans decides what a user may do.';
+COMMENT ON COLUMN user_subscriptions.razorpay_customer_id IS
+    'Customer id of this subscription at Razorpay; users.razorpay_customer_id is the current one.';
+COMMENT ON COLUMN user_subscriptions.status IS
+    'A user has at most one subscription that is active, past_due or paused.';
+COMMENT ON COLUMN user_subscriptions.proration_amount IS
+    'In paise; negative in the user''s favour.';
+COMMENT ON COLUMN user_subscriptions.discount_amount IS 'In paise.';
+COMMENT ON COLUMN user_subscriptions.tax_amount IS 'In paise.';
+COMMENT ON COLUMN user_subscriptions.total_amount IS 'In paise.';
+COMMENT ON COLUMN user_subscriptions.grace_period_days IS
+    'How many days the subscription may be past due before it is halted.';
 
 CREATE TABLE subscription_transactions (
     id                    uuid               NOT NULL DEFAULT gen_random_uuid(),
@@ -195,26 +214,39 @@ CREATE TABLE subscription_transactions (
     CONSTRAINT subscription_transactions_subscription_id_fkey
         FOREIGN KEY (subscription_id) REFERENCES user_subscriptions (id) ON DELETE RESTRICT,
     CONSTRAINT subscription_transactions_parent_transaction_id_fkey
-        FOREIGN KEY (parent_transaction_id) REFERENCES subscription_transactions (id) ON DELETE RESTRICT,
+        FOREIGN KEY (parent_transaction_id) REFERENCES subscription_transactions (id)
+        ON DELETE RESTRICT,
     CONSTRAINT subscription_transactions_razorpay_payment_id_key UNIQUE (razorpay_payment_id),
     CONSTRAINT subscription_transactions_receipt_number_key UNIQUE (receipt_number),
-    CONSTRAINT subscription_transactions_amount_check CHECK (amount >= 0 OR transaction_type = 'refund'),
-    CONSTRAINT subscription_transactions_tax_amount_check CHECK (tax_amount >= 0 OR transaction_type = 'refund'),
+    CONSTRAINT subscription_transactions_amount_check CHECK (
+        amount >= 0 OR transaction_type = 'refund'
+    ),
+    CONSTRAINT subscription_transactions_tax_amount_check CHECK (
+        tax_amount >= 0 OR transaction_type = 'refund'
+    ),
     CONSTRAINT subscription_transactions_discount_amount_check CHECK (
         discount_amount >= 0 OR transaction_type = 'refund'
     ),
-    CONSTRAINT subscription_transactions_fee_amount_check CHECK (fee_amount >= 0 OR transaction_type = 'refund'),
-    CONSTRAINT subscription_transactions_net_amount_check CHECK (net_amount >= 0 OR transaction_type = 'refund'),
+    CONSTRAINT subscription_transactions_fee_amount_check CHECK (
+        fee_amount >= 0 OR transaction_type = 'refund'
+    ),
+    CONSTRAINT subscription_transactions_net_amount_check CHECK (
+        net_amount >= 0 OR transaction_type = 'refund'
+    ),
     CONSTRAINT subscription_transactions_currency_check CHECK (currency ~ '^[A-Z]{3}$'),
     CONSTRAINT subscription_transactions_exchange_rate_check CHECK (exchange_rate > 0),
     CONSTRAINT subscription_transactions_retry_count_check CHECK (retry_count >= 0),
-    CONSTRAINT subscription_transactions_parent_transaction_id_check CHECK (parent_transaction_id <> id)
+    CONSTRAINT subscription_transactions_parent_transaction_id_check
+        CHECK (parent_transaction_id <> id)
 );
 CREATE INDEX subscription_transactions_user_id_created_at_idx
     ON subscription_transactions (user_id, created_at DESC);
-CREATE INDEX subscription_transactions_subscription_id_idx ON subscription_transactions (subscription_id);
-CREATE INDEX subscription_transactions_parent_transaction_id_idx ON subscription_transactions (parent_transaction_id);
-CREATE INDEX subscription_transactions_razorpay_order_id_idx ON subscription_transactions (razorpay_order_id)
+CREATE INDEX subscription_transactions_subscription_id_idx
+    ON subscription_transactions (subscription_id);
+CREATE INDEX subscription_transactions_parent_transaction_id_idx
+    ON subscription_transactions (parent_transaction_id);
+CREATE INDEX subscription_transactions_razorpay_order_id_idx
+    ON subscription_transactions (razorpay_order_id)
     WHERE razorpay_order_id IS NOT NULL;
 CREATE INDEX subscription_transactions_created_at_idx ON subscription_transactions (created_at)
     WHERE status IN ('created', 'authorized');
@@ -224,15 +256,20 @@ CREATE TRIGGER subscription_transactions_update_updated_at
     EXECUTE FUNCTION update_updated_at_column();
 
 COMMENT ON TABLE subscription_transactions IS 'Payments, refunds, fees and adjustments.';
-COMMENT ON COLUMN subscription_transactions.amount IS 'Gross, in minor units of currency (paise); negative only for a refund.';
-COMMENT ON COLUMN subscription_transactions.tax_amount IS 'Minor units of currency.';
-COMMENT ON COLUMN subscription_transactions.discount_amount IS 'Minor units of currency.';
-COMMENT ON COLUMN subscription_transactions.fee_amount IS 'The gateway''s fee, in minor units of currency.';
-COMMENT ON COLUMN subscription_transactions.net_amount IS 'What is left after tax, discount and fee, in minor units of currency.';
-COMMENT ON COLUMN subscription_transactions.currency IS 'ISO 4217 code.';
-COMMENT ON COLUMN subscription_transactions.exchange_rate IS 'Rupees for one unit of currency.';
-COMMENT ON COLUMN subscription_transactions.razorpay_payment_id IS 'Unique: a payment that is reported twice is one row.';
-COMMENT ON COLUMN subscription_transactions.parent_transaction_id IS 'The payment that a refund or adjustment belongs to.';
+COMMENT ON COLUMN subscription_transactions.amount IS
+    'Gross amount in minor units of currency (paise for INR); negative only for a refund.';
+COMMENT ON COLUMN subscription_transactions.tax_amount IS 'In minor units of currency.';
+COMMENT ON COLUMN subscription_transactions.discount_amount IS 'In minor units of currency.';
+COMMENT ON COLUMN subscription_transactions.fee_amount IS
+    'Fee of the gateway, in minor units of currency.';
+COMMENT ON COLUMN subscription_transactions.net_amount IS
+    'Amount that remains after tax, discount and fee, in minor units of currency.';
+COMMENT ON COLUMN subscription_transactions.currency IS 'ISO 4217 code, in capitals.';
+COMMENT ON COLUMN subscription_transactions.exchange_rate IS 'Rupees per unit of currency.';
+COMMENT ON COLUMN subscription_transactions.razorpay_payment_id IS
+    'Payment id at Razorpay. Unique: a payment that is reported twice is stored once.';
+COMMENT ON COLUMN subscription_transactions.parent_transaction_id IS
+    'The payment to which this refund or adjustment belongs.';
 
 CREATE TABLE account_credits (
     id          uuid        NOT NULL DEFAULT gen_random_uuid(),
@@ -248,16 +285,18 @@ CREATE TABLE account_credits (
     created_at  timestamptz NOT NULL DEFAULT now(),
     updated_at  timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT account_credits_pkey PRIMARY KEY (id),
-    CONSTRAINT account_credits_user_id_fkey FOREIGN KEY (user_id) REFERENCES users (id) ON DELETE RESTRICT,
+    CONSTRAINT account_credits_user_id_fkey
+        FOREIGN KEY (user_id) REFERENCES users (id) ON DELETE RESTRICT,
     CONSTRAINT account_credits_amount_check CHECK (amount <> 0),
     CONSTRAINT account_credits_currency_check CHECK (currency ~ '^[A-Z]{3}$'),
     CONSTRAINT account_credits_is_used_check CHECK (is_used = (used_at IS NOT NULL)),
-    -- Without a source the unique index below could not tell a second credit from the first.
+    -- The unique index below can't detect a second credit without a source_id.
     CONSTRAINT account_credits_source_id_check CHECK (
         source_type NOT IN ('refund', 'downgrade') OR source_id IS NOT NULL
     )
 );
-CREATE UNIQUE INDEX account_credits_source_type_source_id_key ON account_credits (source_type, source_id)
+CREATE UNIQUE INDEX account_credits_source_type_source_id_key
+    ON account_credits (source_type, source_id)
     WHERE source_type IN ('refund', 'downgrade');
 CREATE INDEX account_credits_user_id_created_at_idx ON account_credits (user_id, created_at DESC);
 CREATE TRIGGER account_credits_update_updated_at
@@ -265,11 +304,12 @@ CREATE TRIGGER account_credits_update_updated_at
     FOR EACH ROW WHEN (OLD.* IS DISTINCT FROM NEW.*)
     EXECUTE FUNCTION update_updated_at_column();
 
-COMMENT ON TABLE account_credits IS 'Money the platform owes a user.';
-COMMENT ON COLUMN account_credits.amount IS 'Minor units of currency (paise); negative is a debit.';
+COMMENT ON TABLE account_credits IS 'Money that the platform owes a user.';
+COMMENT ON COLUMN account_credits.amount IS
+    'In minor units of currency (paise for INR); negative is a debit.';
 COMMENT ON COLUMN account_credits.source_id IS
-    'What the credit is for, in the words of its source. A refund or downgrade is credited once.';
-COMMENT ON COLUMN account_credits.expires_at IS 'NULL: never.';
+    'Id of what the credit is for, such as a refund. A refund or downgrade is credited only once.';
+COMMENT ON COLUMN account_credits.expires_at IS 'NULL: never expires.';
 
 DO $$
 BEGIN
@@ -280,7 +320,8 @@ BEGIN
     END IF;
     IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'app_admin') THEN
         GRANT ALL
-            ON users, auth_tokens, user_subscriptions, subscription_transactions, account_credits TO app_admin;
+            ON users, auth_tokens, user_subscriptions, subscription_transactions, account_credits
+            TO app_admin;
     END IF;
 END
 $$;

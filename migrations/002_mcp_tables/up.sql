@@ -1,5 +1,6 @@
--- The services on offer, the users' connections to them (instances) and the credentials of those, as ciphertext.
--- "One more call on this instance" is the hottest statement of the system: nothing here may cost it a HOT update.
+-- The registry of services, the users' connections to them (instances), and the encrypted
+-- credentials of the instances. Recording a call is the hottest statement of the system and must
+-- stay a HOT update.
 
 SET LOCAL lock_timeout = '5s';
 
@@ -7,7 +8,7 @@ CREATE TYPE mcp_auth_type AS ENUM ('api_key', 'oauth');
 CREATE TYPE mcp_oauth_status AS ENUM ('pending', 'completed', 'failed', 'expired');
 CREATE TYPE mcp_instance_status AS ENUM ('active', 'inactive', 'expired');
 
--- Half of each page stays free, so that the counters are always updated in place (HOT).
+-- Half of each page stays free, so that counter updates stay HOT.
 CREATE TABLE mcp_table (
     mcp_service_id          uuid          NOT NULL DEFAULT gen_random_uuid(),
     mcp_service_name        text          NOT NULL,
@@ -24,7 +25,8 @@ CREATE TABLE mcp_table (
     CONSTRAINT mcp_table_pkey PRIMARY KEY (mcp_service_id),
     CONSTRAINT mcp_table_mcp_service_name_key UNIQUE (mcp_service_name),
     CONSTRAINT mcp_table_port_key UNIQUE (port),
-    CONSTRAINT mcp_table_mcp_service_name_check CHECK (mcp_service_name ~ '^[a-z0-9][a-z0-9_-]{0,49}$'),
+    CONSTRAINT mcp_table_mcp_service_name_check
+        CHECK (mcp_service_name ~ '^[a-z0-9][a-z0-9_-]{0,49}$'),
     CONSTRAINT mcp_table_display_name_check CHECK (char_length(display_name) BETWEEN 1 AND 100),
     CONSTRAINT mcp_table_port_check CHECK (port BETWEEN 1 AND 65535),
     CONSTRAINT mcp_table_total_instances_created_check CHECK (total_instances_created >= 0),
@@ -33,24 +35,26 @@ CREATE TABLE mcp_table (
 CREATE TRIGGER mcp_table_update_updated_at
     BEFORE UPDATE ON mcp_table
     FOR EACH ROW WHEN (
-        (OLD.mcp_service_id, OLD.mcp_service_name, OLD.display_name, OLD.description, OLD.icon_url_path, OLD.port,
-            OLD.type, OLD.is_active, OLD.created_at, OLD.updated_at)
+        (OLD.mcp_service_id, OLD.mcp_service_name, OLD.display_name, OLD.description,
+            OLD.icon_url_path, OLD.port, OLD.type, OLD.is_active, OLD.created_at, OLD.updated_at)
         IS DISTINCT FROM
-        (NEW.mcp_service_id, NEW.mcp_service_name, NEW.display_name, NEW.description, NEW.icon_url_path, NEW.port,
-            NEW.type, NEW.is_active, NEW.created_at, NEW.updated_at)
+        (NEW.mcp_service_id, NEW.mcp_service_name, NEW.display_name, NEW.description,
+            NEW.icon_url_path, NEW.port, NEW.type, NEW.is_active, NEW.created_at, NEW.updated_at)
     )
     EXECUTE FUNCTION update_updated_at_column();
 
-COMMENT ON TABLE mcp_table IS 'The registry of MCP services.';
+COMMENT ON TABLE mcp_table IS 'Registry of MCP services. Their instances are in mcp_service_table.';
 COMMENT ON COLUMN mcp_table.port IS 'TCP port on which the service listens.';
-COMMENT ON COLUMN mcp_table.is_active IS 'False: no new instances; those that exist go on.';
-COMMENT ON COLUMN mcp_table.total_instances_created IS 'Instances ever created. Kept by triggers, when a transaction commits.';
+COMMENT ON COLUMN mcp_table.type IS 'How instances of this service authenticate.';
+COMMENT ON COLUMN mcp_table.is_active IS 'False: no new instances; existing ones keep working.';
+COMMENT ON COLUMN mcp_table.total_instances_created IS
+    'Number of instances ever created. Maintained by triggers at commit.';
 COMMENT ON COLUMN mcp_table.active_instances_count IS
-    'Instances that are active and completed. Kept by triggers, when a transaction commits.';
-COMMENT ON COLUMN mcp_table.updated_at IS 'Not touched by the counters.';
+    'Number of instances that are active and completed. Maintained by triggers at commit.';
+COMMENT ON COLUMN mcp_table.updated_at IS 'Not changed when a counter changes.';
 
--- A fifth of each page stays free for HOT updates. No index, not even a partial one or in a predicate, may name
--- usage_count, last_used_at, updated_at, version or last_modified.
+-- A fifth of each page stays free for HOT updates. No index may name usage_count, last_used_at,
+-- updated_at, version or last_modified, not even in its predicate.
 CREATE TABLE mcp_service_table (
     instance_id            uuid                NOT NULL DEFAULT gen_random_uuid(),
     user_id                uuid                NOT NULL,
@@ -67,14 +71,16 @@ CREATE TABLE mcp_service_table (
     created_at             timestamptz         NOT NULL DEFAULT now(),
     updated_at             timestamptz         NOT NULL DEFAULT now(),
     CONSTRAINT mcp_service_table_pkey PRIMARY KEY (instance_id),
-    CONSTRAINT mcp_service_table_user_id_fkey FOREIGN KEY (user_id) REFERENCES users (id) ON DELETE CASCADE,
+    CONSTRAINT mcp_service_table_user_id_fkey
+        FOREIGN KEY (user_id) REFERENCES users (id) ON DELETE CASCADE,
     CONSTRAINT mcp_service_table_mcp_service_id_fkey
         FOREIGN KEY (mcp_service_id) REFERENCES mcp_table (mcp_service_id) ON DELETE RESTRICT,
     CONSTRAINT mcp_service_table_usage_count_check CHECK (usage_count >= 0),
     CONSTRAINT mcp_service_table_custom_name_check CHECK (char_length(custom_name) <= 255),
     CONSTRAINT mcp_service_table_renewed_count_check CHECK (renewed_count >= 0)
 ) WITH (fillfactor = 80);
-CREATE INDEX mcp_service_table_user_id_created_at_idx ON mcp_service_table (user_id, created_at DESC);
+CREATE INDEX mcp_service_table_user_id_created_at_idx
+    ON mcp_service_table (user_id, created_at DESC);
 CREATE INDEX mcp_service_table_user_id_active_idx ON mcp_service_table (user_id)
     WHERE status = 'active' AND oauth_status = 'completed';
 CREATE INDEX mcp_service_table_mcp_service_id_idx ON mcp_service_table (mcp_service_id);
@@ -87,12 +93,16 @@ CREATE TRIGGER mcp_service_table_update_updated_at
     FOR EACH ROW WHEN (OLD.* IS DISTINCT FROM NEW.*)
     EXECUTE FUNCTION update_updated_at_column();
 
-COMMENT ON TABLE mcp_service_table IS 'Instances: users'' connections to MCP services.';
-COMMENT ON COLUMN mcp_service_table.instance_id IS 'Stands in the instance''s public URL, and is random for that reason.';
-COMMENT ON COLUMN mcp_service_table.oauth_status IS 'Copy of mcp_credentials.oauth_status, kept by a trigger.';
-COMMENT ON COLUMN mcp_service_table.expires_at IS 'NULL: never.';
-COMMENT ON COLUMN mcp_service_table.usage_count IS 'Calls through this instance.';
-COMMENT ON COLUMN mcp_service_table.custom_name IS 'The user''s own name for it.';
+COMMENT ON TABLE mcp_service_table IS
+    'Instances: connections of users to MCP services. The services are in mcp_table.';
+COMMENT ON COLUMN mcp_service_table.instance_id IS
+    'Part of the instance''s public URL, and therefore random.';
+COMMENT ON COLUMN mcp_service_table.oauth_status IS
+    'Copy of mcp_credentials.oauth_status, maintained by a trigger.';
+COMMENT ON COLUMN mcp_service_table.expires_at IS 'NULL: never expires.';
+COMMENT ON COLUMN mcp_service_table.usage_count IS 'Number of calls through this instance.';
+COMMENT ON COLUMN mcp_service_table.custom_name IS 'Name that the user gave the instance.';
+COMMENT ON COLUMN mcp_service_table.renewed_count IS 'How often expires_at was extended.';
 
 CREATE TABLE mcp_credentials (
     credential_id           uuid             NOT NULL DEFAULT gen_random_uuid(),
@@ -115,11 +125,14 @@ CREATE TABLE mcp_credentials (
         FOREIGN KEY (instance_id) REFERENCES mcp_service_table (instance_id) ON DELETE CASCADE,
     CONSTRAINT mcp_credentials_instance_id_key UNIQUE (instance_id),
     CONSTRAINT mcp_credentials_oauth_state_key UNIQUE (oauth_state),
-    -- 29 octets: a nonce of 12, a tag of 16 and one octet of text. Shorter can't be ciphertext.
+    -- The shortest possible ciphertext has 29 bytes: a nonce of 12, a tag of 16, one of text.
     CONSTRAINT mcp_credentials_api_key_check CHECK (octet_length(api_key) BETWEEN 29 AND 16384),
-    CONSTRAINT mcp_credentials_client_secret_check CHECK (octet_length(client_secret) BETWEEN 29 AND 16384),
-    CONSTRAINT mcp_credentials_access_token_check CHECK (octet_length(access_token) BETWEEN 29 AND 16384),
-    CONSTRAINT mcp_credentials_refresh_token_check CHECK (octet_length(refresh_token) BETWEEN 29 AND 16384),
+    CONSTRAINT mcp_credentials_client_secret_check
+        CHECK (octet_length(client_secret) BETWEEN 29 AND 16384),
+    CONSTRAINT mcp_credentials_access_token_check
+        CHECK (octet_length(access_token) BETWEEN 29 AND 16384),
+    CONSTRAINT mcp_credentials_refresh_token_check
+        CHECK (octet_length(refresh_token) BETWEEN 29 AND 16384),
     CONSTRAINT check_credential_type CHECK (
         (api_key IS NOT NULL AND client_id IS NULL AND client_secret IS NULL)
         OR (api_key IS NULL AND client_id IS NOT NULL AND client_secret IS NOT NULL)
@@ -128,7 +141,8 @@ CREATE TABLE mcp_credentials (
         (access_token IS NULL AND refresh_token IS NULL)
         OR (client_id IS NOT NULL AND client_secret IS NOT NULL)
     ),
-    CONSTRAINT check_oauth_status_consistency CHECK ((oauth_status = 'pending') = (oauth_completed_at IS NULL))
+    CONSTRAINT check_oauth_status_consistency
+        CHECK ((oauth_status = 'pending') = (oauth_completed_at IS NULL))
 );
 CREATE INDEX mcp_credentials_token_expires_at_idx ON mcp_credentials (token_expires_at)
     WHERE refresh_token IS NOT NULL AND oauth_status = 'completed';
@@ -137,19 +151,26 @@ CREATE TRIGGER mcp_credentials_update_updated_at
     FOR EACH ROW WHEN (OLD.* IS DISTINCT FROM NEW.*)
     EXECUTE FUNCTION update_updated_at_column();
 
-COMMENT ON TABLE mcp_credentials IS 'The credentials of an instance: an API key, or an OAuth client and its tokens.';
-COMMENT ON COLUMN mcp_credentials.api_key IS 'Ciphertext.';
-COMMENT ON COLUMN mcp_credentials.client_secret IS 'Ciphertext.';
-COMMENT ON COLUMN mcp_credentials.access_token IS 'Ciphertext.';
-COMMENT ON COLUMN mcp_credentials.refresh_token IS 'Ciphertext.';
-COMMENT ON COLUMN mcp_credentials.token_expires_at IS 'When access_token ends; NULL: unknown or never.';
-COMMENT ON COLUMN mcp_credentials.token_scope IS 'Scopes granted, separated by spaces (RFC 6749, 3.3).';
-COMMENT ON COLUMN mcp_credentials.oauth_status IS 'The truth; mcp_service_table has a copy. An API key is completed at once.';
-COMMENT ON COLUMN mcp_credentials.oauth_completed_at IS 'When oauth_status left pending.';
-COMMENT ON COLUMN mcp_credentials.oauth_authorization_url IS 'Where the user grants access; secret while pending, as it holds the state.';
-COMMENT ON COLUMN mcp_credentials.oauth_state IS 'The state parameter of the pending authorisation (RFC 6749, 10.12); consumed once.';
+COMMENT ON TABLE mcp_credentials IS
+    'Credentials of an instance: an API key, or an OAuth client with its tokens.';
+COMMENT ON COLUMN mcp_credentials.api_key IS 'Encrypted by the application.';
+COMMENT ON COLUMN mcp_credentials.client_secret IS 'Encrypted by the application.';
+COMMENT ON COLUMN mcp_credentials.access_token IS 'Encrypted by the application.';
+COMMENT ON COLUMN mcp_credentials.refresh_token IS 'Encrypted by the application.';
+COMMENT ON COLUMN mcp_credentials.token_expires_at IS
+    'When access_token expires; NULL: unknown or never.';
+COMMENT ON COLUMN mcp_credentials.token_scope IS
+    'Granted scopes, separated by spaces (RFC 6749, 3.3).';
+COMMENT ON COLUMN mcp_credentials.oauth_status IS
+    'Authoritative; mcp_service_table has a copy. An API key is completed from the start.';
+COMMENT ON COLUMN mcp_credentials.oauth_completed_at IS
+    'When oauth_status left pending, whatever the outcome; NULL exactly while pending.';
+COMMENT ON COLUMN mcp_credentials.oauth_authorization_url IS
+    'URL where the user grants access. Secret while pending, because it contains the state.';
+COMMENT ON COLUMN mcp_credentials.oauth_state IS
+    'State parameter of the pending authorization (RFC 6749, 10.12). Can be consumed once.';
 
--- The instance's copy of oauth_status. An instance that loses its credentials is pending again.
+-- Keeps the instance's copy of oauth_status. An instance without credentials is pending.
 CREATE FUNCTION mcp_credentials_sync_oauth_status() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
 BEGIN
@@ -177,12 +198,12 @@ BEGIN
         SELECT FROM mcp_credentials
          WHERE instance_id = NEW.instance_id AND oauth_status <> NEW.oauth_status
     ) THEN
-        RAISE EXCEPTION 'the oauth_status of instance % follows its credentials and can''t be set to %',
+        RAISE EXCEPTION 'oauth_status of instance % was not set to %: it follows the credentials',
             NEW.instance_id, NEW.oauth_status
             USING ERRCODE = 'check_violation',
                   TABLE = 'mcp_service_table',
                   CONSTRAINT = 'mcp_service_table_oauth_status_synced',
-                  HINT = 'Update mcp_credentials.oauth_status.';
+                  HINT = 'Update mcp_credentials.oauth_status instead.';
     END IF;
     RETURN NULL;
 END
@@ -192,22 +213,26 @@ CREATE TRIGGER mcp_service_table_oauth_status_synced
     FOR EACH ROW WHEN (OLD.oauth_status <> NEW.oauth_status)
     EXECUTE FUNCTION mcp_service_table_check_oauth_status();
 
--- A service that is being disabled meanwhile may still get the instance: to close that gap, each create would have to
--- lock the registry row, and users of one service would wait for each other.
+-- A service that is disabled at the same time may still get the instance. To close that gap, each
+-- insert would have to lock the registry row, and users of one service would wait for each other.
 CREATE FUNCTION mcp_service_table_check_service() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
 BEGIN
     IF TG_OP = 'UPDATE' THEN
-        RAISE EXCEPTION 'instance % keeps its service', OLD.instance_id
+        RAISE EXCEPTION 'the service of instance % can''t be changed', OLD.instance_id
             USING ERRCODE = 'check_violation',
                   TABLE = 'mcp_service_table',
-                  CONSTRAINT = 'mcp_service_table_service_fixed';
+                  CONSTRAINT = 'mcp_service_table_service_fixed',
+                  HINT = 'Create a new instance of the other service.';
     END IF;
-    IF EXISTS (SELECT FROM mcp_table WHERE mcp_service_id = NEW.mcp_service_id AND NOT is_active) THEN
-        RAISE EXCEPTION 'service % is disabled and takes no new instance', NEW.mcp_service_id
+    IF EXISTS (
+        SELECT FROM mcp_table WHERE mcp_service_id = NEW.mcp_service_id AND NOT is_active
+    ) THEN
+        RAISE EXCEPTION 'the instance was not created: service % is disabled', NEW.mcp_service_id
             USING ERRCODE = 'check_violation',
                   TABLE = 'mcp_table',
-                  CONSTRAINT = 'mcp_table_service_disabled';
+                  CONSTRAINT = 'mcp_table_service_disabled',
+                  HINT = 'Set mcp_table.is_active to enable the service.';
     END IF;
     RETURN NEW;
 END
@@ -220,7 +245,7 @@ CREATE TRIGGER mcp_service_table_service_fixed
     FOR EACH ROW WHEN (OLD.mcp_service_id <> NEW.mcp_service_id)
     EXECUTE FUNCTION mcp_service_table_check_service();
 
--- Deferred: the registry row is locked only while the transaction commits.
+-- The triggers are deferred, so that the registry row is locked only during commit.
 CREATE FUNCTION mcp_service_table_count_instances() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
 DECLARE

@@ -1,5 +1,5 @@
--- What was done with tokens and credentials, kept for 90 days at least. No foreign keys: an audit outlives what it is
--- about, and a cascade would contradict append-only.
+-- Log of operations on tokens and credentials, kept for at least 90 days. It has no foreign keys:
+-- the log outlives the instances and users it names, and a cascade would contradict append-only.
 
 SET LOCAL lock_timeout = '5s';
 
@@ -19,24 +19,28 @@ CREATE TABLE token_audit_log (
     CONSTRAINT token_audit_log_pkey PRIMARY KEY (audit_id),
     CONSTRAINT token_audit_log_operation_check CHECK (operation <> '')
 );
-CREATE INDEX token_audit_log_instance_id_created_at_idx ON token_audit_log (instance_id, created_at DESC);
+CREATE INDEX token_audit_log_instance_id_created_at_idx
+    ON token_audit_log (instance_id, created_at DESC);
 CREATE INDEX token_audit_log_created_at_idx ON token_audit_log (created_at);
 
-COMMENT ON TABLE token_audit_log IS 'What was done with tokens and credentials. Append-only for 90 days.';
-COMMENT ON COLUMN token_audit_log.instance_id IS 'No foreign key: the instance may be gone.';
-COMMENT ON COLUMN token_audit_log.user_id IS 'No foreign key: the user may be gone. NULL: done by the system.';
+COMMENT ON TABLE token_audit_log IS
+    'Log of operations on tokens and credentials. Append-only; rows can be deleted after 90 days.';
+COMMENT ON COLUMN token_audit_log.instance_id IS
+    'Not a foreign key: the instance may have been deleted.';
+COMMENT ON COLUMN token_audit_log.user_id IS
+    'Not a foreign key: the user may have been deleted. NULL: done by the system.';
 COMMENT ON COLUMN token_audit_log.operation IS 'What was done, such as token_refresh.';
-COMMENT ON COLUMN token_audit_log.method IS 'How, such as oauth or api_key.';
-COMMENT ON COLUMN token_audit_log.metadata IS 'Never a secret.';
+COMMENT ON COLUMN token_audit_log.method IS 'How it was done, such as oauth or api_key.';
+COMMENT ON COLUMN token_audit_log.metadata IS 'Must not contain a secret.';
 
 CREATE FUNCTION token_audit_log_refuse_change() RETURNS trigger
 LANGUAGE plpgsql AS $$
 BEGIN
-    RAISE EXCEPTION 'token_audit_log is append-only: % refused', TG_OP
+    RAISE EXCEPTION 'token_audit_log is append-only: % was refused', TG_OP
         USING ERRCODE = 'check_violation',
               TABLE = 'token_audit_log',
               CONSTRAINT = 'token_audit_log_append_only',
-              HINT = 'cleanup_old_token_audit_logs() deletes what is older than 90 days.';
+              HINT = 'Rows older than 90 days are deleted by cleanup_old_token_audit_logs().';
 END
 $$;
 REVOKE EXECUTE ON FUNCTION token_audit_log_refuse_change() FROM PUBLIC;
@@ -48,7 +52,7 @@ CREATE TRIGGER token_audit_log_keep_90_days
     FOR EACH ROW WHEN (OLD.created_at > now() - interval '90 days')
     EXECUTE FUNCTION token_audit_log_refuse_change();
 
--- Rows that another clean-up is deleting are left to it.
+-- Skips rows that another session is deleting.
 CREATE FUNCTION cleanup_old_token_audit_logs(max_rows integer DEFAULT NULL) RETURNS bigint
 LANGUAGE sql SECURITY DEFINER SET search_path = public, pg_temp AS $$
     WITH old AS MATERIALIZED (
@@ -59,13 +63,17 @@ LANGUAGE sql SECURITY DEFINER SET search_path = public, pg_temp AS $$
          LIMIT max_rows
            FOR UPDATE SKIP LOCKED
     ), deleted AS (
-        DELETE FROM token_audit_log USING old WHERE token_audit_log.audit_id = old.audit_id RETURNING 1
+        DELETE FROM token_audit_log
+         USING old
+         WHERE token_audit_log.audit_id = old.audit_id
+        RETURNING 1
     )
     SELECT count(*) FROM deleted
 $$;
 REVOKE EXECUTE ON FUNCTION cleanup_old_token_audit_logs(integer) FROM PUBLIC;
 COMMENT ON FUNCTION cleanup_old_token_audit_logs(integer) IS
-    'Deletes rows older than 90 days, oldest first, at most max_rows (NULL: all); returns how many.';
+    'Deletes rows older than 90 days, oldest first, at most max_rows (NULL: all). '
+    'Returns how many it deleted.';
 
 CREATE VIEW token_audit_summary AS
 SELECT instance_id,
@@ -82,8 +90,9 @@ SELECT instance_id,
  WHERE created_at >= now() - interval '30 days'
  GROUP BY instance_id, operation, status, method;
 
-COMMENT ON VIEW token_audit_summary IS 'The last 30 days of token_audit_log.';
-COMMENT ON COLUMN token_audit_summary.success_rate IS 'Percent, two decimals.';
+COMMENT ON VIEW token_audit_summary IS
+    'Summary of the last 30 days of token_audit_log, per instance, operation, status and method.';
+COMMENT ON COLUMN token_audit_summary.success_rate IS 'In percent, with two decimals.';
 
 DO $$
 BEGIN

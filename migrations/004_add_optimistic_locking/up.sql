@@ -1,5 +1,5 @@
--- An edit token: whoever writes back what he read names the version he read, and finds no row if somebody was faster.
--- Counting a call is not an edit and leaves the version alone.
+-- Optimistic locking. An update names the version that was read, and finds no row if another update
+-- came first. Recording a call is not an edit and does not change the version.
 
 SET LOCAL lock_timeout = '5s';
 
@@ -10,10 +10,11 @@ ALTER TABLE mcp_credentials
     ADD COLUMN version       integer     NOT NULL DEFAULT 1,
     ADD COLUMN last_modified timestamptz NOT NULL DEFAULT now();
 
-COMMENT ON COLUMN mcp_service_table.version IS 'Goes up by one with each change but the counting of calls; never set by hand.';
-COMMENT ON COLUMN mcp_service_table.last_modified IS 'When version went up last.';
-COMMENT ON COLUMN mcp_credentials.version IS 'Goes up by one with each change; never set by hand.';
-COMMENT ON COLUMN mcp_credentials.last_modified IS 'When version went up last.';
+COMMENT ON COLUMN mcp_service_table.version IS
+    'Increased by a trigger with every change, except when a call is recorded.';
+COMMENT ON COLUMN mcp_service_table.last_modified IS 'When version was last increased.';
+COMMENT ON COLUMN mcp_credentials.version IS 'Increased by a trigger with every change.';
+COMMENT ON COLUMN mcp_credentials.last_modified IS 'When version was last increased.';
 
 CREATE FUNCTION update_version_and_timestamp() RETURNS trigger
 LANGUAGE plpgsql AS $$
@@ -24,17 +25,18 @@ BEGIN
 END
 $$;
 
--- version and last_modified are among the columns, so that a value set by hand doesn't stay.
+-- The list has every column but those that recording a call writes. version and last_modified are
+-- in it, so that values set by hand are overwritten.
 CREATE TRIGGER mcp_service_table_update_version
     BEFORE UPDATE ON mcp_service_table
     FOR EACH ROW WHEN (
-        (OLD.instance_id, OLD.user_id, OLD.mcp_service_id, OLD.oauth_status, OLD.status, OLD.expires_at,
-            OLD.custom_name, OLD.renewed_count, OLD.last_renewed_at, OLD.credentials_updated_at, OLD.created_at,
-            OLD.version, OLD.last_modified)
+        (OLD.instance_id, OLD.user_id, OLD.mcp_service_id, OLD.oauth_status, OLD.status,
+            OLD.expires_at, OLD.custom_name, OLD.renewed_count, OLD.last_renewed_at,
+            OLD.credentials_updated_at, OLD.created_at, OLD.version, OLD.last_modified)
         IS DISTINCT FROM
-        (NEW.instance_id, NEW.user_id, NEW.mcp_service_id, NEW.oauth_status, NEW.status, NEW.expires_at,
-            NEW.custom_name, NEW.renewed_count, NEW.last_renewed_at, NEW.credentials_updated_at, NEW.created_at,
-            NEW.version, NEW.last_modified)
+        (NEW.instance_id, NEW.user_id, NEW.mcp_service_id, NEW.oauth_status, NEW.status,
+            NEW.expires_at, NEW.custom_name, NEW.renewed_count, NEW.last_renewed_at,
+            NEW.credentials_updated_at, NEW.created_at, NEW.version, NEW.last_modified)
     )
     EXECUTE FUNCTION update_version_and_timestamp();
 CREATE TRIGGER mcp_credentials_update_version

@@ -1,12 +1,13 @@
--- What a user may have: one active instance on the free plan, any number on pro. The limit holds whichever path makes
--- an instance active, at every isolation level: each activation first updates the user's plan row, so that a second one
--- waits for it, or fails with a serialization error where its snapshot is older.
+-- The plan limits active instances: one on free, any number on pro. The limit holds at every
+-- isolation level, whichever statement makes an instance active. Each activation first updates the
+-- user's plan row, so a concurrent one waits, or fails with a serialization error if its snapshot
+-- is older.
 
 SET LOCAL lock_timeout = '5s';
 
 CREATE TYPE plan_type AS ENUM ('free', 'pro');
 
--- A fifth of each page stays free: each activation updates the row in place.
+-- A fifth of each page stays free, so that the update by each activation stays HOT.
 CREATE TABLE user_plans (
     plan_id       uuid        NOT NULL DEFAULT gen_random_uuid(),
     user_id       uuid        NOT NULL,
@@ -17,7 +18,8 @@ CREATE TABLE user_plans (
     created_at    timestamptz NOT NULL DEFAULT now(),
     updated_at    timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT user_plans_pkey PRIMARY KEY (plan_id),
-    CONSTRAINT user_plans_user_id_fkey FOREIGN KEY (user_id) REFERENCES users (id) ON DELETE CASCADE,
+    CONSTRAINT user_plans_user_id_fkey
+        FOREIGN KEY (user_id) REFERENCES users (id) ON DELETE CASCADE,
     CONSTRAINT unique_user_plan UNIQUE (user_id),
     CONSTRAINT check_max_instances_for_plan CHECK (
         CASE plan_type
@@ -34,11 +36,14 @@ CREATE TRIGGER user_plans_update_updated_at
     FOR EACH ROW WHEN (OLD.* IS DISTINCT FROM NEW.*)
     EXECUTE FUNCTION update_updated_at_column();
 
-COMMENT ON TABLE user_plans IS 'The plan of each user. Every user has one from the first moment on.';
+COMMENT ON TABLE user_plans IS
+    'What each user may do. One row per user; a trigger gives every new user the free plan.';
 COMMENT ON COLUMN user_plans.max_instances IS
-    'How many instances may be active and completed at a time; NULL: any number. When it falls below what is active, those are switched off.';
-COMMENT ON COLUMN user_plans.features IS 'Features that are switched on for this user, an object.';
-COMMENT ON COLUMN user_plans.expires_at IS 'From then on no instance can be activated; NULL: never.';
+    'How many instances may be active and completed at once; NULL: any number. '
+    'If it falls below the current number, all of the user''s active instances are deactivated.';
+COMMENT ON COLUMN user_plans.features IS 'Features enabled for this user, a JSON object.';
+COMMENT ON COLUMN user_plans.expires_at IS
+    'From this time on no instance can be activated; NULL: the plan does not end.';
 
 CREATE FUNCTION assign_default_plan() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
@@ -57,23 +62,26 @@ DECLARE
     plan   user_plans;
     active bigint;
 BEGIN
-    -- An update, though nothing changes: after a mere row lock, a transaction at REPEATABLE READ would count the
-    -- instances of its old snapshot.
+    -- An update that changes nothing, instead of a row lock: after a lock, a transaction at
+    -- REPEATABLE READ would count the instances in its older snapshot.
     UPDATE user_plans
        SET max_instances = max_instances
      WHERE user_id = NEW.user_id
     RETURNING * INTO plan;
     IF NOT FOUND THEN
-        RAISE EXCEPTION 'user % has no plan', NEW.user_id
+        RAISE EXCEPTION 'the instance was not activated: user % has no plan', NEW.user_id
             USING ERRCODE = 'check_violation',
                   TABLE = 'mcp_service_table',
-                  CONSTRAINT = 'user_plan_missing';
+                  CONSTRAINT = 'user_plan_missing',
+                  HINT = 'Insert a row for the user into user_plans.';
     END IF;
     IF plan.expires_at <= now() THEN
-        RAISE EXCEPTION 'the plan of user % expired at %', NEW.user_id, plan.expires_at
+        RAISE EXCEPTION 'the instance was not activated: the plan of user % expired at %',
+            NEW.user_id, plan.expires_at
             USING ERRCODE = 'check_violation',
                   TABLE = 'mcp_service_table',
-                  CONSTRAINT = 'user_plan_expired';
+                  CONSTRAINT = 'user_plan_expired',
+                  HINT = 'Extend the plan, or downgrade it to free.';
     END IF;
     IF plan.max_instances IS NOT NULL THEN
         SELECT count(*)
@@ -81,7 +89,8 @@ BEGIN
           FROM mcp_service_table
          WHERE user_id = NEW.user_id AND status = 'active' AND oauth_status = 'completed';
         IF active > plan.max_instances THEN
-            RAISE EXCEPTION 'user % may have % active instance(s)', NEW.user_id, plan.max_instances
+            RAISE EXCEPTION 'the instance was not activated: user % may have % active instance(s)',
+                NEW.user_id, plan.max_instances
                 USING ERRCODE = 'check_violation',
                       TABLE = 'mcp_service_table',
                       CONSTRAINT = 'user_plan_active_limit',
@@ -91,8 +100,8 @@ BEGIN
     RETURN NULL;
 END
 $$;
--- Immediate, so that the statement fails and not the commit; a transaction that swaps one instance for another in
--- either order says SET CONSTRAINTS ALL DEFERRED.
+-- Immediate, so that the statement fails and not the commit. A transaction that swaps two instances
+-- can use either order after SET CONSTRAINTS ALL DEFERRED.
 CREATE CONSTRAINT TRIGGER mcp_service_table_active_limit_insert
     AFTER INSERT ON mcp_service_table
     DEFERRABLE INITIALLY IMMEDIATE
@@ -103,7 +112,11 @@ CREATE CONSTRAINT TRIGGER mcp_service_table_active_limit_update
     DEFERRABLE INITIALLY IMMEDIATE
     FOR EACH ROW WHEN (
         NEW.status = 'active' AND NEW.oauth_status = 'completed'
-        AND (OLD.status <> 'active' OR OLD.oauth_status <> 'completed' OR OLD.user_id <> NEW.user_id)
+        AND (
+            OLD.status <> 'active'
+            OR OLD.oauth_status <> 'completed'
+            OR OLD.user_id <> NEW.user_id
+        )
     )
     EXECUTE FUNCTION mcp_service_table_check_active_limit();
 
@@ -119,7 +132,7 @@ BEGIN
     ) THEN
         RETURN NULL;
     END IF;
-    -- One by one in registry order, in which the counters of mcp_table are locked at commit.
+    -- One by one in registry order: in this order the commit locks the counters of mcp_table.
     FOR surplus IN
         SELECT instance_id
           FROM mcp_service_table
@@ -128,7 +141,9 @@ BEGIN
            FOR NO KEY UPDATE
     LOOP
         UPDATE mcp_service_table
-           SET status = CASE WHEN expires_at <= now() THEN 'expired' ELSE 'inactive' END::mcp_instance_status
+           SET status = (
+                   CASE WHEN expires_at <= now() THEN 'expired' ELSE 'inactive' END
+               )::mcp_instance_status
          WHERE instance_id = surplus;
     END LOOP;
     RETURN NULL;
@@ -141,7 +156,8 @@ CREATE TRIGGER user_plans_deactivate_surplus_insert
 CREATE TRIGGER user_plans_deactivate_surplus_update
     AFTER UPDATE OF max_instances ON user_plans
     FOR EACH ROW WHEN (
-        NEW.max_instances IS NOT NULL AND (OLD.max_instances IS NULL OR NEW.max_instances < OLD.max_instances)
+        NEW.max_instances IS NOT NULL
+        AND (OLD.max_instances IS NULL OR NEW.max_instances < OLD.max_instances)
     )
     EXECUTE FUNCTION user_plans_deactivate_surplus();
 
@@ -162,7 +178,9 @@ BEGIN
 END
 $$;
 
--- The users that are there already. Who has more than one active instance gets them switched off, as by a downgrade.
+-- Existing users get the free plan. A user with more than one active instance has all of them
+-- deactivated, as after a downgrade.
 INSERT INTO user_plans (user_id, plan_type, max_instances) SELECT id, 'free', 1 FROM users;
--- The counters are due at commit; a migration that follows in the same transaction may want to alter their tables.
+-- The counter triggers are due at commit. Run them now, so that a later migration in the same
+-- transaction can alter their tables.
 SET CONSTRAINTS ALL IMMEDIATE;

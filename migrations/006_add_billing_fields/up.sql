@@ -1,7 +1,7 @@
--- Who pays for a plan, and the ledger of gateway webhooks. A gateway delivers an event more than once, and two gateways
--- may use the same id: the pair is the key.
+-- How a plan is paid, and the log of gateway webhooks. A gateway may deliver an event several
+-- times, and two gateways may use the same id, so the pair of gateway and id is unique.
 
--- user_plans is small, a row for each user; its constraints are checked while it is locked.
+-- user_plans has one row per user and is small: its constraints may be checked while it is locked.
 -- squawk-ignore-file constraint-missing-not-valid, disallowed-unique-constraint
 
 SET LOCAL lock_timeout = '5s';
@@ -19,9 +19,12 @@ ALTER TABLE user_plans
     ADD CONSTRAINT user_plans_subscription_id_check CHECK (subscription_id <> ''),
     ADD CONSTRAINT user_plans_customer_id_check CHECK (customer_id <> '');
 
-COMMENT ON COLUMN user_plans.subscription_id IS 'Subscription at the payment gateway.';
-COMMENT ON COLUMN user_plans.customer_id IS 'Customer at the payment gateway. Unique, because saved cards are read by it.';
-COMMENT ON COLUMN user_plans.payment_status IS 'None: nobody pays for this plan.';
+COMMENT ON COLUMN user_plans.subscription_id IS
+    'Subscription id at the gateway that pays for the plan (Stripe or Razorpay).';
+COMMENT ON COLUMN user_plans.customer_id IS
+    'Customer id at the gateway that pays for the plan. '
+    'Unique, because saved cards are looked up by it.';
+COMMENT ON COLUMN user_plans.payment_status IS 'none: nobody pays for this plan.';
 
 CREATE TABLE webhook_events (
     event_id          uuid            NOT NULL DEFAULT gen_random_uuid(),
@@ -34,17 +37,22 @@ CREATE TABLE webhook_events (
     error_message     text,
     created_at        timestamptz     NOT NULL DEFAULT now(),
     CONSTRAINT webhook_events_pkey PRIMARY KEY (event_id),
-    CONSTRAINT webhook_events_payment_gateway_external_event_id_key UNIQUE (payment_gateway, external_event_id),
+    CONSTRAINT webhook_events_payment_gateway_external_event_id_key
+        UNIQUE (payment_gateway, external_event_id),
     CONSTRAINT webhook_events_external_event_id_check CHECK (external_event_id <> ''),
-    CONSTRAINT webhook_events_processed_at_check CHECK ((processing_status = 'pending') = (processed_at IS NULL))
+    CONSTRAINT webhook_events_processed_at_check
+        CHECK ((processing_status = 'pending') = (processed_at IS NULL))
 );
 CREATE INDEX webhook_events_created_at_idx ON webhook_events (created_at)
     WHERE processing_status IN ('pending', 'failed');
 
-COMMENT ON TABLE webhook_events IS 'Webhooks of the payment gateways: recorded first, processed after.';
-COMMENT ON COLUMN webhook_events.external_event_id IS 'The gateway''s id of the event; unique together with the gateway.';
-COMMENT ON COLUMN webhook_events.processed_at IS 'When it was processed, skipped or failed last; NULL exactly while pending.';
-COMMENT ON COLUMN webhook_events.error_message IS 'Why it failed.';
+COMMENT ON TABLE webhook_events IS
+    'Webhooks of the payment gateways: recorded on arrival, then processed.';
+COMMENT ON COLUMN webhook_events.external_event_id IS
+    'Event id at the gateway; unique together with payment_gateway.';
+COMMENT ON COLUMN webhook_events.processed_at IS
+    'When the event was processed, skipped or last failed; NULL exactly while pending.';
+COMMENT ON COLUMN webhook_events.error_message IS 'Why processing failed.';
 
 DO $$
 BEGIN

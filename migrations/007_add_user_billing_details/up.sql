@@ -1,5 +1,5 @@
--- Billing address and saved cards. A card is a gateway's token with what may be shown of it; its number and security
--- code must never get here (PCI DSS 3.3, 3.5).
+-- Billing address and saved cards. A card is a gateway token with the details that may be shown.
+-- Card numbers and security codes must never be stored here (PCI DSS 3.3, 3.5).
 
 SET LOCAL lock_timeout = '5s';
 
@@ -17,18 +17,24 @@ CREATE TABLE user_billing_details (
     created_at      timestamptz NOT NULL DEFAULT now(),
     updated_at      timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT user_billing_details_pkey PRIMARY KEY (billing_id),
-    CONSTRAINT user_billing_details_user_id_fkey FOREIGN KEY (user_id) REFERENCES users (id) ON DELETE CASCADE,
+    CONSTRAINT user_billing_details_user_id_fkey
+        FOREIGN KEY (user_id) REFERENCES users (id) ON DELETE CASCADE,
     CONSTRAINT unique_user_billing UNIQUE (user_id),
-    CONSTRAINT user_billing_details_address_line1_check CHECK (char_length(address_line1) BETWEEN 1 AND 255),
-    CONSTRAINT user_billing_details_address_line2_check CHECK (char_length(address_line2) <= 255),
+    CONSTRAINT user_billing_details_address_line1_check
+        CHECK (char_length(address_line1) BETWEEN 1 AND 255),
+    CONSTRAINT user_billing_details_address_line2_check
+        CHECK (char_length(address_line2) <= 255),
     CONSTRAINT user_billing_details_city_check CHECK (char_length(city) BETWEEN 1 AND 100),
     CONSTRAINT user_billing_details_state_check CHECK (char_length(state) BETWEEN 1 AND 100),
     CONSTRAINT user_billing_details_country_check CHECK (char_length(country) BETWEEN 1 AND 100),
-    CONSTRAINT user_billing_details_zip_code_check CHECK (char_length(zip_code) BETWEEN 1 AND 20),
+    CONSTRAINT user_billing_details_zip_code_check
+        CHECK (char_length(zip_code) BETWEEN 1 AND 20),
     CONSTRAINT user_billing_details_cards_check CHECK (jsonb_typeof(cards) = 'array'),
     CONSTRAINT user_billing_details_no_card_secrets CHECK (
         NOT jsonb_path_exists(
-            cards, 'strict $.** ? (@.type() == "object").keyvalue() ? (@.key like_regex "^(number|cvv|cvc)$" flag "i")'
+            cards,
+            'strict $.** ? (@.type() == "object").keyvalue()'
+            ' ? (@.key like_regex "^(number|cvv|cvc)$" flag "i")'
         )
     )
 );
@@ -38,8 +44,10 @@ CREATE TRIGGER user_billing_details_update_updated_at
     EXECUTE FUNCTION update_updated_at_column();
 
 COMMENT ON TABLE user_billing_details IS 'Billing address and saved cards of a user.';
-COMMENT ON COLUMN user_billing_details.cards IS 'Gateway tokens and what may be shown of a card; never its number or security code.';
-COMMENT ON COLUMN user_billing_details.default_card_id IS 'The id of one of cards.';
+COMMENT ON COLUMN user_billing_details.cards IS
+    'JSON array of gateway tokens with the card details that may be shown; '
+    'never a card number or security code.';
+COMMENT ON COLUMN user_billing_details.default_card_id IS 'Id of the default card in cards.';
 
 DO $$
 BEGIN

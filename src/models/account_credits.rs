@@ -11,8 +11,8 @@ use serde::Serialize;
 
 use crate::enums::CreditSource;
 use crate::ids::{CreditId, UserId};
-use crate::keyset::Keyset;
 use crate::models::{DEFAULT_CURRENCY, User, found};
+use crate::page::Cursor;
 use crate::schema::{account_credits, users};
 
 /// A row of `account_credits`.
@@ -161,7 +161,7 @@ impl AccountCredit {
     pub fn list_by_user(
         conn: &mut PgConnection,
         user_id: UserId,
-        after: Option<Keyset<CreditId>>,
+        after: Option<Cursor<CreditId>>,
         limit: i64,
     ) -> QueryResult<Vec<Self>> {
         let mut query = account_credits::table

@@ -8,7 +8,7 @@ use diesel::sql_types::Bool;
 use serde::Serialize;
 
 use crate::enums::{AuditStatus, InstanceStatus, OauthStatus};
-use crate::error::breaks;
+use crate::error::violates;
 use crate::ids::{CredentialId, InstanceId, UserId};
 use crate::models::{McpInstance, NewTokenAudit, TokenAudit, UserPlan, found};
 use crate::schema::sql_types::McpInstanceStatus;
@@ -298,7 +298,7 @@ impl McpCredential {
             .get_result(conn)
             .map_err(|error| match error {
                 diesel::NotFound => OauthError::NotOauth,
-                error if breaks(&error, "mcp_credentials_oauth_state_key") => {
+                error if violates(&error, "mcp_credentials_oauth_state_key") => {
                     OauthError::StateTaken
                 }
                 error => error.into(),
@@ -708,7 +708,7 @@ impl CompletedInstance {
             ("user_plan_missing", Self::PlanMissing),
         ]
         .into_iter()
-        .find_map(|(rule, refused)| breaks(error, rule).then_some(refused))
+        .find_map(|(rule, refused)| violates(error, rule).then_some(refused))
     }
 }
 

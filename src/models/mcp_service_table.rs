@@ -10,10 +10,10 @@ use diesel::sql_types::{BigInt, Interval, Nullable, Timestamptz, Uuid};
 use serde::Serialize;
 
 use crate::enums::{InstanceStatus, OauthStatus};
-use crate::error::breaks;
+use crate::error::violates;
 use crate::ids::{InstanceId, ServiceId, UserId};
-use crate::keyset::Keyset;
 use crate::models::{McpCredential, McpService, NewMcpCredential, User, UserPlan, found};
+use crate::page::Cursor;
 use crate::schema::sql_types::McpInstanceStatus;
 use crate::schema::{mcp_credentials, mcp_service_table, mcp_table};
 
@@ -175,15 +175,15 @@ pub enum InstanceError {
 
 impl From<diesel::result::Error> for InstanceError {
     fn from(error: diesel::result::Error) -> Self {
-        if breaks(&error, "user_plan_active_limit") {
+        if violates(&error, "user_plan_active_limit") {
             Self::LimitReached
-        } else if breaks(&error, "user_plan_expired") {
+        } else if violates(&error, "user_plan_expired") {
             Self::PlanExpired
-        } else if breaks(&error, "user_plan_missing") {
+        } else if violates(&error, "user_plan_missing") {
             Self::PlanMissing
-        } else if breaks(&error, "mcp_table_service_disabled") {
+        } else if violates(&error, "mcp_table_service_disabled") {
             Self::ServiceDisabled
-        } else if breaks(&error, "mcp_service_table_mcp_service_id_fkey") {
+        } else if violates(&error, "mcp_service_table_mcp_service_id_fkey") {
             Self::UnknownService
         } else {
             Self::Database(error)
@@ -330,7 +330,7 @@ impl McpInstance {
         conn: &mut PgConnection,
         user_id: UserId,
         filter: InstanceFilter<'_>,
-        after: Option<Keyset<InstanceId>>,
+        after: Option<Cursor<InstanceId>>,
         limit: i64,
     ) -> QueryResult<Vec<InstanceDetails>> {
         let mut query = mcp_service_table::table

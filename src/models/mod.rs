@@ -47,7 +47,29 @@ pub use user_subscriptions::{
     NewUserSubscription, SubscriptionError, UserSubscription, UserSubscriptionChangeset,
 };
 pub use users::{EmailError, InvalidEmail, NewUser, User, UserChangeset, canonical_email};
-pub use webhook_events::{NewWebhookEvent, Recorded, WebhookEvent};
+pub use webhook_events::{NewWebhookEvent, Recorded as RecordedWebhook, WebhookEvent};
+
+/// A row that is recorded once.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Recorded<T> {
+    /// This call inserted the row.
+    New(T),
+    /// The row existed before; it is returned as it is.
+    Existing(T),
+}
+
+impl<T> Recorded<T> {
+    /// The row.
+    pub fn into_inner(self) -> T {
+        let (Self::New(row) | Self::Existing(row)) = self;
+        row
+    }
+
+    /// Whether this call inserted the row.
+    pub fn is_new(&self) -> bool {
+        matches!(self, Self::New(_))
+    }
+}
 
 /// The currency of a row that names none: the columns' default.
 const DEFAULT_CURRENCY: &str = "INR";

@@ -11,8 +11,8 @@ use serde_json::Value;
 
 use crate::enums::{TransactionStatus, TransactionType};
 use crate::ids::{SubscriptionId, TransactionId, UserId};
-use crate::keyset::Keyset;
 use crate::models::{DEFAULT_CURRENCY, User, found};
+use crate::page::Cursor;
 use crate::schema::subscription_transactions;
 
 /// A row of `subscription_transactions`.
@@ -322,7 +322,7 @@ impl SubscriptionTransaction {
     pub fn list_by_user(
         conn: &mut PgConnection,
         user_id: UserId,
-        after: Option<Keyset<TransactionId>>,
+        after: Option<Cursor<TransactionId>>,
         limit: i64,
     ) -> QueryResult<Vec<Self>> {
         let mut query = subscription_transactions::table

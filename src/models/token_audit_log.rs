@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::enums::AuditStatus;
 use crate::ids::{AuditId, InstanceId, UserId};
-use crate::keyset::Keyset;
+use crate::page::Cursor;
 use crate::schema::token_audit_log;
 
 /// A row of `token_audit_log`.
@@ -97,7 +97,7 @@ impl TokenAudit {
     pub fn list_by_instance(
         conn: &mut PgConnection,
         instance_id: InstanceId,
-        after: Option<Keyset<AuditId>>,
+        after: Option<Cursor<AuditId>>,
         limit: i64,
     ) -> QueryResult<Vec<Self>> {
         let mut query = token_audit_log::table

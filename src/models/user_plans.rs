@@ -7,7 +7,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::enums::{InstanceStatus, OauthStatus, PlanPaymentStatus, PlanType};
-use crate::error::breaks;
+use crate::error::violates;
 use crate::ids::{InstanceId, PlanId, UserId};
 use crate::models::{McpInstance, User, found};
 use crate::schema::{mcp_service_table, user_plans};
@@ -116,9 +116,9 @@ pub enum UpgradeError {
 
 impl From<diesel::result::Error> for UpgradeError {
     fn from(error: diesel::result::Error) -> Self {
-        if breaks(&error, "user_plans_subscription_id_key") {
+        if violates(&error, "user_plans_subscription_id_key") {
             Self::SubscriptionTaken
-        } else if breaks(&error, "user_plans_customer_id_key") {
+        } else if violates(&error, "user_plans_customer_id_key") {
             Self::CustomerTaken
         } else {
             Self::Database(error)

@@ -10,10 +10,10 @@ use diesel::sql_types::Bool;
 use serde::Serialize;
 
 use crate::enums::{BillingCycle, SubscriptionPlan, SubscriptionStatus};
-use crate::error::breaks;
+use crate::error::violates;
 use crate::ids::{SubscriptionId, UserId};
-use crate::keyset::Keyset;
 use crate::models::{User, found};
+use crate::page::Cursor;
 use crate::schema::user_subscriptions;
 
 /// A row of `user_subscriptions`.
@@ -224,9 +224,9 @@ pub enum SubscriptionError {
 
 impl From<Error> for SubscriptionError {
     fn from(error: Error) -> Self {
-        if breaks(&error, "user_subscriptions_one_live_per_user") {
+        if violates(&error, "user_subscriptions_one_live_per_user") {
             Self::LiveExists
-        } else if breaks(&error, "user_subscriptions_razorpay_subscription_id_key") {
+        } else if violates(&error, "user_subscriptions_razorpay_subscription_id_key") {
             Self::GatewayIdTaken
         } else {
             Self::Database(error)
@@ -304,7 +304,7 @@ impl UserSubscription {
     pub fn list_by_user(
         conn: &mut PgConnection,
         user_id: UserId,
-        after: Option<Keyset<SubscriptionId>>,
+        after: Option<Cursor<SubscriptionId>>,
         limit: i64,
     ) -> QueryResult<Vec<Self>> {
         let mut query = user_subscriptions::table

@@ -9,7 +9,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::enums::{AuthTokenType, PlanPaymentStatus, PlanType};
-use crate::error::breaks;
+use crate::error::violates;
 use crate::ids::{CredentialId, InstanceId, UserId};
 use crate::models::{AuthToken, UserPlan, found};
 use crate::schema::{
@@ -333,7 +333,7 @@ impl User {
             Ok(user)
         });
         changed.map_err(|error| {
-            if breaks(&error, "users_email_key") {
+            if violates(&error, "users_email_key") {
                 EmailError::EmailTaken
             } else {
                 EmailError::Database(error)

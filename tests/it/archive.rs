@@ -186,7 +186,9 @@ fn the_comment_lists_what_points_into_the_archive() {
     let comment = database
         .psql("SELECT obj_description('bruhmcp_archive'::regnamespace, 'pg_namespace')")
         .unwrap();
-    let (_, list) = comment.split_once("still pointing in here:\n").unwrap();
+    let (_, list) = comment
+        .split_once("Objects outside that still refer to it:\n")
+        .unwrap();
     assert_eq!(
         list,
         "- column plan of table support_tickets\n\
@@ -299,7 +301,7 @@ fn an_existing_archive_is_never_added_to() {
     database.psql("CREATE TABLE users (id int)").unwrap();
     let error = assert_refused(&database, up, "42P06");
     assert!(
-        error.contains("schema \"bruhmcp_archive\" exists already"),
+        error.contains("schema \"bruhmcp_archive\" already exists"),
         "{error}"
     );
     assert!(error.contains("HINT:  Rename that schema"), "{error}");

@@ -5,7 +5,7 @@ use bruhmcp_db::enums::AuditStatus;
 use bruhmcp_db::ids::InstanceId;
 use bruhmcp_db::models::{NewTokenAudit, TokenAudit};
 use bruhmcp_db::views::TokenAuditSummary;
-use bruhmcp_db::{ConstraintViolation, Keyset};
+use bruhmcp_db::{ConstraintViolation, Cursor};
 use diesel::connection::SimpleConnection;
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
@@ -51,7 +51,7 @@ fn what_was_done_comes_in_pages() {
     loop {
         let page = TokenAudit::list_by_instance(conn, instance, after, 2).unwrap();
         let Some(last) = page.last() else { break };
-        after = Some(Keyset {
+        after = Some(Cursor {
             created_at: last.created_at,
             id: last.audit_id,
         });

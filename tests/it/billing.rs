@@ -8,7 +8,7 @@ use bruhmcp_db::{ConstraintViolation, SecretText};
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
 
-use crate::instances::user;
+use crate::fixtures::user;
 use crate::support::{at_once, database};
 
 fn address(user_id: UserId, city: &str) -> NewUserBillingDetails<'_> {

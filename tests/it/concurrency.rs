@@ -11,7 +11,7 @@ use diesel::connection::SimpleConnection;
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
 
-use crate::instances::{
+use crate::fixtures::{
     authorise, create, create_inactive, create_pending, find, pro_user, service, upgrade, user,
 };
 use crate::support::{self, TestDatabase};

@@ -5,14 +5,14 @@ use std::cell::RefCell;
 use bruhmcp_db::enums::CreditSource;
 use bruhmcp_db::ids::{CreditId, UserId};
 use bruhmcp_db::models::*;
-use bruhmcp_db::{ConstraintViolation, Isolation, Keyset, is_transient, retry_transaction};
+use bruhmcp_db::{ConstraintViolation, Cursor, Isolation, is_transient, retry_transaction};
 use chrono::{DateTime, TimeDelta, Utc};
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
-use crate::instances::user;
+use crate::fixtures::user;
 use crate::support::{at_once, database};
 
 fn credit(user_id: UserId, amount: i64) -> NewAccountCredit<'static> {
@@ -358,7 +358,7 @@ fn history_comes_in_pages() {
         .unwrap();
     ids.reverse();
     let first = AccountCredit::list_by_user(conn, user, None, 3).unwrap();
-    let after = Keyset {
+    let after = Cursor {
         created_at: first[2].created_at,
         id: first[2].id,
     };

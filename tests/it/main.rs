@@ -15,6 +15,7 @@ mod enums;
 // Limits and poolers are set up the Linux way.
 #[cfg(all(feature = "cli", target_os = "linux"))]
 mod faults;
+mod fixtures;
 mod instances;
 mod migrations;
 mod models;

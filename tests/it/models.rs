@@ -253,7 +253,7 @@ fn money() {
     assert!(
         ConstraintViolation::of(&error)
             .unwrap()
-            .rule
+            .constraint
             .ends_with("_user_id_fkey")
     );
 }

@@ -13,7 +13,7 @@ use diesel::connection::SimpleConnection;
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
 
-use crate::instances::{authorise, create, create_pending, find, pro_user, service};
+use crate::fixtures::{authorise, create, create_pending, find, pro_user, service};
 use crate::support;
 
 const IDLE: TimeDelta = TimeDelta::minutes(5);

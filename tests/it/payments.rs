@@ -7,13 +7,13 @@ use bruhmcp_db::enums::TransactionStatus::{self, *};
 use bruhmcp_db::enums::TransactionType;
 use bruhmcp_db::ids::{TransactionId, UserId};
 use bruhmcp_db::models::*;
-use bruhmcp_db::{ConstraintViolation, Isolation, Keyset, retry_transaction};
+use bruhmcp_db::{ConstraintViolation, Cursor, Isolation, retry_transaction};
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
-use crate::instances::user;
+use crate::fixtures::user;
 use crate::support::{at_once, database};
 
 fn payment(
@@ -408,7 +408,7 @@ fn history_comes_in_pages() {
     loop {
         let page = SubscriptionTransaction::list_by_user(conn, user, after, 2).unwrap();
         let Some(last) = page.last() else { break };
-        after = Some(Keyset {
+        after = Some(Cursor {
             created_at: last.created_at,
             id: last.id,
         });

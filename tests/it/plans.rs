@@ -10,7 +10,7 @@ use bruhmcp_db::models::{McpInstance, ProPlan, UpgradeError, UserPlan};
 use chrono::{DateTime, TimeDelta, Utc};
 use diesel::connection::SimpleConnection;
 
-use crate::instances::{
+use crate::fixtures::{
     create, create_inactive, create_pending, find, pro_user, service, upgrade, user,
 };
 use crate::support;

@@ -1,16 +1,16 @@
-//! Every rule of the database broken once, and the name under which a caller sees it.
+//! Statements that violate the database's constraints, and the name that a caller sees.
 
 use std::collections::BTreeSet;
 
-use bruhmcp_db::{ConstraintViolation, RuleKind};
+use bruhmcp_db::{ConstraintKind, ConstraintViolation};
 use diesel::connection::SimpleConnection;
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
 use diesel::sql_types::Text;
 
-use crate::support::{TestDatabase, database};
+use crate::support::{TestDatabase, assert_same, database};
 
-/// `:u1` and the like become keys: the same letters, the same key.
+/// Replaces `:u1` and the like with UUIDs, the same ones each time.
 pub(crate) fn with_keys(sql: &str) -> String {
     let mut out = String::new();
     let mut rest = sql;
@@ -41,9 +41,9 @@ pub(crate) fn database_with_rows() -> TestDatabase {
     database
 }
 
-/// The rule, and a statement that breaks it on the rows of `tests/fixtures/rows.sql`.
+/// A constraint, and a statement that violates it on the rows of `tests/fixtures/rows.sql`.
 #[rustfmt::skip]
-const BROKEN: &[(&str, &str)] = &[
+const VIOLATIONS: &[(&str, &str)] = &[
     ("users_pkey", "INSERT INTO users (id, first_name, last_name, email) VALUES (:u1, 'a', '', 'new@example.in')"),
     ("users_email_key", "INSERT INTO users (first_name, last_name, email) VALUES ('a', '', 'asha@example.in')"),
     ("users_razorpay_customer_id_key", "UPDATE users SET razorpay_customer_id = 'cust_1' WHERE id = :u2"),
@@ -237,8 +237,8 @@ const BROKEN: &[(&str, &str)] = &[
     ("user_billing_details_no_card_secrets", r#"UPDATE user_billing_details SET cards = '[[{"a": {"cvc": null}}]]'"#),
 ];
 
-/// Runs the statements in a transaction that is rolled back, and says which rule stopped them.
-fn broken_rule(conn: &mut PgConnection, sql: &str) -> ConstraintViolation {
+/// Runs the statements in a transaction that is rolled back, and returns what they violated.
+fn violation(conn: &mut PgConnection, sql: &str) -> ConstraintViolation {
     let error = conn
         .transaction::<(), _, _>(|conn| {
             conn.batch_execute(&with_keys(sql))?;
@@ -249,25 +249,28 @@ fn broken_rule(conn: &mut PgConnection, sql: &str) -> ConstraintViolation {
 }
 
 #[test]
-fn each_broken_rule_is_named() {
+fn each_violated_constraint_is_named() {
     let database = database_with_rows();
     let conn = &mut database.connect();
-    for (rule, sql) in BROKEN {
-        let broken = broken_rule(conn, sql);
-        assert!(broken.is(rule), "{sql}: {broken} instead of {rule}");
-        let kind = match rule {
-            rule if rule.ends_with("_fkey") => RuleKind::ForeignKey,
-            rule if rule.ends_with("_pkey")
-                || rule.ends_with("_key")
-                || rule.contains("_one_live_per_") =>
-            {
-                RuleKind::Unique
-            }
-            rule if rule.starts_with("unique_") => RuleKind::Unique,
-            _ => RuleKind::Check,
+    for (constraint, sql) in VIOLATIONS {
+        let violation = violation(conn, sql);
+        assert!(
+            violation.is(constraint),
+            "{sql}: {violation} instead of {constraint}"
+        );
+        let unique = constraint.ends_with("_pkey")
+            || constraint.ends_with("_key")
+            || constraint.contains("_one_live_per_")
+            || constraint.starts_with("unique_");
+        let kind = if constraint.ends_with("_fkey") {
+            ConstraintKind::ForeignKey
+        } else if unique {
+            ConstraintKind::Unique
+        } else {
+            ConstraintKind::Check
         };
-        assert_eq!(broken.kind, kind, "{rule}");
-        assert_ne!(broken.table, "", "{rule}");
+        assert_eq!(violation.kind, kind, "{constraint}");
+        assert_ne!(violation.table, "", "{constraint}");
     }
 }
 
@@ -277,31 +280,55 @@ struct Name {
     name: String,
 }
 
-#[test]
-fn no_rule_is_left_out() {
-    // Of the triggers, those rules that raise: their names stand in the functions.
-    let rules = diesel::sql_query(
-        "SELECT conname::text AS name FROM pg_constraint
-          WHERE connamespace = 'public'::regnamespace AND contype IN ('p', 'u', 'c', 'f')
-         UNION
-         SELECT indexrelid::regclass::text FROM pg_index JOIN pg_class ON pg_class.oid = indrelid
-          WHERE indisunique AND relnamespace = 'public'::regnamespace
-         UNION
-         SELECT (regexp_matches(prosrc, 'CONSTRAINT = ''(\\w+)''', 'g'))[1] FROM pg_proc
-          WHERE pronamespace = 'public'::regnamespace",
-    )
-    .load::<Name>(&mut database().connect())
-    .unwrap();
-    let rules: BTreeSet<&str> = rules
-        .iter()
-        .map(|rule| rule.name.as_str())
-        .filter(|rule| !rule.starts_with("__diesel"))
-        .collect();
-    let broken: BTreeSet<&str> = BROKEN.iter().map(|(rule, _)| *rule).collect();
-    assert_eq!(rules, broken);
+fn names(sql: &str) -> BTreeSet<String> {
+    let names = diesel::sql_query(sql)
+        .load::<Name>(&mut database().connect())
+        .unwrap();
+    names.into_iter().map(|row| row.name).collect()
 }
 
-/// Statements that look alike but break nothing.
+/// The constraints that triggers raise. Their names are in the functions.
+const RAISED: &str = "SELECT (regexp_matches(prosrc, 'CONSTRAINT = ''(\\w+)''', 'g'))[1] AS name
+    FROM pg_proc WHERE pronamespace = 'public'::regnamespace";
+
+/// The constraints and unique indexes of the schema.
+const DECLARED: &str = "SELECT conname::text AS name FROM pg_constraint
+      WHERE connamespace = 'public'::regnamespace AND contype IN ('c', 'f', 'p', 'u', 'x')
+      UNION
+     SELECT indexrelid::regclass::text FROM pg_index JOIN pg_class ON pg_class.oid = indrelid
+      WHERE indisunique AND relnamespace = 'public'::regnamespace";
+
+fn violated() -> BTreeSet<String> {
+    let names = VIOLATIONS.iter().map(|(name, _)| (*name).to_owned());
+    names.collect()
+}
+
+/// A new constraint needs no case here if its name follows the pattern and PostgreSQL enforces it. It
+/// needs one if a trigger raises it, or if it has a name of its own for callers to match on.
+#[test]
+fn each_named_constraint_is_violated_once() {
+    let mut expected = names(RAISED);
+    let ends = ["_pkey", "_key", "_fkey", "_check"];
+    let declared = names(DECLARED);
+    let named = declared
+        .into_iter()
+        .filter(|name| !ends.iter().any(|end| name.ends_with(end)));
+    expected.extend(named);
+    let violated = violated();
+    let found: Vec<String> = expected.intersection(&violated).cloned().collect();
+    assert_same(expected, found);
+}
+
+#[test]
+fn each_violated_constraint_exists() {
+    let mut known = names(RAISED);
+    known.extend(names(DECLARED));
+    let violated = violated();
+    let found: Vec<String> = violated.intersection(&known).cloned().collect();
+    assert_same(violated, found);
+}
+
+/// Statements that look similar but violate nothing.
 #[test]
 fn what_is_allowed_is_allowed() {
     let database = database_with_rows();

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use bruhmcp_db::Keyset;
+use bruhmcp_db::Cursor;
 use bruhmcp_db::enums::SubscriptionStatus::{self, *};
 use bruhmcp_db::ids::{SubscriptionId, UserId};
 use bruhmcp_db::models::*;
@@ -10,7 +10,7 @@ use chrono::{TimeDelta, Utc};
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
 
-use crate::instances::user;
+use crate::fixtures::user;
 use crate::support::{at_once, database};
 
 fn new(user_id: UserId, status: SubscriptionStatus) -> NewUserSubscription<'static> {
@@ -271,7 +271,7 @@ fn history_comes_in_pages() {
     loop {
         let page = UserSubscription::list_by_user(conn, user, after, 2).unwrap();
         let Some(last) = page.last() else { break };
-        after = Some(Keyset {
+        after = Some(Cursor {
             created_at: last.created_at,
             id: last.id,
         });

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use bruhmcp_db::ConstraintViolation;
 use bruhmcp_db::enums::{PaymentGateway, WebhookStatus};
 use bruhmcp_db::ids::WebhookEventId;
-use bruhmcp_db::models::{NewWebhookEvent, Recorded, WebhookEvent};
+use bruhmcp_db::models::{NewWebhookEvent, RecordedWebhook, WebhookEvent};
 use chrono::{TimeDelta, Utc};
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
@@ -29,7 +29,7 @@ fn event(external_event_id: &str) -> NewWebhookEvent<'_> {
 
 fn record(conn: &mut PgConnection, external_event_id: &str) -> WebhookEvent {
     match WebhookEvent::record(conn, &event(external_event_id)).unwrap() {
-        Recorded::New(event) => event,
+        RecordedWebhook::New(event) => event,
         other => panic!("{other:?}"),
     }
 }
@@ -56,12 +56,12 @@ fn an_event_is_new_once() {
     });
     let (new, others): (Vec<_>, Vec<_>) = recorded
         .into_iter()
-        .partition(|recorded| matches!(recorded, Recorded::New(_)));
-    let [Recorded::New(row)] = &new[..] else {
+        .partition(|recorded| matches!(recorded, RecordedWebhook::New(_)));
+    let [RecordedWebhook::New(row)] = &new[..] else {
         panic!("{new:?}")
     };
     for other in others {
-        assert_eq!(other, Recorded::Duplicate(row.clone()));
+        assert_eq!(other, RecordedWebhook::Duplicate(row.clone()));
     }
     // Another payload is no other event, another gateway is.
     let payload = json!({"amount": 1});
@@ -71,7 +71,7 @@ fn an_event_is_new_once() {
     };
     assert_eq!(
         WebhookEvent::record(conn, &again).unwrap(),
-        Recorded::Duplicate(row.clone())
+        RecordedWebhook::Duplicate(row.clone())
     );
     let stripe = NewWebhookEvent {
         payment_gateway: PaymentGateway::Stripe,
@@ -79,7 +79,7 @@ fn an_event_is_new_once() {
     };
     assert!(matches!(
         WebhookEvent::record(conn, &stripe).unwrap(),
-        Recorded::New(_)
+        RecordedWebhook::New(_)
     ));
     let error = WebhookEvent::record(conn, &event("")).unwrap_err();
     assert!(
@@ -95,7 +95,9 @@ fn delivered_by_many_it_is_processed_once() {
     let processed = AtomicUsize::new(0);
     let all_tried = Barrier::new(32);
     at_once(&database, 32, |_, conn| {
-        let (Recorded::New(event) | Recorded::Duplicate(event) | Recorded::FailedEarlier(event)) =
+        let (RecordedWebhook::New(event)
+        | RecordedWebhook::Duplicate(event)
+        | RecordedWebhook::FailedEarlier(event)) =
             WebhookEvent::record(conn, &event("evt_1")).unwrap();
         conn.transaction::<_, diesel::result::Error, _>(|conn| {
             let taken = WebhookEvent::take(conn, event.event_id)?;
@@ -123,7 +125,7 @@ fn recording_does_not_wait_for_a_worker() {
             assert_eq!(open(conn), []);
             assert_eq!(
                 WebhookEvent::record(conn, &event("evt_1"))?,
-                Recorded::Duplicate(row.clone())
+                RecordedWebhook::Duplicate(row.clone())
             );
             Ok(())
         })
@@ -145,7 +147,7 @@ fn a_mark_of_an_open_event_is_final_unless_it_failed() {
     assert!(failed.processed_at.is_some());
     assert_eq!(
         WebhookEvent::record(conn, &event("evt_1")).unwrap(),
-        Recorded::FailedEarlier(failed)
+        RecordedWebhook::FailedEarlier(failed)
     );
     assert!(WebhookEvent::mark_processed(conn, done).unwrap());
     assert!(WebhookEvent::mark_skipped(conn, skipped).unwrap());
