@@ -182,7 +182,7 @@ impl World {
     fn monitor(&self, conn: &mut PgConnection) -> QueryResult<()> {
         while self.at_work.load(Ordering::Acquire) > 0 {
             McpInstance::expire_due(conn, 10)?;
-            UserPlan::expire_next(conn)?;
+            UserPlan::expire_due(conn)?;
             let idle = TimeDelta::milliseconds(20);
             let abandoned: Vec<InstanceId> = McpInstance::list_abandoned(conn, idle, 3)?
                 .iter()
