@@ -466,7 +466,7 @@ impl AuthToken {
     ///
     /// `keep` must be at least the period of [`count_issued_since`](Self::count_issued_since). Used refresh tokens stay until
     /// they expire, so that a reuse is detected. Several workers can run it: rows locked by others are skipped.
-    pub fn purge(conn: &mut PgConnection, keep: TimeDelta, limit: i64) -> QueryResult<usize> {
+    pub fn purge(conn: &mut PgConnection, keep: TimeDelta, limit: u16) -> QueryResult<usize> {
         // Not the DSL: only a materialized CTE is evaluated exactly once.
         diesel::sql_query(
             "WITH old AS MATERIALIZED (
@@ -480,7 +480,7 @@ impl AuthToken {
              DELETE FROM auth_tokens USING old WHERE auth_tokens.id = old.id",
         )
         .bind::<Interval, _>(keep)
-        .bind::<BigInt, _>(limit)
+        .bind::<BigInt, _>(i64::from(limit))
         .execute(conn)
     }
 }

@@ -17,6 +17,8 @@ mod enums;
 mod faults;
 mod fixtures;
 mod instances;
+#[cfg(feature = "crypto")]
+mod locks;
 mod migrations;
 mod models;
 mod monitor;
