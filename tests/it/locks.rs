@@ -697,6 +697,7 @@ fn unexpected(outcome: Outcome) -> Result<(), Unexpected> {
 struct Lane {
     database: TestDatabase,
     racers: [PgConnection; 2],
+    dice: Dice,
 }
 
 impl Lane {
@@ -709,7 +710,11 @@ impl Lane {
             conn.set_instrumentation(stumble(seed));
             conn
         });
-        Self { database, racers }
+        Self {
+            database,
+            racers,
+            dice: Dice(seed),
+        }
     }
 
     /// Lets both sides run at once, several times, and returns what went wrong.
@@ -719,16 +724,23 @@ impl Lane {
         for _ in 0..rounds {
             conn.batch_execute(&USER_WITH_ROWS).unwrap();
             sides.iter().for_each(|side| side.arrange(conn));
+            // An operation of few statements must also meet the later ones of another.
+            let head_start = Duration::from_millis(self.dice.roll(4) as u64 * 5);
+            let late = self.dice.roll(2);
             let start = Barrier::new(2);
             let results = thread::scope(|scope| {
                 let running: Vec<_> = self
                     .racers
                     .iter_mut()
                     .zip(sides)
-                    .map(|(conn, side)| {
+                    .enumerate()
+                    .map(|(n, (conn, side))| {
                         let start = &start;
                         scope.spawn(move || {
                             start.wait();
+                            if n == late {
+                                thread::sleep(head_start);
+                            }
                             side.run(conn)
                         })
                     })
@@ -821,6 +833,93 @@ fn no_two_operations_run_into_a_deadlock() {
         }
     }
     race_all(&pairs, 3);
+}
+
+/// Compositions that lock rows in the opposite order to the operation beside them.
+const AGAINST_THE_ORDER: &[(&str, &str, &str)] = &[
+    (
+        "McpInstance::record_call, pending",
+        "McpCredential::fail_oauth",
+        "McpCredential::fail_oauth",
+    ),
+    (
+        "McpInstance::record_call, pending",
+        "McpCredential::consume_state",
+        "McpInstance::delete, pending",
+    ),
+    (
+        "McpInstance::record_call",
+        "McpCredential::begin_oauth",
+        "McpCredential::begin_oauth",
+    ),
+    (
+        "McpInstance::record_call",
+        "McpCredential::replace_client_secret",
+        "McpCredential::claim_due, refreshed",
+    ),
+    (
+        "McpInstance::rename",
+        "McpCredential::begin_oauth",
+        "McpCredential::claim_due, refused",
+    ),
+    (
+        "McpInstance::deactivate",
+        "McpCredential::replace_api_key",
+        "McpCredential::replace_api_key",
+    ),
+    (
+        "McpInstance::rename",
+        "McpCredential::replace_client_secret",
+        "McpInstance::delete",
+    ),
+    (
+        "McpInstance::activate",
+        "McpInstance::deactivate",
+        "UserPlan::downgrade",
+    ),
+    ("User::record_login", "UserPlan::upgrade", "User::anonymise"),
+    (
+        "AuthToken::issue a code",
+        "UserSubscription::change_status",
+        "UserSubscription::upgrade",
+    ),
+    (
+        "UserSubscription::start",
+        "UserSubscription::record_failed_payment",
+        "UserSubscription::replace",
+    ),
+    (
+        "AccountCredit::grant",
+        "SubscriptionTransaction::advance",
+        "SubscriptionTransaction::refund",
+    ),
+    (
+        "SubscriptionTransaction::refund",
+        "UserSubscription::change_status",
+        "UserSubscription::upgrade",
+    ),
+    (
+        "AuthToken::revoke_all",
+        "User::change_email",
+        "AccountCredit::spend",
+    ),
+];
+
+#[test]
+fn compositions_against_the_order_run_into_no_deadlock() {
+    let named = |name: &str| {
+        let mut operations = OPERATIONS.iter();
+        let operation = operations.find(|operation| operation.name == name);
+        operation.unwrap_or_else(|| panic!("there is no {name}"))
+    };
+    let pairs: Vec<_> = AGAINST_THE_ORDER
+        .iter()
+        .map(|(first, second, beside)| {
+            let composed = Side::Composed(named(first), named(second));
+            [composed, Side::Alone(named(beside))]
+        })
+        .collect();
+    race_all(&pairs, 20);
 }
 
 #[test]

@@ -36,5 +36,6 @@ mod subscriptions;
 mod support;
 #[cfg(feature = "crypto")]
 mod tokens;
+mod transactions;
 mod users;
 mod webhooks;
