@@ -11,7 +11,7 @@ use bruhmcp_db::{Cursor, SecretText};
 use chrono::{DateTime, Datelike, TimeDelta, Utc};
 use diesel::Connection;
 use oxhttp::model::{Body, Request};
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::SecretString;
 use serde::Deserialize;
 use serde_json::json;
 
@@ -61,7 +61,6 @@ pub(crate) fn create(app: &App, user_id: UserId, new: &Create) -> Answer {
             let credential =
                 NewMcpCredential::oauth(&app.key_ring, instance_id, client_id, client_secret)?;
             let state = new_secret();
-            let state = SecretText::new(state.expose_secret());
             let url = SecretText::new(format!(
                 "https://provider.example/authorize?response_type=code&client_id={client_id}&state={}",
                 state.expose()

@@ -89,10 +89,10 @@ fn assert_counters_right(database: &TestDatabase) {
 }
 
 /// A small generator of numbers (an LCG of Knuth's), the same for the same seed.
-struct Dice(u64);
+pub(crate) struct Dice(pub(crate) u64);
 
 impl Dice {
-    fn roll(&mut self, sides: usize) -> usize {
+    pub(crate) fn roll(&mut self, sides: usize) -> usize {
         self.0 = self
             .0
             .wrapping_mul(6_364_136_223_846_793_005)
@@ -182,7 +182,7 @@ impl World {
     fn monitor(&self, conn: &mut PgConnection) -> QueryResult<()> {
         while self.at_work.load(Ordering::Acquire) > 0 {
             McpInstance::expire_due(conn, 10)?;
-            UserPlan::expire_next(conn)?;
+            UserPlan::expire_due(conn)?;
             let idle = TimeDelta::milliseconds(20);
             let abandoned: Vec<InstanceId> = McpInstance::list_abandoned(conn, idle, 3)?
                 .iter()

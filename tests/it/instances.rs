@@ -198,7 +198,9 @@ fn a_plan_that_has_expired_or_is_missing_allows_nothing_new() {
     create_pending(conn, user, gmail);
 
     let plan = UserPlan::find_by_user(conn, user).unwrap().unwrap();
-    UserPlan::delete(conn, plan.plan_id).unwrap();
+    diesel::delete(bruhmcp_db::schema::user_plans::table.find(plan.plan_id))
+        .execute(conn)
+        .unwrap();
     let refusals = [
         create(conn, user, gmail).map(drop),
         McpInstance::activate(conn, inactive, user).map(drop),

@@ -4,12 +4,12 @@ use std::collections::HashSet;
 use std::sync::LazyLock;
 
 use bruhmcp_db::crypto::{KeyRing, SecretColumn};
-use bruhmcp_db::enums::{AuditStatus, AuthType, InstanceStatus, OauthStatus, PlanType};
+use bruhmcp_db::enums::{AuditStatus, AuthType, InstanceStatus, OauthStatus};
 use bruhmcp_db::ids::{CredentialId, InstanceId, ServiceId, UserId};
 use bruhmcp_db::models::{
     CompletedInstance, CredentialError, McpCredential, McpInstance, McpInstanceChangeset,
     McpService, NewMcpCredential, NewMcpInstance, NewMcpService, NewUser, OauthError, OauthTokens,
-    TokenAudit, User, UserPlan, UserPlanChangeset,
+    ProPlan, TokenAudit, User, UserPlan,
 };
 use bruhmcp_db::{Isolation, SecretText, is_transient, retry_transaction};
 use chrono::{DateTime, TimeDelta, Utc};
@@ -23,34 +23,15 @@ pub(crate) static RING: LazyLock<KeyRing> =
 
 /// A user with the plan that comes with it, free.
 fn user(conn: &mut PgConnection, email: &str) -> UserId {
-    let new = NewUser {
-        id: None,
-        first_name: "Asha",
-        last_name: "",
-        email,
-        password: None,
-        email_verified: None,
-        razorpay_customer_id: None,
-        is_active: None,
-    };
-    User::insert(conn, &new).unwrap().id
+    let new = NewUser::new("Asha", "", email);
+    User::sign_up(conn, &new).unwrap().id
 }
 
 /// A user who may have any number of active instances.
 pub(crate) fn pro_user(conn: &mut PgConnection) -> UserId {
     let user_id = user(conn, "pro@example.in");
-    let pro = UserPlanChangeset {
-        plan_type: Some(PlanType::Pro),
-        max_instances: Some(None),
-        ..Default::default()
-    };
-    change_plan(conn, user_id, &pro);
+    UserPlan::upgrade(conn, user_id, &ProPlan::default()).unwrap();
     user_id
-}
-
-fn change_plan(conn: &mut PgConnection, user_id: UserId, changes: &UserPlanChangeset<'_>) {
-    let plan = UserPlan::find_by_user(conn, user_id).unwrap().unwrap();
-    UserPlan::update(conn, plan.plan_id, changes).unwrap();
 }
 
 pub(crate) fn service(conn: &mut PgConnection) -> ServiceId {
@@ -384,11 +365,11 @@ fn completing_never_loses_the_tokens() {
 
     let ravi = user(conn, "ravi@example.in");
     let third = pending(conn, ravi, service_id);
-    let ended = UserPlanChangeset {
-        expires_at: Some(Some(in_minutes(-1))),
-        ..Default::default()
+    let ended = ProPlan {
+        expires_at: Some(in_minutes(-1)),
+        ..ProPlan::default()
     };
-    change_plan(conn, ravi, &ended);
+    UserPlan::upgrade(conn, ravi, &ended).unwrap();
     assert_eq!(
         complete(conn, &third),
         (CompletedInstance::PlanExpired, InstanceStatus::Inactive)
@@ -396,8 +377,12 @@ fn completing_never_loses_the_tokens() {
 
     let mina = user(conn, "mina@example.in");
     let fourth = pending(conn, mina, service_id);
-    let plan = UserPlan::find_by_user(conn, mina).unwrap().unwrap();
-    assert!(UserPlan::delete(conn, plan.plan_id).unwrap());
+    diesel::delete(
+        bruhmcp_db::schema::user_plans::table
+            .filter(bruhmcp_db::schema::user_plans::user_id.eq(mina)),
+    )
+    .execute(conn)
+    .unwrap();
     assert_eq!(
         complete(conn, &fourth),
         (CompletedInstance::PlanMissing, InstanceStatus::Inactive)
