@@ -4,15 +4,15 @@ use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
 
 use bruhmcp_db::enums::{OauthStatus, PlanPaymentStatus};
 use bruhmcp_db::ids::{InstanceId, ServiceId, UserId};
-use bruhmcp_db::models::{InstanceError, InstanceFilter, McpInstance, RenameError, UserPlan};
-use bruhmcp_db::{Isolation, retry_transaction};
+use bruhmcp_db::models::{InstanceError, InstanceFilter, McpInstance, UserPlan};
+use bruhmcp_db::{Isolation, Page, retry_transaction};
 use chrono::{TimeDelta, Utc};
 use diesel::connection::SimpleConnection;
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
 
 use crate::fixtures::{
-    authorise, create, create_inactive, create_pending, find, pro_user, service, upgrade, user,
+    authorize, create, create_inactive, create_pending, find, pro_user, service, upgrade, user,
 };
 use crate::support::{self, TestDatabase};
 
@@ -69,10 +69,10 @@ fn of_32_activations_one_succeeds() {
 }
 
 #[test]
-fn of_32_authorisations_one_succeeds() {
+fn of_32_authorizations_one_succeeds() {
     one_of_32_succeeds(
         |conn, user, service| [(); 32].map(|()| create_pending(conn, user, service)),
-        |conn, user, _, ids, n| authorise(conn, user, ids[n], OauthStatus::Completed).map(drop),
+        |conn, user, _, ids, n| authorize(conn, user, ids[n], OauthStatus::Completed).map(drop),
     );
 }
 
@@ -123,7 +123,7 @@ impl World {
         let user = self.users[dice.roll(self.users.len())];
         let service = self.services[dice.roll(self.services.len())];
         let instances: Vec<_> =
-            McpInstance::list_by_user(conn, user, InstanceFilter::default(), None, 50)?
+            McpInstance::list_by_user(conn, user, InstanceFilter::default(), Page::first(50))?
                 .into_iter()
                 .map(|details| (details.instance.instance_id, details.instance.version))
                 .collect();
@@ -142,8 +142,8 @@ impl World {
                 self.created.fetch_add(1, Ordering::Relaxed);
                 Ok(())
             }
-            3 => authorise(conn, user, id, OauthStatus::Completed).map(drop),
-            4 => authorise(conn, user, id, OauthStatus::Failed).map(drop),
+            3 => authorize(conn, user, id, OauthStatus::Completed).map(drop),
+            4 => authorize(conn, user, id, OauthStatus::Failed).map(drop),
             5 => McpInstance::activate(conn, id, user).map(drop),
             6 => Ok(McpInstance::deactivate(conn, id, user).map(drop)?),
             7 => Ok(McpInstance::delete(conn, id, user).map(drop)?),
@@ -156,10 +156,7 @@ impl World {
                 let (other, _) = instances[dice.roll(instances.len())];
                 McpInstance::swap(conn, user, id, other).map(drop)
             }
-            10 => match McpInstance::rename(conn, id, user, version, Some("Work")) {
-                Err(RenameError::Database(error)) => Err(error.into()),
-                _ => Ok(()),
-            },
+            10 => McpInstance::rename(conn, id, user, version, Some("Work")).map(drop),
             _ => Ok(McpInstance::record_call(conn, id).map(drop)?),
         }
     }
@@ -188,7 +185,7 @@ impl World {
                 .iter()
                 .map(|instance| instance.instance_id)
                 .collect();
-            McpInstance::delete_abandoned(conn, &abandoned, idle)?;
+            McpInstance::purge_abandoned(conn, &abandoned, idle)?;
         }
         Ok(())
     }
