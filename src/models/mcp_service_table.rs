@@ -6,7 +6,7 @@ use diesel::dsl::{case_when, now};
 use diesel::pg::Pg;
 use diesel::prelude::*;
 use diesel::query_builder::{AstPass, QueryFragment, QueryId};
-use diesel::sql_types::{Nullable, Text, Timestamptz, Uuid};
+use diesel::sql_types::{Nullable, Timestamptz, Uuid};
 use serde::Serialize;
 
 use crate::enums::{InstanceStatus, OauthStatus};
@@ -277,27 +277,20 @@ impl McpInstance {
         filter: InstanceFilter<'_>,
         page: Page<InstanceId>,
     ) -> QueryResult<Vec<InstanceDetails>> {
-        let rows = mcp_service_table::table
+        let mut rows = mcp_service_table::table
             .inner_join(mcp_table::table)
             .left_join(mcp_credentials::table)
             .filter(mcp_service_table::user_id.eq(user_id))
-            .filter(
-                filter
-                    .status
-                    .into_sql::<Nullable<McpInstanceStatus>>()
-                    .is_null()
-                    .or(mcp_service_table::status.nullable().eq(filter.status)),
-            )
-            .filter(
-                filter
-                    .service_name
-                    .into_sql::<Nullable<Text>>()
-                    .is_null()
-                    .or(mcp_table::mcp_service_name
-                        .nullable()
-                        .eq(filter.service_name)),
-            )
-            .select(InstanceDetails::as_select());
+            .select(InstanceDetails::as_select())
+            .into_boxed();
+        // Four statements, each prepared once. One with `$1 IS NULL OR …` would read all instances of the user when
+        // PostgreSQL chooses a generic plan.
+        if let Some(status) = filter.status {
+            rows = rows.filter(mcp_service_table::status.eq(status));
+        }
+        if let Some(service_name) = filter.service_name {
+            rows = rows.filter(mcp_table::mcp_service_name.eq(service_name));
+        }
         newest_first!(rows, mcp_service_table, instance_id, page).load(conn)
     }
 

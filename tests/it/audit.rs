@@ -61,6 +61,39 @@ fn what_was_done_comes_in_pages() {
     );
 }
 
+/// Also with the generic plan, which a prepared statement may get.
+#[test]
+fn a_page_reads_no_more_than_its_rows() {
+    let database = database();
+    let instance = InstanceId::new();
+    database
+        .psql(&format!(
+            "INSERT INTO token_audit_log (instance_id, operation, status, created_at)
+             SELECT instance_id, 'refresh', 'success', now() - n * interval '1 minute'
+               FROM (SELECT '{instance}'::uuid AS instance_id
+                     UNION ALL
+                     SELECT gen_random_uuid() FROM generate_series(1, 19)) AS instances,
+                    generate_series(1, 500) AS n;
+             ANALYZE"
+        ))
+        .unwrap();
+    let conn = &mut database.connect();
+    conn.batch_execute("SET plan_cache_mode = force_generic_plan")
+        .unwrap();
+    let mut page = Page::first(20);
+    for _ in 0..3 {
+        let rows = TokenAudit::list_by_instance(conn, instance, page).unwrap();
+        assert_eq!(rows.len(), 20);
+        page = Page::after(rows[19].cursor(), 20);
+    }
+    conn.batch_execute("SELECT pg_stat_force_next_flush()")
+        .unwrap();
+    let read = "SELECT idx_tup_read FROM pg_stat_user_indexes
+                 WHERE indexrelname = 'token_audit_log_instance_id_created_at_idx'";
+    let read: i64 = database.psql(read).unwrap().trim().parse().unwrap();
+    assert!((60..=66).contains(&read), "{read} index entries");
+}
+
 #[test]
 fn the_summary_counts_by_operation_status_and_method() {
     let database = database();

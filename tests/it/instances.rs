@@ -4,7 +4,7 @@ use bruhmcp_db::enums::{AuthType, InstanceStatus, OauthStatus};
 use bruhmcp_db::ids::{InstanceId, ServiceId, UserId};
 use bruhmcp_db::models::{
     InstanceError, InstanceFilter, McpCredential, McpInstance, McpService, NewMcpInstance,
-    NewMcpService, Recorded,
+    NewMcpService, Recorded, User,
 };
 use bruhmcp_db::schema::{mcp_credentials, user_plans};
 use bruhmcp_db::{ConstraintViolation, Page, SecretText};
@@ -395,6 +395,41 @@ fn a_list_is_newest_first_in_pages_and_filtered() {
         service_name: slack.service_name,
     };
     assert_eq!(list(both, first).len(), 1);
+}
+
+/// Also with the generic plan, which a prepared statement may get.
+#[test]
+fn a_page_reads_no_more_than_its_rows() {
+    let database = support::database();
+    database
+        .psql(
+            "INSERT INTO users (first_name, last_name, email)
+             SELECT 'Asha', '', n || '@example.in' FROM generate_series(1, 5) AS n;
+             INSERT INTO mcp_table (mcp_service_name, display_name, port, type)
+             VALUES ('gmail', 'Gmail', 4001, 'oauth');
+             INSERT INTO mcp_service_table (user_id, mcp_service_id, created_at)
+             SELECT id, mcp_service_id, now() - n * interval '1 minute'
+               FROM users, mcp_table, generate_series(1, 2000) AS n;
+             ANALYZE",
+        )
+        .unwrap();
+    let conn = &mut database.connect();
+    conn.batch_execute("SET plan_cache_mode = force_generic_plan")
+        .unwrap();
+    let user = User::find_active_by_email(conn, "1@example.in").unwrap();
+    let user = user.unwrap().id;
+    let mut page = Page::first(20);
+    for _ in 0..3 {
+        let rows = McpInstance::list_by_user(conn, user, InstanceFilter::default(), page).unwrap();
+        assert_eq!(rows.len(), 20);
+        page = Page::after(rows[19].cursor(), 20);
+    }
+    conn.batch_execute("SELECT pg_stat_force_next_flush()")
+        .unwrap();
+    let read = "SELECT idx_tup_read FROM pg_stat_user_indexes
+                 WHERE indexrelname = 'mcp_service_table_user_id_created_at_idx'";
+    let read: i64 = database.psql(read).unwrap().trim().parse().unwrap();
+    assert!((60..=66).contains(&read), "{read} index entries");
 }
 
 #[test]
