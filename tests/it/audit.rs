@@ -72,7 +72,7 @@ fn a_page_reads_no_more_than_its_rows() {
              SELECT instance_id, 'refresh', 'success', now() - n * interval '1 minute'
                FROM (SELECT '{instance}'::uuid AS instance_id
                      UNION ALL
-                     SELECT gen_random_uuid() FROM generate_series(1, 19)) AS instances,
+                     SELECT gen_random_uuid() FROM generate_series(1, 199)) AS instances,
                     generate_series(1, 500) AS n;
              ANALYZE"
         ))
