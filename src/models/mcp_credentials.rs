@@ -1,4 +1,5 @@
-//! Credentials of instances: an API key, or an OAuth client with its tokens. Secrets are stored as ciphertext.
+//! Credentials of instances: an API key, or an OAuth client with its tokens. Secrets are stored as
+//! ciphertext.
 
 use chrono::{DateTime, Utc};
 use diesel::dsl::now;
@@ -35,7 +36,8 @@ pub use sealing::Resealed;
     Identifiable,
     Associations,
 )]
-#[diesel(table_name = mcp_credentials, primary_key(credential_id), belongs_to(McpInstance, foreign_key = instance_id), check_for_backend(Pg))]
+#[diesel(table_name = mcp_credentials, primary_key(credential_id), check_for_backend(Pg))]
+#[diesel(belongs_to(McpInstance, foreign_key = instance_id))]
 #[expect(
     missing_docs,
     reason = "the other columns need no more than their name"
@@ -89,7 +91,8 @@ pub struct NewMcpCredential<'a> {
 }
 
 impl<'a> NewMcpCredential<'a> {
-    /// An API key that was sealed for the row `credential_id`. It is completed, now by this machine's clock.
+    /// An API key that was sealed for the row `credential_id`. It is completed, now by this
+    /// machine's clock.
     #[must_use]
     pub fn sealed_api_key(credential_id: CredentialId, api_key: Sealed) -> Self {
         Self {
@@ -227,7 +230,8 @@ impl McpCredential {
         })
     }
 
-    /// Replaces the secret of an OAuth client, if the row still has this version. Status and tokens stay.
+    /// Replaces the secret of an OAuth client, if the row still has this version. Status and tokens
+    /// stay.
     ///
     /// One transaction. Locks the user (`FOR KEY SHARE`), the credentials, then the instance.
     ///
@@ -279,10 +283,11 @@ impl McpCredential {
     }
 }
 
-/// Locks the user of the credentials (FOR KEY SHARE), for operations that lock credentials and then the instance.
+/// Locks the user of the credentials (FOR KEY SHARE), for operations that lock credentials and then
+/// the instance.
 ///
-/// Otherwise they would deadlock with a transaction that has locked the user and changes the instance first. Ordinary
-/// operations on the user don't wait for this lock.
+/// Otherwise they would deadlock with a transaction that has locked the user and changes the
+/// instance first. Ordinary operations on the user don't wait for this lock.
 fn lock_user(conn: &mut PgConnection, credential_id: CredentialId) -> QueryResult<()> {
     let user_id = mcp_service_table::table
         .inner_join(mcp_credentials::table)

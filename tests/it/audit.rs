@@ -175,7 +175,8 @@ fn what_is_old_goes_in_batches() {
     let instance = InstanceId::new();
     conn.batch_execute(&format!(
         "INSERT INTO token_audit_log (instance_id, operation, status, created_at)
-         SELECT '{instance}', 'refresh', 'success', now() - interval '91 days' FROM generate_series(1, 5)"
+         SELECT '{instance}', 'refresh', 'success', now() - interval '91 days'
+           FROM generate_series(1, 5)"
     ))
     .unwrap();
     let kept = append(conn, instance, "refresh", AuditStatus::Pending);

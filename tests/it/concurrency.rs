@@ -1,4 +1,5 @@
-//! Many connections at once: the plan's limit, the lock order, the counters, and who waits for whom.
+//! Many connections at once: the plan's limit, the lock order, the counters, and who waits for
+//! whom.
 
 use std::error::Error;
 use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
@@ -28,8 +29,8 @@ const ISOLATIONS: [Isolation; 3] = [
     Isolation::Serializable,
 ];
 
-/// Lets 32 connections try to make an instance of a free user active, for two users at each isolation level: one
-/// succeeds, and the others learn that the limit is reached.
+/// Lets 32 connections try to make an instance of a free user active, for two users at each
+/// isolation level: one succeeds, and the others learn that the limit is reached.
 fn one_of_32_succeeds<T: Sync>(
     prepare: impl Fn(&mut PgConnection, UserId, ServiceId) -> T,
     attempt: impl Fn(&mut PgConnection, UserId, ServiceId, &T, usize) -> Result<(), InstanceError>
@@ -139,7 +140,8 @@ impl World {
         self.operate_on(conn, dice, user, (service, instance.1, instance.2))
     }
 
-    /// Three operations on a user's instances in one transaction, which begins with the user's lock.
+    /// Three operations on a user's instances in one transaction, which begins with the user's
+    /// lock.
     fn compose(&self, conn: &mut PgConnection, dice: &mut Dice) -> QueryResult<()> {
         let user = self.users[dice.roll(self.users.len())];
         conn.transaction(|conn| {
@@ -358,7 +360,8 @@ fn a_thousand_mixed_operations_run_into_no_deadlock() {
     let too_many = "SELECT user_id FROM user_plans
                      WHERE max_instances < (SELECT count(*) FROM mcp_service_table AS i
                                              WHERE i.user_id = user_plans.user_id
-                                               AND status = 'active' AND oauth_status = 'completed')";
+                                               AND status = 'active'
+                                               AND oauth_status = 'completed')";
     assert_eq!(database.psql(too_many).unwrap(), "");
 }
 
@@ -413,8 +416,8 @@ fn calls_are_counted_in_place() {
     }
     let (all, hot) = count(conn);
     assert_eq!(all - all_before, 500);
-    // Not always all: while an old transaction is open anywhere on the server, pages may be cleaned up too late. An index
-    // on a column that a call writes would leave none.
+    // Not always all: while an old transaction is open anywhere on the server, pages may be cleaned
+    // up too late. An index on a column that a call writes would leave none.
     assert!(hot - hot_before >= 450, "{} of 500", hot - hot_before);
     for (id, version) in ids.into_iter().zip(before) {
         let instance = find(conn, id);

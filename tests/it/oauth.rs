@@ -542,7 +542,8 @@ fn eight_workers_refresh_each_row_once() {
     assert_eq!(left, []);
 }
 
-/// A transaction that has locked a user may change the user's instances and credentials in any order.
+/// A transaction that has locked a user may change the user's instances and credentials in any
+/// order.
 #[test]
 fn a_locked_user_is_skipped_by_the_queue_and_waited_for_by_others() {
     let database = database();
@@ -579,7 +580,8 @@ fn a_locked_user_is_skipped_by_the_queue_and_waited_for_by_others() {
                 while database.psql(waits).unwrap() == "0\n" {
                     std::thread::yield_now();
                 }
-                // Locks the credentials, which the other would hold if it had not waited for the user.
+                // Locks the credentials, which the other would hold if it had not waited for the
+                // user.
                 let secret = mine.client_secret.clone().unwrap();
                 let (id, version) = (mine.credential_id, mine.version);
                 McpCredential::replace_client_secret(conn, id, version, &secret)?;
@@ -621,16 +623,20 @@ fn the_refresh_queue_reads_its_index() {
     let database = database();
     database
         .psql(
-            "INSERT INTO users (first_name, last_name, email) VALUES ('Asha', '', 'asha@example.in');
+            "INSERT INTO users (first_name, last_name, email)
+             VALUES ('Asha', '', 'asha@example.in');
              UPDATE user_plans SET plan_type = 'pro', max_instances = NULL;
-             INSERT INTO mcp_table (mcp_service_name, display_name, port, type) VALUES ('gmail', 'Gmail', 49296, 'oauth');
+             INSERT INTO mcp_table (mcp_service_name, display_name, port, type)
+             VALUES ('gmail', 'Gmail', 49296, 'oauth');
              INSERT INTO mcp_service_table (user_id, mcp_service_id)
              SELECT id, mcp_service_id FROM users, mcp_table, generate_series(1, 3000);
              INSERT INTO mcp_credentials
-                 (instance_id, client_id, client_secret, access_token, refresh_token, token_expires_at, oauth_status,
-                  oauth_completed_at)
-             SELECT instance_id, 'client', secret, secret, secret, now() + n * interval '1 minute', 'completed', now()
-               FROM (SELECT instance_id, row_number() OVER () AS n, decode(repeat('00', 40), 'hex') AS secret
+                 (instance_id, client_id, client_secret, access_token, refresh_token,
+                  token_expires_at, oauth_status, oauth_completed_at)
+             SELECT instance_id, 'client', secret, secret, secret,
+                    now() + n * interval '1 minute', 'completed', now()
+               FROM (SELECT instance_id, row_number() OVER () AS n,
+                            decode(repeat('00', 40), 'hex') AS secret
                        FROM mcp_service_table) AS instances;
              ANALYZE",
         )
