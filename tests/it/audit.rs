@@ -51,6 +51,11 @@ fn what_was_done_comes_in_pages() {
         seen.extend(listed);
     }
     assert_eq!(seen, rows);
+    // Inserts and pages are prepared once.
+    let prepared = diesel::sql_query(
+        "SELECT FROM pg_prepared_statements WHERE statement LIKE '%token_audit_log%'",
+    );
+    assert_eq!(prepared.execute(conn).unwrap(), 2);
     let error = diesel::sql_query("UPDATE token_audit_log SET operation = 'x'")
         .execute(conn)
         .unwrap_err();
