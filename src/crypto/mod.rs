@@ -7,26 +7,26 @@ mod seal;
 pub use digest::{KeyTooShort, TokenKey, TokenPurpose, new_code, new_secret};
 pub use seal::{KeyRing, OpenError, SealError, SecretColumn};
 
-/// Why keys can't be used.
+/// Why keys were refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum KeyError {
-    /// The key of a [`TokenKey`] has less than 32 bytes.
-    #[error("the key has less than 32 bytes")]
+    /// The key of a [`TokenKey`] is too short.
+    #[error("the token key is shorter than 32 bytes")]
     TooShort,
-    /// A [`KeyRing`] without a key.
+    /// A [`KeyRing`] got no key.
     #[error("the key ring has no key")]
     Empty,
-    /// A key of a [`KeyRing`] has more or less than 32 bytes.
-    #[error("key {key_id} does not have 32 bytes")]
+    /// A key of a [`KeyRing`] does not have 32 bytes.
+    #[error("key {key_id} of the key ring does not have 32 bytes")]
     Length {
-        /// The key's id.
+        /// The id of the key.
         key_id: u8,
     },
     /// Two keys of a [`KeyRing`] have the same id.
-    #[error("two keys have the id {key_id}")]
+    #[error("the key ring has two keys with the id {key_id}")]
     Duplicate {
-        /// Their id.
+        /// The id of the keys.
         key_id: u8,
     },
 }
