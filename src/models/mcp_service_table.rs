@@ -58,11 +58,11 @@ pub struct McpInstance {
     pub last_renewed_at: Option<DateTime<Utc>>,
     pub credentials_updated_at: Option<DateTime<Utc>>,
     pub created_at: DateTime<Utc>,
-    /// The time of the last change or call.
+    /// Calls change it too.
     pub updated_at: DateTime<Utc>,
     /// Incremented by each change, but not by calls.
     pub version: i32,
-    /// The time of the last increment of `version`.
+    /// When `version` was incremented.
     pub last_modified: DateTime<Utc>,
 }
 

@@ -38,7 +38,7 @@ fn any_row() -> impl Strategy<Value = CredentialId> {
 
 proptest! {
     #[test]
-    fn what_was_sealed_opens_in_its_place_only(
+    fn a_sealed_value_opens_in_its_place_only(
         secret in ".{0,200}",
         row in any_row(),
         other_row in any_row(),
@@ -73,7 +73,7 @@ proptest! {
     }
 
     #[test]
-    fn what_was_altered_does_not_open(
+    fn an_altered_value_does_not_open(
         secret in ".{0,50}",
         row in any_row(),
         column in any_column(),

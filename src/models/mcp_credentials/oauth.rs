@@ -24,15 +24,15 @@ pub struct OauthCompletion {
 /// Whether an instance can be called after its authorization.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum CompletedInstance {
-    /// It can.
+    /// The instance can be called.
     Active,
-    /// It was inactive or expired before, and still is.
+    /// It is still inactive or expired.
     NotActive,
-    /// It was deactivated, because the plan allows no more active instances.
+    /// Deactivated: the plan allows no more active instances.
     LimitReached,
-    /// It was deactivated, because the plan has expired.
+    /// Deactivated: the plan has expired.
     PlanExpired,
-    /// It was deactivated, because the user has no plan.
+    /// Deactivated: the user has no plan.
     PlanMissing,
 }
 
@@ -42,8 +42,6 @@ impl McpCredential {
     ///
     /// Replaces the state of an authorization that is under way. Old tokens stay until new ones are
     /// stored. `state` must have at least 128 random bits.
-    ///
-    /// One transaction. Locks the user (`FOR KEY SHARE`), the credentials, then the instance.
     ///
     /// # Errors
     /// `NotFound`, `StateTaken`.
@@ -193,8 +191,6 @@ impl McpCredential {
     /// state and URL.
     ///
     /// Don't call it for a network error: the user can try again.
-    ///
-    /// One transaction. Locks the user (`FOR KEY SHARE`), the credentials, then the instance.
     ///
     /// # Errors
     /// `NotFound`; `Conflict` if the credentials are not pending.

@@ -94,11 +94,10 @@ impl McpCredential {
     /// Stores refreshed tokens, if the row still has the version of `claimed`, and records it in
     /// the audit log.
     ///
-    /// One transaction. Locks the user (`FOR KEY SHARE`), the credentials, then the instance.
-    ///
     /// # Errors
-    /// `NotFound`; `Conflict` with the row as it is now. If that row has the same refresh token,
-    /// call again with it, or the new tokens are lost.
+    /// `NotFound`; `Conflict`. If the row in `Conflict` still has the spent refresh token, because
+    /// only the sealing or the client changed, call again with that row, or the new tokens are
+    /// lost.
     pub fn store_refreshed(
         conn: &mut PgConnection,
         claimed: &Self,
@@ -154,8 +153,6 @@ impl McpCredential {
     /// Marks the authorization as expired, because the provider refused the refresh token
     /// (`invalid_grant`), if the row still has the version of `claimed`. Records it in the audit
     /// log. The user must grant access again.
-    ///
-    /// One transaction. Locks the user (`FOR KEY SHARE`), the credentials, then the instance.
     ///
     /// # Errors
     /// `NotFound`; `Conflict`: the refused token may not be the latest.
