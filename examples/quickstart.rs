@@ -21,7 +21,6 @@ use bruhmcp_devdb::Server;
 use chrono::{TimeDelta, Utc};
 use diesel::connection::SimpleConnection;
 use diesel::prelude::*;
-use secrecy::ExposeSecret;
 use serde_json::json;
 
 type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
@@ -107,17 +106,11 @@ struct ServiceRow {
 fn sign_up(conn: &mut PgConnection) -> Result<User> {
     heading("Sign-up");
     let new = NewUser {
-        id: None,
-        first_name: "Asha",
-        last_name: "Rao",
-        email: "  Asha@Example.IN ",
         // From argon2 or the like, in earnest. The column refuses what isn't a hash.
         password: Some(&SecretText::new(
             "$argon2id$v=19$m=19456,t=2,p=1$c2FsdHNhbHQ$aGFzaA",
         )),
-        email_verified: None,
-        razorpay_customer_id: None,
-        is_active: None,
+        ..NewUser::new("Asha", "Rao", "  Asha@Example.IN ")
     };
     let user = User::sign_up(conn, &new)?;
     let plan = UserPlan::find_by_user(conn, user.id)?.ok_or("no plan")?;
@@ -212,6 +205,7 @@ fn upgrade_once(conn: &mut PgConnection, user_id: UserId) -> Result {
             let Some(event) = WebhookEvent::take(conn, event.event_id)? else {
                 return Ok(()); // Another worker has it.
             };
+            User::lock(conn, user_id)?;
             let plan = UserPlan::upgrade(
                 conn,
                 user_id,
@@ -250,7 +244,7 @@ fn connect_gmail(conn: &mut PgConnection, keys: &KeyRing, user_id: UserId) -> Re
     let (instance, credential) = McpInstance::create(conn, &new, &client)?;
     println!("  created: {:?}", instance.oauth_status);
 
-    let state = SecretText::new(bruhmcp_db::crypto::new_secret().expose_secret());
+    let state = bruhmcp_db::crypto::new_secret();
     let url = SecretText::new(format!(
         "https://accounts.example/auth?state={}",
         state.expose()
@@ -351,7 +345,7 @@ fn print_tables(conn: &mut PgConnection) -> Result {
     use bruhmcp_db::schema as s;
 
     heading("Instances");
-    let user = User::list(conn, None, 1)?.pop().ok_or("no user")?;
+    let user = User::list(conn, Page::first(1))?.pop().ok_or("no user")?;
     for row in McpInstance::list_by_user(conn, user.id, InstanceFilter::default(), Page::first(10))?
     {
         let name = row.instance.custom_name.unwrap_or_default();

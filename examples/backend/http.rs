@@ -2,7 +2,7 @@
 
 use std::io::Read;
 
-use bruhmcp_db::models::{CredentialError, EmailError, InstanceError, PaymentError, UpgradeError};
+use bruhmcp_db::models::{CredentialError, InstanceError, PaymentError, PlanError, UserError};
 use bruhmcp_db::{ConstraintKind, ConstraintViolation, crypto};
 use diesel::result::Error as DieselError;
 use oxhttp::model::header::{CACHE_CONTROL, CONTENT_TYPE, RETRY_AFTER};
@@ -47,12 +47,13 @@ impl Error {
     }
 }
 
-impl From<EmailError> for Error {
-    fn from(error: EmailError) -> Self {
+impl From<UserError> for Error {
+    fn from(error: UserError) -> Self {
         match error {
-            EmailError::InvalidEmail(_) => Error::Refused(422, "not an email address"),
-            EmailError::EmailTaken => Error::Refused(409, "the email address is taken"),
-            EmailError::Database(error) => error.into(),
+            UserError::InvalidEmail(_) => Error::Refused(422, "not an email address"),
+            UserError::EmailTaken => Error::Refused(409, "the email address is taken"),
+            UserError::Database(error) => error.into(),
+            _ => Error::Internal("the account was not changed"),
         }
     }
 }
@@ -98,14 +99,15 @@ impl From<PaymentError> for Error {
     }
 }
 
-impl From<UpgradeError> for Error {
-    fn from(error: UpgradeError) -> Self {
+impl From<PlanError> for Error {
+    fn from(error: PlanError) -> Self {
         match error {
-            UpgradeError::PlanMissing => Error::Refused(422, "there is no such user"),
-            UpgradeError::SubscriptionTaken | UpgradeError::CustomerTaken => {
+            PlanError::NotFound => Error::Refused(422, "there is no such user"),
+            PlanError::SubscriptionTaken | PlanError::CustomerTaken => {
                 Error::Refused(409, "another user has the subscription")
             }
-            UpgradeError::Database(error) => error.into(),
+            PlanError::Database(error) => error.into(),
+            _ => Error::Internal("the plan was not changed"),
         }
     }
 }

@@ -11,7 +11,6 @@ use bruhmcp_db::{Cursor, Page, SecretText};
 use chrono::{DateTime, Datelike, TimeDelta, Utc};
 use diesel::Connection;
 use oxhttp::model::{Body, Request};
-use secrecy::ExposeSecret;
 use serde::Deserialize;
 use serde_json::json;
 
@@ -54,7 +53,6 @@ pub(crate) fn create(app: &App, user_id: UserId, new: &Create) -> Answer {
             }
             let credential = NewMcpCredential::oauth(&app.key_ring, client_id, client_secret)?;
             let state = new_secret();
-            let state = SecretText::new(state.expose_secret());
             let url = SecretText::new(format!(
                 "https://provider.example/authorize?response_type=code&client_id={client_id}&state={}",
                 state.expose()

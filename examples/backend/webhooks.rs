@@ -4,7 +4,7 @@ use bruhmcp_db::enums::{PaymentGateway, TransactionStatus};
 use bruhmcp_db::ids::{TransactionId, UserId, WebhookEventId};
 use bruhmcp_db::models::{
     NewSubscriptionTransaction, NewWebhookEvent, ProPlan, RecordedPayment, RecordedWebhook,
-    SubscriptionTransaction, UserPlan, WebhookEvent,
+    SubscriptionTransaction, User, UserPlan, WebhookEvent,
 };
 use bruhmcp_db::{Isolation, retry_transaction};
 use chrono::{TimeDelta, Utc};
@@ -12,7 +12,6 @@ use diesel::Connection;
 use diesel::pg::PgConnection;
 use hmac::{Hmac, KeyInit, Mac};
 use oxhttp::model::{Body, Request};
-use secrecy::ExposeSecret;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use sha2::Sha256;
@@ -26,7 +25,7 @@ const PAID: TimeDelta = TimeDelta::days(31);
 pub(crate) fn razorpay(app: &App, request: &mut Request<Body>) -> Answer {
     let body = body(request)?;
     let signature = header(request, "x-razorpay-signature").and_then(from_hex);
-    let mut mac = Hmac::<Sha256>::new_from_slice(app.webhook_secret.expose_secret().as_bytes())
+    let mut mac = Hmac::<Sha256>::new_from_slice(app.webhook_secret.expose().as_bytes())
         .map_err(|_| Error::Internal("no HMAC"))?;
     mac.update(&body);
     // Compares in constant time.
@@ -99,7 +98,8 @@ fn record_payment(conn: &mut PgConnection, payload: &Value) -> Result<(), Error>
     let payment = Payment::deserialize(&payload["payload"]["payment"]["entity"])
         .map_err(|_| Error::Refused(422, "not a payment of this service"))?;
     let user_id = payment.notes.user_id;
-    let plan = UserPlan::lock_by_user(conn, user_id)?
+    User::lock(conn, user_id)?;
+    let plan = UserPlan::find_by_user(conn, user_id)?
         .ok_or(Error::Refused(422, "there is no such user"))?;
     let new = NewSubscriptionTransaction {
         id: Some(TransactionId::new()),

@@ -1,10 +1,9 @@
-//! Secrets on their way to the database: one-time secrets become digests, credentials become ciphertext. With the feature
-//! `crypto`, which is on by default.
+//! Digests of one-time secrets, and encryption of credentials. Needs the feature `crypto`, which is on by default.
 
 mod digest;
 mod seal;
 
-pub use digest::{KeyTooShort, TokenKey, TokenPurpose, new_code, new_secret};
+pub use digest::{TokenKey, TokenPurpose, new_code, new_secret};
 pub use seal::{KeyRing, OpenError, SealError, SecretColumn};
 
 /// Why keys were refused.
@@ -12,7 +11,7 @@ pub use seal::{KeyRing, OpenError, SealError, SecretColumn};
 #[non_exhaustive]
 pub enum KeyError {
     /// The key of a [`TokenKey`] is too short.
-    #[error("the token key is shorter than 32 bytes")]
+    #[error("the token key is shorter than {} bytes", TokenKey::MIN_LEN)]
     TooShort,
     /// A [`KeyRing`] got no key.
     #[error("the key ring has no key")]

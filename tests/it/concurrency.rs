@@ -6,9 +6,8 @@ use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
 use bruhmcp_db::enums::{OauthStatus, PlanPaymentStatus};
 use bruhmcp_db::ids::{InstanceId, ServiceId, UserId};
 use bruhmcp_db::models::{
-    InstanceError, InstanceFilter, McpCredential, McpInstance, OauthTokens, UserPlan,
+    InstanceError, InstanceFilter, McpCredential, McpInstance, OauthTokens, User, UserPlan,
 };
-use bruhmcp_db::schema::users;
 use bruhmcp_db::{Isolation, Page, SecretText, retry_transaction};
 use chrono::{TimeDelta, Utc};
 use diesel::connection::SimpleConnection;
@@ -95,10 +94,10 @@ fn assert_counters_right(database: &TestDatabase) {
 }
 
 /// A small random number generator (Knuth's LCG). The same seed gives the same numbers.
-struct Dice(u64);
+pub(crate) struct Dice(pub(crate) u64);
 
 impl Dice {
-    fn roll(&mut self, sides: usize) -> usize {
+    pub(crate) fn roll(&mut self, sides: usize) -> usize {
         self.0 = self
             .0
             .wrapping_mul(6_364_136_223_846_793_005)
@@ -144,12 +143,7 @@ impl World {
     fn compose(&self, conn: &mut PgConnection, dice: &mut Dice) -> QueryResult<()> {
         let user = self.users[dice.roll(self.users.len())];
         conn.transaction(|conn| {
-            UserPlan::lock_by_user(conn, user)?;
-            users::table
-                .find(user)
-                .select(users::id)
-                .for_update()
-                .execute(conn)?;
+            User::lock(conn, user)?;
             let instances = instances(conn, user)?;
             let mut chosen: Vec<_> = (0..3).filter_map(|_| dice.pick(&instances)).collect();
             // In the order of the services, in which their counters are locked at commit.
@@ -256,7 +250,7 @@ impl World {
     fn monitor(&self, conn: &mut PgConnection) -> QueryResult<()> {
         while self.at_work.load(Ordering::Acquire) > 0 {
             McpInstance::expire_due(conn, 10)?;
-            UserPlan::expire_next(conn)?;
+            UserPlan::expire_due(conn)?;
             let idle = TimeDelta::milliseconds(20);
             let abandoned: Vec<InstanceId> = McpInstance::list_abandoned(conn, idle, 3)?
                 .iter()

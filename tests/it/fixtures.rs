@@ -15,17 +15,12 @@ use diesel::prelude::*;
 /// An active user with the free plan.
 pub(crate) fn user(conn: &mut PgConnection) -> UserId {
     let id = UserId::new();
+    let email = format!("{id}@example.com");
     let new = NewUser {
         id: Some(id),
-        first_name: "Asha",
-        last_name: "",
-        email: &format!("{id}@example.com"),
-        password: None,
-        email_verified: None,
-        razorpay_customer_id: None,
-        is_active: None,
+        ..NewUser::new("Asha", "", &email)
     };
-    User::insert(conn, &new).unwrap().id
+    User::sign_up(conn, &new).unwrap().id
 }
 
 /// A user with the pro plan: any number of active instances.
@@ -37,9 +32,8 @@ pub(crate) fn pro_user(conn: &mut PgConnection) -> UserId {
 
 pub(crate) fn upgrade(conn: &mut PgConnection, user: UserId, expires_at: Option<DateTime<Utc>>) {
     let pro = ProPlan {
-        subscription_id: None,
-        customer_id: None,
         expires_at,
+        ..ProPlan::default()
     };
     UserPlan::upgrade(conn, user, &pro).unwrap();
 }
@@ -111,7 +105,7 @@ pub(crate) fn authorize(
     oauth_status: OauthStatus,
 ) -> Result<bool, InstanceError> {
     conn.transaction(|conn| {
-        UserPlan::lock_by_user(conn, user)?;
+        User::lock(conn, user)?;
         let of_instance = mcp_credentials::instance_id.eq(instance);
         let updated = diesel::update(mcp_credentials::table.filter(of_instance))
             .set((

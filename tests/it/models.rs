@@ -5,7 +5,7 @@ use bruhmcp_db::enums::*;
 use bruhmcp_db::ids::*;
 use bruhmcp_db::models::*;
 use bruhmcp_db::schema::mcp_credentials;
-use bruhmcp_db::{ConstraintViolation, Page, Sealed, SecretText, TokenDigest};
+use bruhmcp_db::{ConstraintViolation, HashedToken, Page, Sealed, SecretText};
 use chrono::{DateTime, DurationRound, TimeDelta, Utc};
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
@@ -25,15 +25,12 @@ fn in_days(days: i64) -> DateTime<Utc> {
 fn user(conn: &mut PgConnection) -> User {
     let new = NewUser {
         id: Some(UserId::new()),
-        first_name: "Asha",
-        last_name: "Rao",
-        email: "asha@example.in",
         password: Some(&SecretText::new("$argon2id$whisper")),
         email_verified: Some(true),
         razorpay_customer_id: Some("cust_1"),
-        is_active: None,
+        ..NewUser::new("Asha", "Rao", "asha@example.in")
     };
-    let user = User::insert(conn, &new).unwrap();
+    let user = User::sign_up(conn, &new).unwrap();
     assert_eq!(Some(user.id), new.id);
     user
 }
@@ -93,9 +90,7 @@ fn users() {
         Some(changed)
     );
     assert_eq!(User::update(conn, UserId::new(), &changes).unwrap(), None);
-    assert!(User::delete(conn, user.id).unwrap());
-    assert!(!User::delete(conn, user.id).unwrap());
-    assert_eq!(User::find(conn, user.id).unwrap(), None);
+    assert_eq!(User::find(conn, UserId::new()).unwrap(), None);
 }
 
 #[test]
@@ -103,23 +98,15 @@ fn auth_tokens() {
     let database = database();
     let conn = &mut database.connect();
     let user = user(conn);
-    let digest = TokenDigest::new([171; 32]);
-    let expires_at = in_days(1);
-    let new = NewAuthToken {
-        id: None,
-        user_id: user.id,
-        token: &digest,
-        type_: AuthTokenType::PasswordReset,
-        expires_at,
-    };
-    let token = AuthToken::insert(conn, &new).unwrap();
-    assert_eq!(
-        AuthToken::find(conn, token.id).unwrap().as_ref(),
-        Some(&token)
-    );
+    let hashed = HashedToken::new(AuthTokenType::PasswordReset, [171; 32]);
+    let token = AuthToken::issue(conn, user.id, &hashed, TimeDelta::days(1))
+        .unwrap()
+        .unwrap();
+    let listed = AuthToken::list_by_user(conn, user.id, hashed.type_, Page::first(2));
+    assert_eq!(listed.unwrap().as_slice(), std::slice::from_ref(&token));
     assert_eq!(
         (&token.token, token.expires_at, token.attempts),
-        (&digest, expires_at, 0)
+        (&hashed.digest, token.created_at + TimeDelta::days(1), 0)
     );
     hides(&token, &["token"]);
     assert_eq!(
@@ -221,7 +208,9 @@ fn money() {
     );
     assert_eq!((credit.amount, credit.currency.as_str()), (-5, "INR"));
 
-    let error = User::delete(conn, user.id).unwrap_err();
+    let error = diesel::delete(bruhmcp_db::schema::users::table.find(user.id))
+        .execute(conn)
+        .unwrap_err();
     assert!(
         ConstraintViolation::of(&error)
             .unwrap()
@@ -381,24 +370,18 @@ fn plan_webhook_and_billing() {
         (&plan.features, plan.payment_status),
         (&json!({}), PlanPaymentStatus::None)
     );
-    let features = json!({"beta": true});
-    let changes = UserPlanChangeset {
-        plan_type: Some(PlanType::Pro),
-        max_instances: Some(None),
-        features: Some(&features),
-        expires_at: Some(Some(in_days(30))),
-        subscription_id: Some(Some("sub_1")),
-        customer_id: Some(Some("cust_1")),
-        payment_status: Some(PlanPaymentStatus::Active),
+    let pro = ProPlan {
+        subscription_id: Some("sub_1"),
+        customer_id: Some("cust_1"),
+        expires_at: Some(in_days(30)),
     };
-    let changed = UserPlan::update(conn, plan.plan_id, &changes)
-        .unwrap()
-        .unwrap();
+    let changed = UserPlan::upgrade(conn, user.id, &pro).unwrap();
     assert_eq!(
         (changed.plan_type, changed.max_instances),
         (PlanType::Pro, None)
     );
-    assert_eq!(UserPlan::find(conn, plan.plan_id).unwrap(), Some(changed));
+    let found = UserPlan::find_by_user(conn, user.id).unwrap();
+    assert_eq!(found, Some(changed));
 
     let payload = json!({"amount": 49900});
     let event = WebhookEvent::insert(
