@@ -12,7 +12,6 @@ use diesel::Connection;
 use diesel::pg::PgConnection;
 use hmac::{Hmac, KeyInit, Mac};
 use oxhttp::model::{Body, Request};
-use secrecy::ExposeSecret;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use sha2::Sha256;
@@ -26,7 +25,7 @@ const PAID: TimeDelta = TimeDelta::days(31);
 pub(crate) fn razorpay(app: &App, request: &mut Request<Body>) -> Answer {
     let body = body(request)?;
     let signature = header(request, "x-razorpay-signature").and_then(from_hex);
-    let mut mac = Hmac::<Sha256>::new_from_slice(app.webhook_secret.expose_secret().as_bytes())
+    let mut mac = Hmac::<Sha256>::new_from_slice(app.webhook_secret.expose().as_bytes())
         .map_err(|_| Error::Internal("no HMAC"))?;
     mac.update(&body);
     // Compares in constant time.

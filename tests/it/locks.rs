@@ -449,13 +449,11 @@ static OPERATIONS: &[Operation] = &[
     }),
     // mcp_table
     worker("McpService::register", |conn| {
-        let name = format!("Gmail {}", Uuid::new_v4());
         let new = NewMcpService {
-            display_name: &name,
+            display_name: &format!("Gmail {}", Uuid::new_v4()),
             ..NewMcpService::new("gmail", 4001, AuthType::Oauth)
         };
-        let service = McpService::register(conn, &new)?.into_inner();
-        Ok(service.display_name == name)
+        Ok(!McpService::register(conn, &new)?.is_new())
     }),
     worker("McpService::set_enabled", |conn| {
         Ok(McpService::set_enabled(conn, GMAIL, true)?.is_some())
@@ -567,7 +565,16 @@ static OPERATIONS: &[Operation] = &[
     }),
     // token_audit_log
     operation("TokenAudit::insert", |conn| {
-        let audit = NewTokenAudit::new(KEYED, "a", AuditStatus::Success);
+        let audit = NewTokenAudit {
+            instance_id: KEYED,
+            user_id: Some(USER),
+            operation: "a",
+            status: AuditStatus::Success,
+            method: None,
+            error_type: None,
+            error_message: None,
+            metadata: None,
+        };
         TokenAudit::insert(conn, &audit)?;
         Ok(true)
     }),
