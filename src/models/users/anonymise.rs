@@ -1,6 +1,7 @@
 //! Removal of a person from the database.
 
 use chrono::{DateTime, Utc};
+use diesel::connection::SimpleConnection;
 use diesel::prelude::*;
 use diesel::sql_types::{Array, Text};
 use serde_json::{Value, json};
@@ -33,6 +34,7 @@ impl User {
     /// Locks the plan, the user (`FOR UPDATE`) and the rows above until the transaction ends.
     pub fn anonymise(conn: &mut PgConnection, id: UserId) -> QueryResult<Option<Self>> {
         conn.transaction(|conn| {
+            lock_out_other_calls(conn)?;
             let plan = UserPlan::lock_by_user(conn, id)?;
             let person = users::table
                 .find(id)
@@ -72,6 +74,23 @@ impl User {
             Ok(Some(user))
         })
     }
+}
+
+/// At SERIALIZABLE, makes concurrent calls run one after another: each reads and changes `webhook_events`, so of two that
+/// overlap one fails. Neither statement takes a snapshot, so the one that waits sees what the other has committed.
+fn lock_out_other_calls(conn: &mut PgConnection) -> QueryResult<()> {
+    let isolation = diesel::sql_query("SHOW transaction_isolation").get_result::<Setting>(conn)?;
+    if isolation.transaction_isolation == "serializable" {
+        // Conflicts with itself, but not with those who read or write the table.
+        conn.batch_execute("LOCK TABLE webhook_events IN SHARE UPDATE EXCLUSIVE MODE")?;
+    }
+    Ok(())
+}
+
+#[derive(QueryableByName)]
+struct Setting {
+    #[diesel(sql_type = Text)]
+    transaction_isolation: String,
 }
 
 /// Returns the gateway customers of the subscriptions.
