@@ -1,6 +1,8 @@
 //! Sign-up, login, addresses, and what becomes of an account.
 
 use std::cell::RefCell;
+use std::cmp::Reverse;
+use std::sync::mpsc;
 
 use bruhmcp_db::enums::{AuthTokenType, PlanType};
 use bruhmcp_db::ids::{SubscriptionId, UserId};
@@ -10,6 +12,7 @@ use bruhmcp_db::models::{
 use bruhmcp_db::schema::users;
 use bruhmcp_db::{ConstraintViolation, HashedToken, Page, SecretText};
 use chrono::TimeDelta;
+use diesel::connection::InstrumentationEvent;
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
 use proptest::prelude::*;
@@ -356,4 +359,83 @@ fn anonymising_keeps_the_money_and_nothing_of_the_person() {
     assert!(matches!(error, UserError::InvalidEmail(_)), "{error:?}");
     assert_eq!(User::anonymise(conn, marie).unwrap(), Some(anonymised));
     assert!(User::sign_up(conn, &ada("marie@radium.example")).is_ok());
+}
+
+#[test]
+fn pages_of_users_come_from_one_statement_that_reads_an_index() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    database
+        .psql(
+            "ALTER TABLE users DISABLE TRIGGER ALL;
+             INSERT INTO users (first_name, last_name, email, created_at)
+             SELECT 'Ada', '', n || '@example.org', now() - n / 3 * interval '1 minute'
+               FROM generate_series(1, 20000) AS n;
+             ANALYZE users",
+        )
+        .unwrap();
+    let (sender, statements) = mpsc::channel();
+    conn.set_instrumentation(move |event: InstrumentationEvent<'_>| {
+        if let InstrumentationEvent::StartQuery { query, .. } = event {
+            sender.send(query.to_string()).unwrap();
+        }
+    });
+    let mut page = Page::first(50);
+    let mut listed = Vec::new();
+    for _ in 0..3 {
+        listed.extend(User::list(conn, page).unwrap());
+        page = Page::after(listed[listed.len() - 1].cursor(), 50);
+    }
+    assert_eq!(listed.len(), 150);
+    assert!(listed.is_sorted_by_key(|user| Reverse((user.created_at, user.id))));
+
+    let statements: Vec<String> = statements.try_iter().collect();
+    let [first, _, third] = [0, 1, 2].map(|n: usize| statements[n].split(" -- binds").next());
+    assert_eq!(first, third);
+    let cursor = page.after.unwrap();
+    let plan = database
+        .psql(&format!(
+            "SET plan_cache_mode = force_generic_plan;
+             PREPARE page AS {};
+             EXPLAIN (ANALYZE, COSTS off, TIMING off)
+             EXECUTE page ('{created_at}', '{created_at}', '{}', 50)",
+            first.unwrap(),
+            cursor.id,
+            created_at = cursor.created_at.to_rfc3339(),
+        ))
+        .unwrap();
+    // Sorts only the rows of one timestamp, and reads no row after the page but those.
+    for part in [
+        "Index Scan Backward using users_created_at_idx",
+        "Presorted Key: created_at",
+    ] {
+        assert!(plan.contains(part), "{plan}");
+    }
+    assert!(!plan.contains("Seq Scan"), "{plan}");
+}
+
+#[test]
+fn concurrent_calls_of_anonymise_succeed_at_serializable() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let ids: Vec<UserId> = (0..24)
+        .map(|n| user(conn, &format!("{n}@example.org")))
+        .collect();
+    database
+        .psql(
+            "INSERT INTO webhook_events
+                 (external_event_id, event_type, payment_gateway, payload, processing_status, processed_at)
+             SELECT email, 'a', 'razorpay', json_build_object('email', email), 'processed', now() FROM users",
+        )
+        .unwrap();
+    // Without a retry: none is needed.
+    support::at_once(&database, 8, |thread, conn| {
+        for &id in &ids[thread * 3..][..3] {
+            let transaction = &mut conn.build_transaction().serializable();
+            let anonymised = transaction.run(|conn| User::anonymise(conn, id));
+            assert!(anonymised.unwrap().is_some());
+        }
+    });
+    let left = "SELECT count(*) FROM webhook_events WHERE payload <> '{}'";
+    assert_eq!(database.psql(left).unwrap(), "0\n");
 }
