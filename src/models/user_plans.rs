@@ -84,8 +84,8 @@ impl From<Error> for PlanError {
 pub struct Downgrade {
     /// The new row.
     pub plan: UserPlan,
-    /// The instances that were switched off (inactive, or expired if past their end), newest first. Empty if the free plan
-    /// allows the active ones.
+    /// The instances that were switched off (inactive, or expired if past their end), newest first.
+    /// Empty if the free plan allows the active ones.
     pub switched_off: Vec<McpInstance>,
 }
 
@@ -99,8 +99,8 @@ impl UserPlan {
             .optional()
     }
 
-    /// Locks the user's plan (`FOR NO KEY UPDATE`): the first lock of operations that change a plan or make an instance
-    /// active. Callers of the crate use [`User::lock`].
+    /// Locks the user's plan (`FOR NO KEY UPDATE`): the first lock of operations that change a plan
+    /// or make an instance active. Callers of the crate use [`User::lock`].
     pub(crate) fn lock_by_user(
         conn: &mut PgConnection,
         user_id: UserId,
@@ -118,8 +118,9 @@ impl UserPlan {
     /// One statement, which locks the plan until the transaction ends.
     ///
     /// # Errors
-    /// [`PlanError::NotFound`]. [`PlanError::SubscriptionTaken`] and [`PlanError::CustomerTaken`] abort the caller's
-    /// transaction: to go on after them, wrap the call in `conn.transaction` (a savepoint).
+    /// [`PlanError::NotFound`]. [`PlanError::SubscriptionTaken`] and [`PlanError::CustomerTaken`]
+    /// abort the caller's transaction: to go on after them, wrap the call in `conn.transaction` (a
+    /// savepoint).
     pub fn upgrade(
         conn: &mut PgConnection,
         user_id: UserId,
@@ -141,10 +142,11 @@ impl UserPlan {
             .ok_or(PlanError::NotFound)
     }
 
-    /// Makes the plan free, without end and subscription; the customer stays. Returns `None` if the user has no plan.
+    /// Makes the plan free, without end and subscription; the customer stays. Returns `None` if the
+    /// user has no plan.
     ///
-    /// If more instances are active than the free plan allows, all are switched off, and the user chooses which one to
-    /// activate. `payment_status` is the reason: cancelled, failed or none.
+    /// If more instances are active than the free plan allows, all are switched off, and the user
+    /// chooses which one to activate. `payment_status` is the reason: cancelled, failed or none.
     ///
     /// Locks the plan, then the active instances, until the transaction ends.
     pub fn downgrade(
@@ -159,11 +161,11 @@ impl UserPlan {
         })
     }
 
-    /// Downgrades one pro plan that is past its end; `payment_status` becomes none. Returns `None` if no plan is due or other
-    /// workers have locked all that are. Call it until then.
+    /// Downgrades one pro plan that is past its end; `payment_status` becomes none. Returns `None`
+    /// if no plan is due or other workers have locked all that are. Call it until then.
     ///
-    /// One plan per call: with several users' instances in one transaction, the counters of services would not be locked in
-    /// registry order.
+    /// One plan per call: with several users' instances in one transaction, the counters of
+    /// services would not be locked in registry order.
     pub fn expire_due(conn: &mut PgConnection) -> QueryResult<Option<Downgrade>> {
         conn.transaction(|conn| {
             user_plans::table

@@ -1,4 +1,5 @@
-//! The lock order: no two operations on one user's rows run into a deadlock, alone or composed in a transaction.
+//! The lock order: no two operations on one user's rows run into a deadlock, alone or composed in a
+//! transaction.
 
 use std::error::Error;
 use std::fmt::Write;
@@ -34,7 +35,8 @@ const LANES: usize = 12;
 
 type Outcome = Result<bool, Box<dyn Error + Send + Sync>>;
 
-/// An operation, the state it needs beside [`USER_WITH_ROWS`], and whether a composition can call it.
+/// An operation, the state it needs beside [`USER_WITH_ROWS`], and whether a composition can call
+/// it.
 struct Operation {
     name: &'static str,
     arrange: &'static str,
@@ -768,7 +770,8 @@ impl Lane {
     }
 }
 
-/// Waits up to 2 ms before each statement, so that the statements of two operations meet in many orders.
+/// Waits up to 2 ms before each statement, so that the statements of two operations meet in many
+/// orders.
 fn stumble(seed: u64) -> impl FnMut(InstrumentationEvent<'_>) + Send {
     let mut dice = Dice(seed);
     move |event| {

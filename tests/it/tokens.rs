@@ -342,7 +342,8 @@ fn a_refresh_token_has_one_successor() {
     assert!(matches!(rotate(conn, 2, 3), Rotation::Rotated(_)));
     assert_eq!(live(conn, ada, Refresh).len(), 2);
 
-    // A copy of the first one turns up: all devices sign in again; nobody else, and nothing but refresh tokens.
+    // A copy of the first one turns up: all devices sign in again; nobody else, and nothing but
+    // refresh tokens.
     assert_eq!(rotate(conn, 1, 4), Rotation::Reused(ada));
     assert!(live(conn, ada, Refresh).is_empty());
     assert_eq!(live(conn, grace, Refresh).len(), 1);
