@@ -52,17 +52,17 @@ pub struct ProPlan<'a> {
 /// Why a plan was not upgraded.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
+#[expect(missing_docs, reason = "the messages say the rest")]
 pub enum PlanError {
-    /// There is no such user, or the user has no plan.
+    /// Or there is no such user.
     #[error("the user has no plan")]
     NotFound,
-    /// Another user's plan has the subscription (`user_plans_subscription_id_key`).
+    /// `user_plans_subscription_id_key`
     #[error("the subscription belongs to another user")]
     SubscriptionTaken,
-    /// Another user's plan has the customer (`user_plans_customer_id_key`).
+    /// `user_plans_customer_id_key`
     #[error("the customer belongs to another user")]
     CustomerTaken,
-    /// The database reported another error.
     #[error("database error")]
     Database(#[source] Error),
 }

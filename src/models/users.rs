@@ -101,14 +101,12 @@ pub struct InvalidEmail;
 /// Why an account was not created or changed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
+#[expect(missing_docs, reason = "the messages say it")]
 pub enum UserError {
-    /// The text is not an email address.
     #[error(transparent)]
     InvalidEmail(#[from] InvalidEmail),
-    /// Another account has the email address.
     #[error("the email address is taken")]
     EmailTaken,
-    /// The database reported another error.
     #[error("database error")]
     Database(#[source] Error),
 }
