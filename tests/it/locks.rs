@@ -861,7 +861,7 @@ fn no_two_operations_run_into_a_deadlock() {
             pairs.push([Side::Alone(one), Side::Alone(other)]);
         }
     }
-    race_all(&pairs, 3);
+    race_all(&pairs, 2);
 }
 
 /// Compositions that lock rows in the opposite order to the operation beside them.

@@ -35,7 +35,8 @@ impl User {
     /// Not touched: the gateway's own records (end the subscription there first), the audit log (it
     /// holds only keys, for 90 days), the schema `bruhmcp_archive`, and backups.
     ///
-    /// Locks the plan, the user (`FOR UPDATE`) and the rows above until the transaction ends.
+    /// Locks the plan, the user (`FOR UPDATE`) and the rows above until the transaction ends. Call
+    /// it at READ COMMITTED: at SERIALIZABLE it needs retries, because it reads all webhook events.
     pub fn anonymise(conn: &mut PgConnection, id: UserId) -> QueryResult<Option<Self>> {
         conn.transaction(|conn| {
             lock_out_other_calls(conn)?;
