@@ -1,4 +1,4 @@
-//! Payments recorded once, moved on only forwards, and never refunded beyond what was paid.
+//! Payments: recorded once, moved forwards only, never refunded beyond the paid amount.
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -7,7 +7,8 @@ use bruhmcp_db::enums::TransactionStatus::{self, *};
 use bruhmcp_db::enums::TransactionType;
 use bruhmcp_db::ids::{TransactionId, UserId};
 use bruhmcp_db::models::*;
-use bruhmcp_db::{ConstraintViolation, Cursor, Isolation, retry_transaction};
+use bruhmcp_db::schema::subscription_transactions;
+use bruhmcp_db::{ConstraintViolation, Isolation, Page, retry_transaction};
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
 use proptest::prelude::*;
@@ -28,21 +29,10 @@ fn payment(
     }
 }
 
-fn refund_of(razorpay_refund_id: &str, amount: i64) -> NewRefund<'_> {
-    NewRefund {
-        id: None,
-        razorpay_refund_id,
-        amount,
-        description: None,
-        gateway_response_json: None,
-        processed_at: None,
-    }
-}
-
-fn recorded(outcome: RecordedPayment) -> SubscriptionTransaction {
+fn recorded(outcome: Recorded<SubscriptionTransaction>) -> SubscriptionTransaction {
     match outcome {
-        RecordedPayment::Recorded(row) => row,
-        RecordedPayment::Existing(row) => panic!("{row:?}"),
+        Recorded::New(row) => row,
+        Recorded::Existing(row) => panic!("{row:?}"),
     }
 }
 
@@ -69,16 +59,16 @@ fn a_payment_is_recorded_once() {
     });
     let (new, existing): (Vec<_>, Vec<_>) = outcomes
         .into_iter()
-        .partition(|outcome| matches!(outcome, RecordedPayment::Recorded(_)));
+        .partition(|outcome| matches!(outcome, Recorded::New(_)));
     assert_eq!((new.len(), existing.len()), (1, 31));
     let row = SubscriptionTransaction::find_by_razorpay_id(conn, "pay_1")
         .unwrap()
         .unwrap();
-    assert_eq!(new[0], RecordedPayment::Recorded(row.clone()));
+    assert_eq!(new[0], Recorded::New(row.clone()));
     for outcome in existing {
-        assert_eq!(outcome, RecordedPayment::Existing(row.clone()));
+        assert_eq!(outcome, Recorded::Existing(row.clone()));
     }
-    let rows = SubscriptionTransaction::list_by_user(conn, user, None, 10).unwrap();
+    let rows = SubscriptionTransaction::list_by_user(conn, user, Page::first(10)).unwrap();
     assert_eq!(rows, [row]);
 }
 
@@ -103,11 +93,11 @@ fn another_payment_under_the_same_id_is_not_accepted() {
             other => panic!("{other:?}"),
         }
     }
-    // What isn't named is what the column's default would be.
+    // No currency means the column's default.
     let outcome = SubscriptionTransaction::record_payment(conn, &with_currency("INR"));
-    assert_eq!(outcome.unwrap(), RecordedPayment::Existing(row.clone()));
+    assert_eq!(outcome.unwrap(), Recorded::Existing(row.clone()));
 
-    SubscriptionTransaction::refund(conn, row.id, &refund_of("rfnd_1", 10)).unwrap();
+    SubscriptionTransaction::refund(conn, row.id, &NewRefund::new("rfnd_1", 10)).unwrap();
     let result =
         SubscriptionTransaction::record_payment(conn, &payment(asha, "rfnd_1", 10, Captured));
     assert!(matches!(result, Err(PaymentError::Differs(_))));
@@ -200,7 +190,7 @@ fn a_refund_belongs_to_its_payment() {
     let conn = &mut database.connect();
     let paid = captured(conn, 100);
     let refund = |conn: &mut _, id: &str, amount| {
-        SubscriptionTransaction::refund(conn, paid.id, &refund_of(id, amount))
+        SubscriptionTransaction::refund(conn, paid.id, &NewRefund::new(id, amount))
     };
     let row = recorded(refund(conn, "rfnd_1", 60).unwrap());
     assert_eq!(
@@ -223,15 +213,15 @@ fn a_refund_belongs_to_its_payment() {
     assert_eq!(refunded.status, Refunded);
     assert!(refunded.refunded_at.is_some());
 
-    // Reported again, also after nothing is left.
+    // Reported again, even after nothing is left.
     assert_eq!(
         refund(conn, "rfnd_1", 60).unwrap(),
-        RecordedPayment::Existing(row.clone())
+        Recorded::Existing(row.clone())
     );
     let result = refund(conn, "rfnd_1", 59);
     assert!(matches!(result, Err(PaymentError::Differs(_))));
     let other = captured(conn, 100);
-    let result = SubscriptionTransaction::refund(conn, other.id, &refund_of("rfnd_1", 60));
+    let result = SubscriptionTransaction::refund(conn, other.id, &NewRefund::new("rfnd_1", 60));
     assert!(matches!(result, Err(PaymentError::Differs(existing)) if *existing == row));
     let result = refund(conn, "rfnd_3", 1);
     assert!(matches!(
@@ -241,7 +231,7 @@ fn a_refund_belongs_to_its_payment() {
 }
 
 #[test]
-fn what_was_not_paid_is_not_refunded() {
+fn only_captured_payments_are_refunded() {
     let database = database();
     let conn = &mut database.connect();
     let user = user(conn);
@@ -249,24 +239,25 @@ fn what_was_not_paid_is_not_refunded() {
         let id = TransactionId::new().to_string();
         let new = payment(user, &id, 100, status);
         let row = recorded(SubscriptionTransaction::record_payment(conn, &new).unwrap());
-        let result = SubscriptionTransaction::refund(conn, row.id, &refund_of("rfnd_1", 1));
+        let result = SubscriptionTransaction::refund(conn, row.id, &NewRefund::new("rfnd_1", 1));
         assert!(matches!(result, Err(PaymentError::Conflict(current)) if *current == row));
     }
     let paid = captured(conn, 100);
-    let refund = SubscriptionTransaction::refund(conn, paid.id, &refund_of("rfnd_1", 50));
+    let refund = SubscriptionTransaction::refund(conn, paid.id, &NewRefund::new("rfnd_1", 50));
     let refund = recorded(refund.unwrap());
-    let result = SubscriptionTransaction::refund(conn, refund.id, &refund_of("rfnd_2", 1));
+    let result = SubscriptionTransaction::refund(conn, refund.id, &NewRefund::new("rfnd_2", 1));
     assert!(matches!(result, Err(PaymentError::Conflict(_))));
     for amount in [0, -1, i64::MIN] {
-        let result = SubscriptionTransaction::refund(conn, paid.id, &refund_of("rfnd_2", amount));
+        let result =
+            SubscriptionTransaction::refund(conn, paid.id, &NewRefund::new("rfnd_2", amount));
         assert!(matches!(result, Err(PaymentError::NotPositive)));
     }
     let nobody = TransactionId::new();
-    let result = SubscriptionTransaction::refund(conn, nobody, &refund_of("rfnd_2", 1));
+    let result = SubscriptionTransaction::refund(conn, nobody, &NewRefund::new("rfnd_2", 1));
     assert!(matches!(result, Err(PaymentError::NotFound)));
 }
 
-/// Rows written otherwise: a refund without the minus counts the same, one that failed doesn't, and no sum overflows.
+/// A refund counts with either sign, a failed one doesn't, and no sum overflows.
 #[test]
 fn refunds_of_either_sign_count() {
     let database = database();
@@ -278,13 +269,17 @@ fn refunds_of_either_sign_count() {
             parent_transaction_id: Some(paid.id),
             ..NewSubscriptionTransaction::new(paid.user_id, amount, amount, status)
         };
-        SubscriptionTransaction::insert(conn, &new).unwrap();
+        diesel::insert_into(subscription_transactions::table)
+            .values(&new)
+            .execute(conn)
+            .unwrap();
     };
     insert(conn, -30, Captured);
     insert(conn, i64::MAX - 100, Captured);
     insert(conn, 70, Failed);
     insert(conn, -70, Cancelled);
-    let result = SubscriptionTransaction::refund(conn, paid.id, &refund_of("rfnd_1", i64::MAX));
+    let result =
+        SubscriptionTransaction::refund(conn, paid.id, &NewRefund::new("rfnd_1", i64::MAX));
     assert!(matches!(
         result,
         Err(PaymentError::ExceedsPayment { refundable: 70 })
@@ -292,7 +287,7 @@ fn refunds_of_either_sign_count() {
     for _ in 0..2 {
         insert(conn, i64::MIN, Captured);
     }
-    let result = SubscriptionTransaction::refund(conn, paid.id, &refund_of("rfnd_1", 1));
+    let result = SubscriptionTransaction::refund(conn, paid.id, &NewRefund::new("rfnd_1", 1));
     assert!(matches!(
         result,
         Err(PaymentError::ExceedsPayment { refundable: 0 })
@@ -303,7 +298,7 @@ fn refunds_of_either_sign_count() {
 fn refunds_at_once_never_exceed_the_payment() {
     let database = database();
     let conn = &mut database.connect();
-    // Each at once makes the others begin anew at the higher levels: fewer there, for time's sake.
+    // At the higher levels each commit makes the others start again: fewer threads save time.
     for (isolation, threads) in [
         (Isolation::ReadCommitted, 32),
         (Isolation::RepeatableRead, 12),
@@ -312,12 +307,12 @@ fn refunds_at_once_never_exceed_the_payment() {
         let paid = captured(conn, 100);
         let refunded = at_once(&database, threads, |number, conn| {
             let id = format!("rfnd_{isolation:?}_{number}");
-            // A transaction that was asked for at REPEATABLE READ repeats until it sees those before it.
+            // A transaction at REPEATABLE READ is retried until it sees the earlier ones.
             loop {
                 let result = retry_transaction(conn, isolation, |conn| {
                     // Its snapshot is older than its lock.
                     SubscriptionTransaction::find(conn, paid.id)?;
-                    SubscriptionTransaction::refund(conn, paid.id, &refund_of(&id, 9))
+                    SubscriptionTransaction::refund(conn, paid.id, &NewRefund::new(&id, 9))
                 });
                 match result {
                     Ok(row) => return -recorded(row).amount,
@@ -341,10 +336,10 @@ fn one_refund_reported_many_times_is_one() {
     let conn = &mut database.connect();
     let paid = captured(conn, 100);
     let new = at_once(&database, 32, |_, conn| {
-        let refund = refund_of("rfnd_1", 100);
+        let refund = NewRefund::new("rfnd_1", 100);
         match SubscriptionTransaction::refund(conn, paid.id, &refund).unwrap() {
-            RecordedPayment::Recorded(_) => 1,
-            RecordedPayment::Existing(_) => 0,
+            Recorded::New(_) => 1,
+            Recorded::Existing(_) => 0,
         }
     });
     assert_eq!(new.into_iter().sum::<i32>(), 1);
@@ -364,8 +359,8 @@ fn any_refunds_add_up() {
             let mut left = amount;
             for refund in refunds {
                 let id = TransactionId::new().to_string();
-                match SubscriptionTransaction::refund(conn, paid.id, &refund_of(&id, refund)) {
-                    Ok(RecordedPayment::Recorded(_)) if refund <= left => left -= refund,
+                match SubscriptionTransaction::refund(conn, paid.id, &NewRefund::new(&id, refund)) {
+                    Ok(Recorded::New(_)) if refund <= left => left -= refund,
                     Err(PaymentError::ExceedsPayment { refundable }) if refund > left => {
                         prop_assert_eq!(refundable, left);
                     }
@@ -374,7 +369,7 @@ fn any_refunds_add_up() {
                 let status = if left == 0 { Refunded } else { Captured };
                 prop_assert_eq!(find(conn, paid.id).status, status);
             }
-            let rows = SubscriptionTransaction::list_by_user(conn, paid.user_id, None, 100);
+            let rows = SubscriptionTransaction::list_by_user(conn, paid.user_id, Page::first(100));
             let sum: i128 = rows.unwrap().iter().map(|row| i128::from(row.amount)).sum();
             prop_assert_eq!(sum, i128::from(left));
             Ok(())
@@ -387,7 +382,7 @@ fn history_comes_in_pages() {
     let database = database();
     let conn = &mut database.connect();
     let user = user(conn);
-    // Two transactions, so two moments of three rows each.
+    // Two transactions, so two timestamps with three rows each.
     let mut ids = Vec::new();
     for _ in 0..2 {
         conn.transaction::<_, diesel::result::Error, _>(|conn| {
@@ -396,7 +391,10 @@ fn history_comes_in_pages() {
                     id: Some(TransactionId::new()),
                     ..NewSubscriptionTransaction::new(user, 1, 1, Captured)
                 };
-                ids.push(SubscriptionTransaction::insert(conn, &new)?.id);
+                diesel::insert_into(subscription_transactions::table)
+                    .values(&new)
+                    .execute(conn)?;
+                ids.extend(new.id);
             }
             Ok(())
         })
@@ -404,15 +402,12 @@ fn history_comes_in_pages() {
     }
     ids.reverse();
     let mut seen = Vec::new();
-    let mut after = None;
+    let mut page = Page::first(2);
     loop {
-        let page = SubscriptionTransaction::list_by_user(conn, user, after, 2).unwrap();
-        let Some(last) = page.last() else { break };
-        after = Some(Cursor {
-            created_at: last.created_at,
-            id: last.id,
-        });
-        seen.extend(page.iter().map(|row| row.id));
+        let rows = SubscriptionTransaction::list_by_user(conn, user, page).unwrap();
+        let Some(last) = rows.last() else { break };
+        page = Page::after(last.cursor(), 2);
+        seen.extend(rows.iter().map(|row| row.id));
     }
     assert_eq!(seen, ids);
     assert_eq!(seen.iter().collect::<BTreeSet<_>>().len(), 6);
