@@ -170,7 +170,7 @@ fn money() {
             total_amount: Some(49_900),
             ..NewUserSubscription::new(user.id)
         },
-        SubscriptionStatus::Created,
+        SubscriptionStatus::Active,
     )
     .unwrap();
     assert_eq!(

@@ -2,12 +2,15 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
+use std::sync::Barrier;
+use std::thread;
+use std::time::Duration;
 
 use bruhmcp_db::enums::TransactionStatus::{self, *};
-use bruhmcp_db::enums::TransactionType;
-use bruhmcp_db::ids::{TransactionId, UserId};
+use bruhmcp_db::enums::{CreditSource, SubscriptionStatus, TransactionType};
+use bruhmcp_db::ids::{SubscriptionId, TransactionId, UserId};
 use bruhmcp_db::models::*;
-use bruhmcp_db::schema::subscription_transactions;
+use bruhmcp_db::schema::{subscription_transactions, users};
 use bruhmcp_db::{ConstraintViolation, Isolation, Page, retry_transaction};
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
@@ -411,4 +414,142 @@ fn history_comes_in_pages() {
     }
     assert_eq!(seen, ids);
     assert_eq!(seen.iter().collect::<BTreeSet<_>>().len(), 6);
+}
+
+type Operation = fn(&mut PgConnection, &SubscriptionTransaction, SubscriptionId) -> bool;
+
+/// An operation waits for a user who is locked before it holds anything that the holder of that
+/// lock may need.
+#[test]
+fn an_operation_locks_the_user_first() {
+    let database = database();
+    let conn = &mut database.connect();
+    // What runs alone, and what another transaction does after it has locked the user.
+    let pairs: [(&str, Operation, Operation); 6] = [
+        ("record_payment", record, record),
+        ("refund", refund, change),
+        ("grant", grant, grant),
+        ("start", start, start),
+        ("upgrade", upgrade, pause),
+        ("upsert", set_address, set_address),
+    ];
+    let mut deadlocks = Vec::new();
+    for (name, alone, after_lock) in pairs {
+        let paid = captured(conn, 100);
+        // Only one subscription can be live, so `start` begins without.
+        let status = if name == "start" {
+            SubscriptionStatus::Created
+        } else {
+            SubscriptionStatus::Active
+        };
+        let new = NewUserSubscription::new(paid.user_id);
+        let subscription = UserSubscription::start(conn, &new, status).unwrap().id;
+        let locked = Barrier::new(2);
+        thread::scope(|scope| {
+            let (locked, database, paid) = (&locked, &database, &paid);
+            let waiting = scope.spawn(move || {
+                let conn = &mut database.connect();
+                locked.wait();
+                alone(conn, paid, subscription)
+            });
+            let done = conn.transaction(|conn| {
+                users::table
+                    .find(paid.user_id)
+                    .select(users::id)
+                    .for_update()
+                    .first::<UserId>(conn)?;
+                locked.wait();
+                wait_for_a_blocked_session(conn);
+                if after_lock(conn, paid, subscription) {
+                    Ok(())
+                } else {
+                    Err(diesel::result::Error::RollbackTransaction)
+                }
+            });
+            if !waiting.join().unwrap() || done.is_err() {
+                deadlocks.push(name);
+            }
+        });
+    }
+    assert_eq!(deadlocks, [""; 0]);
+}
+
+fn wait_for_a_blocked_session(conn: &mut PgConnection) {
+    let blocked = "SELECT FROM pg_stat_activity
+                    WHERE datname = current_database() AND wait_event_type = 'Lock'";
+    while diesel::sql_query(blocked).execute(conn).unwrap() == 0 {
+        // Otherwise the view stays the same within a transaction.
+        diesel::sql_query("SELECT pg_stat_clear_snapshot()")
+            .execute(conn)
+            .unwrap();
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Whether the operation succeeded or was refused, without a database error.
+fn decided<T>(result: Result<T, PaymentError>) -> bool {
+    !matches!(result, Err(PaymentError::Database(_)))
+}
+
+fn record(conn: &mut PgConnection, paid: &SubscriptionTransaction, _: SubscriptionId) -> bool {
+    let new = payment(paid.user_id, "pay_locked", 1, Captured);
+    decided(SubscriptionTransaction::record_payment(conn, &new))
+}
+
+fn refund(conn: &mut PgConnection, paid: &SubscriptionTransaction, _: SubscriptionId) -> bool {
+    decided(SubscriptionTransaction::refund(
+        conn,
+        paid.id,
+        &NewRefund::new("rfnd_locked", 1),
+    ))
+}
+
+fn change(conn: &mut PgConnection, paid: &SubscriptionTransaction, _: SubscriptionId) -> bool {
+    diesel::update(subscription_transactions::table.find(paid.id))
+        .set(subscription_transactions::gateway_status.eq("settled"))
+        .execute(conn)
+        .is_ok()
+}
+
+fn grant(conn: &mut PgConnection, paid: &SubscriptionTransaction, _: SubscriptionId) -> bool {
+    let new = NewAccountCredit {
+        source_type: Some(CreditSource::Refund),
+        source_id: Some("rfnd_locked"),
+        ..NewAccountCredit::new(paid.user_id, 1)
+    };
+    !matches!(
+        AccountCredit::grant(conn, &new),
+        Err(CreditError::Database(_))
+    )
+}
+
+fn start(conn: &mut PgConnection, paid: &SubscriptionTransaction, _: SubscriptionId) -> bool {
+    let new = NewUserSubscription::new(paid.user_id);
+    let started = UserSubscription::start(conn, &new, SubscriptionStatus::Active);
+    !matches!(started, Err(SubscriptionError::Database(_)))
+}
+
+fn upgrade(conn: &mut PgConnection, paid: &SubscriptionTransaction, id: SubscriptionId) -> bool {
+    let new = NewUserSubscription::new(paid.user_id);
+    let upgraded = UserSubscription::upgrade(conn, id, &new);
+    !matches!(upgraded, Err(SubscriptionError::Database(_)))
+}
+
+fn pause(conn: &mut PgConnection, _: &SubscriptionTransaction, id: SubscriptionId) -> bool {
+    let (from, to) = (SubscriptionStatus::Active, SubscriptionStatus::Paused);
+    let paused = UserSubscription::change_status(conn, id, from, to, &Default::default());
+    !matches!(paused, Err(SubscriptionError::Database(_)))
+}
+
+fn set_address(conn: &mut PgConnection, paid: &SubscriptionTransaction, _: SubscriptionId) -> bool {
+    let address = NewUserBillingDetails {
+        user_id: paid.user_id,
+        address_line1: "1 MG Road",
+        address_line2: None,
+        city: "Bengaluru",
+        state: "Karnataka",
+        country: "India",
+        zip_code: "560001",
+    };
+    UserBillingDetails::upsert(conn, &address).is_ok()
 }

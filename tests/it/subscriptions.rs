@@ -6,6 +6,7 @@ use bruhmcp_db::Page;
 use bruhmcp_db::enums::SubscriptionStatus::{self, *};
 use bruhmcp_db::ids::{SubscriptionId, UserId};
 use bruhmcp_db::models::*;
+use bruhmcp_db::schema::users;
 use chrono::{TimeDelta, Utc};
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
@@ -332,4 +333,35 @@ fn eight_workers_share_the_due_subscriptions() {
     .concat();
     assert_eq!(charged.len(), 40);
     assert_eq!(charged.into_iter().collect::<BTreeSet<_>>(), due);
+}
+
+#[test]
+fn a_locked_users_subscription_is_claimed_later() {
+    let database = database();
+    let (conn, other) = (&mut database.connect(), &mut database.connect());
+    let user = user(conn);
+    let new = NewUserSubscription {
+        next_billing_date: Some(Utc::now() - TimeDelta::days(1)),
+        ..NewUserSubscription::new(user)
+    };
+    let id = UserSubscription::start(conn, &new, Active).unwrap().id;
+    let claim = |conn: &mut PgConnection| {
+        let claimed = conn.transaction(|conn| UserSubscription::claim_due(conn, 9));
+        claimed
+            .unwrap()
+            .iter()
+            .map(|row| row.id)
+            .collect::<Vec<_>>()
+    };
+    conn.transaction(|conn| {
+        users::table
+            .find(user)
+            .select(users::id)
+            .for_update()
+            .first::<UserId>(conn)?;
+        assert_eq!(claim(other), []);
+        QueryResult::Ok(())
+    })
+    .unwrap();
+    assert_eq!(claim(other), [id]);
 }
