@@ -303,11 +303,9 @@ static OPERATIONS: &[Operation] = &[
     },
     // user_subscriptions
     operation("UserSubscription::start", |conn| {
-        let new = NewUserSubscription {
-            status: Some(SubscriptionStatus::Created),
-            ..NewUserSubscription::new(USER)
-        };
-        Ok(UserSubscription::start(conn, &new).map(|_| true)?)
+        let new = NewUserSubscription::new(USER);
+        let created = SubscriptionStatus::Created;
+        Ok(UserSubscription::start(conn, &new, created).map(|_| true)?)
     }),
     operation("UserSubscription::change_status", |conn| {
         let (from, to) = (SubscriptionStatus::Active, SubscriptionStatus::Paused);
@@ -330,7 +328,7 @@ static OPERATIONS: &[Operation] = &[
     }),
     worker("UserSubscription::claim_due", |conn| {
         conn.transaction(|conn| {
-            let claimed = UserSubscription::lock_due(conn, 10)?;
+            let claimed = UserSubscription::claim_due(conn, 10)?;
             for subscription in &claimed {
                 UserSubscription::record_failed_payment(conn, subscription.id, None)?;
             }
@@ -416,13 +414,13 @@ static OPERATIONS: &[Operation] = &[
     }),
     worker("WebhookEvent::claim", |conn| {
         conn.transaction(|conn| {
-            let claimed = WebhookEvent::take(conn, OPEN_EVENT)?;
+            let claimed = WebhookEvent::claim(conn, OPEN_EVENT)?;
             Ok(claimed.is_some() && WebhookEvent::mark_processed(conn, OPEN_EVENT)?)
         })
     }),
     worker("WebhookEvent::claim_due", |conn| {
         conn.transaction(|conn| {
-            let claimed = WebhookEvent::take_open(conn, None, 10)?;
+            let claimed = WebhookEvent::claim_due(conn, None, 10)?;
             for event in &claimed {
                 WebhookEvent::mark_failed(conn, event.event_id, "later")?;
             }
@@ -431,7 +429,7 @@ static OPERATIONS: &[Operation] = &[
     }),
     worker("WebhookEvent::claim, with a payment", |conn| {
         conn.transaction(|conn| {
-            let claimed = WebhookEvent::take(conn, OPEN_EVENT)?;
+            let claimed = WebhookEvent::claim(conn, OPEN_EVENT)?;
             if claimed.is_none_or(|event| event.processing_status != WebhookStatus::Pending) {
                 return Ok(false);
             }
@@ -592,7 +590,6 @@ fn claim_refresh(conn: &mut PgConnection) -> QueryResult<Vec<McpCredential>> {
 
 fn address() -> NewUserBillingDetails<'static> {
     NewUserBillingDetails {
-        billing_id: None,
         user_id: USER,
         address_line1: "2 MG Road",
         address_line2: None,
