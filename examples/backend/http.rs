@@ -2,7 +2,7 @@
 
 use std::io::Read;
 
-use bruhmcp_db::models::{InstanceError, OauthError, PaymentError, PlanError, UserError};
+use bruhmcp_db::models::{CredentialError, InstanceError, PaymentError, PlanError, UserError};
 use bruhmcp_db::{ConstraintKind, ConstraintViolation, crypto};
 use diesel::result::Error as DieselError;
 use oxhttp::model::header::{CACHE_CONTROL, CONTENT_TYPE, RETRY_AFTER};
@@ -71,18 +71,19 @@ impl From<InstanceError> for Error {
             InstanceError::NotFound => NOT_FOUND,
             InstanceError::InstanceExpired => Error::Refused(409, "the instance has expired"),
             InstanceError::Database(error) => error.into(),
+            _ => Self::Internal("an instance was refused"),
         }
     }
 }
 
-impl From<OauthError> for Error {
-    fn from(error: OauthError) -> Self {
+impl From<CredentialError> for Error {
+    fn from(error: CredentialError) -> Self {
         match error {
-            OauthError::UnknownState => Error::Refused(400, "no authorisation has this state"),
-            OauthError::NotPending => Error::Refused(409, "the authorisation isn't pending"),
-            OauthError::NotOauth => Error::Refused(409, "the instance is gone"),
-            OauthError::StateTaken => Self::Internal("a state came twice"),
-            OauthError::Database(error) => error.into(),
+            CredentialError::UnknownState => Error::Refused(400, "no authorization has this state"),
+            CredentialError::Conflict(_) => Error::Refused(409, "the authorization isn't pending"),
+            CredentialError::NotFound => Error::Refused(409, "the instance is gone"),
+            CredentialError::Database(error) => error.into(),
+            _ => Self::Internal("credentials were refused"),
         }
     }
 }
@@ -115,7 +116,7 @@ impl From<crypto::SealError> for Error {
     fn from(error: crypto::SealError) -> Self {
         match error {
             crypto::SealError::TooLong => Error::Refused(422, "the secret is too long"),
-            crypto::SealError::NoRandomness => Self::Internal("no random octets"),
+            _ => Self::Internal("no random bytes"),
         }
     }
 }

@@ -24,14 +24,13 @@ pub use auth_tokens::{AuthToken, CodeCheck, MAX_CODE_ATTEMPTS, Rotation, TokenEr
 #[cfg(feature = "crypto")]
 pub use mcp_credentials::Resealed;
 pub use mcp_credentials::{
-    CompletedInstance, CredentialError, McpCredential, McpCredentialChangeset, NewMcpCredential,
-    OauthCompletion, OauthError, OauthTokens,
+    CompletedInstance, CredentialError, McpCredential, NewMcpCredential, OauthCompletion,
+    OauthTokens,
 };
 pub use mcp_service_table::{
-    CredentialState, InstanceDetails, InstanceError, InstanceFilter, McpInstance,
-    McpInstanceChangeset, NewMcpInstance, RenameError,
+    CredentialState, InstanceDetails, InstanceError, InstanceFilter, McpInstance, NewMcpInstance,
 };
-pub use mcp_table::{McpService, McpServiceChangeset, NewMcpService, Registered};
+pub use mcp_table::{McpService, NewMcpService};
 pub use subscription_transactions::{
     NewRefund, NewSubscriptionTransaction, PaymentError, RecordedPayment, SubscriptionTransaction,
     SubscriptionTransactionChangeset,

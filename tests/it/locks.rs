@@ -449,30 +449,21 @@ static OPERATIONS: &[Operation] = &[
     }),
     // mcp_table
     worker("McpService::register", |conn| {
+        let name = format!("Gmail {}", Uuid::new_v4());
         let new = NewMcpService {
-            mcp_service_id: None,
-            mcp_service_name: "gmail",
-            display_name: &format!("Gmail {}", Uuid::new_v4()),
-            description: None,
-            icon_url_path: None,
-            port: 4001,
-            type_: AuthType::Oauth,
-            is_active: None,
+            display_name: &name,
+            ..NewMcpService::new("gmail", 4001, AuthType::Oauth)
         };
-        Ok(matches!(
-            McpService::register(conn, &new)?,
-            Registered::Changed(_)
-        ))
+        let service = McpService::register(conn, &new)?.into_inner();
+        Ok(service.display_name == name)
     }),
     worker("McpService::set_enabled", |conn| {
         Ok(McpService::set_enabled(conn, GMAIL, true)?.is_some())
     }),
     // mcp_service_table
     operation("McpInstance::create", |conn| {
-        let instance_id = InstanceId::new();
-        let credential =
-            NewMcpCredential::api_key(&OLD_RING, instance_id, &"secret".to_owned().into())?;
-        let new = crate::fixtures::new_instance(USER, FIGMA);
+        let credential = NewMcpCredential::api_key(&OLD_RING, &"secret".into())?;
+        let new = NewMcpInstance::new(USER, FIGMA);
         Ok(McpInstance::create(conn, &new, &credential).map(|_| true)?)
     }),
     operation("McpInstance::activate", |conn| {
@@ -508,7 +499,7 @@ static OPERATIONS: &[Operation] = &[
         Ok(!McpInstance::expire_due(conn, 10)?.is_empty())
     }),
     operation("McpInstance::purge_abandoned", |conn| {
-        Ok(!McpInstance::delete_abandoned(conn, &[ABANDONED], hour())?.is_empty())
+        Ok(!McpInstance::purge_abandoned(conn, &[ABANDONED], hour())?.is_empty())
     }),
     // mcp_credentials
     operation("McpCredential::begin_oauth", |conn| {
@@ -519,7 +510,7 @@ static OPERATIONS: &[Operation] = &[
         )
     }),
     operation("McpCredential::consume_state", |conn| {
-        Ok(McpCredential::take_by_state(conn, &"state".into()).map(|_| true)?)
+        Ok(McpCredential::consume_state(conn, &"state".into()).map(|_| true)?)
     }),
     operation("McpCredential::complete_oauth", |conn| {
         Ok(McpCredential::complete_oauth(conn, of(PENDING), &tokens()).map(|_| true)?)
@@ -531,7 +522,7 @@ static OPERATIONS: &[Operation] = &[
         conn.transaction(|conn| {
             let claimed = claim_refresh(conn)?;
             for row in &claimed {
-                McpCredential::store_refreshed(conn, row.credential_id, row.version, &tokens())?;
+                McpCredential::store_refreshed(conn, row, &tokens())?;
             }
             Ok(!claimed.is_empty())
         })
@@ -540,7 +531,7 @@ static OPERATIONS: &[Operation] = &[
         conn.transaction(|conn| {
             let claimed = claim_refresh(conn)?;
             for row in &claimed {
-                McpCredential::refresh_refused(conn, row.credential_id, row.version)?;
+                McpCredential::refresh_refused(conn, row)?;
             }
             Ok(!claimed.is_empty())
         })
@@ -549,7 +540,7 @@ static OPERATIONS: &[Operation] = &[
         conn.transaction(|conn| {
             let claimed = claim_refresh(conn)?;
             for row in &claimed {
-                McpCredential::refresh_failed(conn, row.instance_id, "network", None)?;
+                McpCredential::refresh_failed(conn, row, "network", None)?;
             }
             Ok(!claimed.is_empty())
         })
@@ -576,27 +567,18 @@ static OPERATIONS: &[Operation] = &[
     }),
     // token_audit_log
     operation("TokenAudit::insert", |conn| {
-        let audit = NewTokenAudit {
-            instance_id: KEYED,
-            user_id: Some(USER),
-            operation: "a",
-            status: AuditStatus::Success,
-            method: None,
-            error_type: None,
-            error_message: None,
-            metadata: None,
-        };
+        let audit = NewTokenAudit::new(KEYED, "a", AuditStatus::Success);
         TokenAudit::insert(conn, &audit)?;
         Ok(true)
     }),
     worker("TokenAudit::purge", |conn| {
-        TokenAudit::clean_up(conn, 100)?;
+        TokenAudit::purge(conn, 100)?;
         Ok(true)
     }),
 ];
 
 fn claim_refresh(conn: &mut PgConnection) -> QueryResult<Vec<McpCredential>> {
-    McpCredential::lock_due_for_refresh(conn, Utc::now() + hour(), DateTime::<Utc>::MAX_UTC, 10)
+    McpCredential::claim_due(conn, Utc::now() + hour(), DateTime::<Utc>::MAX_UTC, 10)
 }
 
 fn address() -> NewUserBillingDetails<'static> {
