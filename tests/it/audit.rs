@@ -1,4 +1,4 @@
-//! The audit log: appended, read in pages, summed up, cleaned up.
+//! The audit log: append, pages, summary, purge.
 
 use bigdecimal::BigDecimal;
 use bruhmcp_db::enums::AuditStatus;
@@ -28,7 +28,7 @@ fn append(
 }
 
 #[test]
-fn what_was_done_comes_in_pages() {
+fn rows_come_in_pages_and_stay() {
     let database = database();
     let conn = &mut database.connect();
     let (instance, other) = (InstanceId::new(), InstanceId::new());
@@ -169,7 +169,7 @@ fn the_summary_is_joined_with_tables() {
 }
 
 #[test]
-fn what_is_old_goes_in_batches() {
+fn old_rows_are_purged_in_batches() {
     let database = database();
     let conn = &mut database.connect();
     let instance = InstanceId::new();

@@ -175,19 +175,15 @@ fn each_foreign_key_says_what_a_delete_does() {
     );
 }
 
-/// The sources of the crate that hold row structs.
-fn model_files() -> Vec<PathBuf> {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    let mut files = vec![source.join("views.rs")];
-    let mut folders = vec![source.join("models")];
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(folder).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                folders.push(path);
-            } else {
-                files.push(path);
-            }
+/// The Rust files in a folder and in those below it.
+fn rust_files(folder: &Path) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            files.extend(rust_files(&path));
+        } else {
+            files.push(path);
         }
     }
     files
@@ -197,8 +193,11 @@ fn model_files() -> Vec<PathBuf> {
 /// `Identifiable`, or stands in `views.rs`. Diesel checks that its fields are columns; what it
 /// can't see is a column without a field.
 fn row_structs() -> BTreeMap<String, BTreeSet<String>> {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut files = rust_files(&source.join("models"));
+    files.push(source.join("views.rs"));
     let mut rows = BTreeMap::new();
-    for file in model_files() {
+    for file in files {
         let view = file.ends_with("views.rs");
         let text = fs::read_to_string(&file).unwrap();
         for item in text.split("\n\n") {
@@ -407,4 +406,40 @@ fn each_table_has_rights_for_both_roles() {
     for privilege in ["SELECT", "INSERT", "UPDATE", "DELETE", "TRUNCATE"] {
         assert_same([], may("public", privilege));
     }
+}
+
+/// The layers of `docs/architecture.md`: shared types know no models, and models know no runner.
+#[test]
+fn imports_point_downwards() {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut upwards = Vec::new();
+    let (models, shared): (Vec<PathBuf>, Vec<PathBuf>) = rust_files(&source)
+        .into_iter()
+        .filter(|file| {
+            let top = file.strip_prefix(&source).unwrap();
+            let own = ["lib.rs", "main.rs", "migrations", "migrations.rs"];
+            !own.iter().any(|own| top.starts_with(own))
+        })
+        .partition(|file| file.starts_with(source.join("models")) || file.ends_with("views.rs"));
+    for (files, forbidden) in [
+        (&models, &["crate::migrations"][..]),
+        (
+            &shared,
+            &["crate::migrations", "crate::models", "crate::views"],
+        ),
+    ] {
+        assert!(!files.is_empty());
+        for file in files {
+            let text = fs::read_to_string(file).unwrap();
+            let imports = text
+                .lines()
+                .filter(|line| line.trim_start().starts_with("use "));
+            for import in imports {
+                if forbidden.iter().any(|above| import.contains(above)) {
+                    upwards.push(format!("{}: {import}", file.display()));
+                }
+            }
+        }
+    }
+    assert!(upwards.is_empty(), "{upwards:#?}");
 }
