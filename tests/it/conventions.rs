@@ -5,9 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use bruhmcp_db::migrations::Runner;
+use bruhmcp_db::migrations::MIGRATIONS;
+use diesel_migrations::MigrationHarness;
 
-use crate::support::{TestDatabase, assert_same, database};
+use crate::support::{TestDatabase, assert_same_set, database};
 
 /// Tables and views of the crate.
 const RELATIONS: &str =
@@ -240,7 +241,7 @@ fn each_column_is_in_the_row_struct_of_its_table() {
             .into_iter()
             .map(move |column| format!("{table}.{column}"))
     });
-    assert_same(columns, fields);
+    assert_same_set(columns, fields);
 }
 
 /// Triggers that note a change of the row, and the columns whose change they don't note.
@@ -314,7 +315,7 @@ fn a_trigger_that_notes_changes_names_every_column() {
         expected.extend(columns_of(&database, table).into_iter().map(of_trigger));
         found.extend(named.into_iter().map(of_trigger));
     }
-    assert_same(expected, found);
+    assert_same_set(expected, found);
     for (trigger, ..) in NOT_NOTED {
         assert!(
             noting.iter().any(|(_, name, _)| name == trigger),
@@ -350,7 +351,7 @@ fn a_row_trigger_on_update_has_a_when() {
         ),
     );
     let excepted = WITHOUT_WHEN.map(|(trigger, _)| trigger.to_owned());
-    assert_same(excepted, without);
+    assert_same_set(excepted, without);
 }
 
 /// A trigger doesn't fire for a column that its WHEN names and its UPDATE OF list doesn't.
@@ -378,7 +379,10 @@ fn each_table_has_rights_for_both_roles() {
     database
         .psql("CREATE ROLE app_user; CREATE ROLE app_admin")
         .unwrap();
-    Runner::new(&database.url()).unwrap().run().unwrap();
+    database
+        .connect()
+        .run_pending_migrations(MIGRATIONS)
+        .unwrap();
     let relations = |condition: &str| {
         lines(
             &database,
@@ -391,20 +395,20 @@ fn each_table_has_rights_for_both_roles() {
         ))
     };
     let all = relations("true");
-    assert_same(all.clone(), may("app_user", "SELECT"));
-    assert_same(all, may("app_admin", "SELECT"));
+    assert_same_set(all.clone(), may("app_user", "SELECT"));
+    assert_same_set(all, may("app_admin", "SELECT"));
     for privilege in ["INSERT", "UPDATE", "DELETE"] {
         // The log is append-only. A function deletes its old rows.
         let writable = relations(&format!(
             "relkind <> 'v' AND (relname <> 'token_audit_log' OR '{privilege}' = 'INSERT')"
         ));
-        assert_same(writable, may("app_admin", privilege));
+        assert_same_set(writable, may("app_admin", privilege));
     }
     for privilege in ["TRUNCATE", "REFERENCES", "TRIGGER"] {
-        assert_same([], may("app_user", privilege));
+        assert_same_set([], may("app_user", privilege));
     }
     for privilege in ["SELECT", "INSERT", "UPDATE", "DELETE", "TRUNCATE"] {
-        assert_same([], may("public", privilege));
+        assert_same_set([], may("public", privilege));
     }
 }
 
