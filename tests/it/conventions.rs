@@ -5,9 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use bruhmcp_db::migrations::Runner;
+use bruhmcp_db::migrations::MIGRATIONS;
+use diesel_migrations::MigrationHarness;
 
-use crate::support::{TestDatabase, assert_same, database};
+use crate::support::{TestDatabase, assert_same_set, database};
 
 /// Tables and views of the crate.
 const RELATIONS: &str =
@@ -175,19 +176,15 @@ fn each_foreign_key_says_what_a_delete_does() {
     );
 }
 
-/// The sources of the crate that hold row structs.
-fn model_files() -> Vec<PathBuf> {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    let mut files = vec![source.join("views.rs")];
-    let mut folders = vec![source.join("models")];
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(folder).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                folders.push(path);
-            } else {
-                files.push(path);
-            }
+/// The Rust files in a folder and in those below it.
+fn rust_files(folder: &Path) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            files.extend(rust_files(&path));
+        } else {
+            files.push(path);
         }
     }
     files
@@ -197,8 +194,11 @@ fn model_files() -> Vec<PathBuf> {
 /// `Identifiable`, or stands in `views.rs`. Diesel checks that its fields are columns; what it
 /// can't see is a column without a field.
 fn row_structs() -> BTreeMap<String, BTreeSet<String>> {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut files = rust_files(&source.join("models"));
+    files.push(source.join("views.rs"));
     let mut rows = BTreeMap::new();
-    for file in model_files() {
+    for file in files {
         let view = file.ends_with("views.rs");
         let text = fs::read_to_string(&file).unwrap();
         for item in text.split("\n\n") {
@@ -241,7 +241,7 @@ fn each_column_is_in_the_row_struct_of_its_table() {
             .into_iter()
             .map(move |column| format!("{table}.{column}"))
     });
-    assert_same(columns, fields);
+    assert_same_set(columns, fields);
 }
 
 /// Triggers that note a change of the row, and the columns whose change they don't note.
@@ -315,7 +315,7 @@ fn a_trigger_that_notes_changes_names_every_column() {
         expected.extend(columns_of(&database, table).into_iter().map(of_trigger));
         found.extend(named.into_iter().map(of_trigger));
     }
-    assert_same(expected, found);
+    assert_same_set(expected, found);
     for (trigger, ..) in NOT_NOTED {
         assert!(
             noting.iter().any(|(_, name, _)| name == trigger),
@@ -351,7 +351,7 @@ fn a_row_trigger_on_update_has_a_when() {
         ),
     );
     let excepted = WITHOUT_WHEN.map(|(trigger, _)| trigger.to_owned());
-    assert_same(excepted, without);
+    assert_same_set(excepted, without);
 }
 
 /// A trigger doesn't fire for a column that its WHEN names and its UPDATE OF list doesn't.
@@ -379,7 +379,10 @@ fn each_table_has_rights_for_both_roles() {
     database
         .psql("CREATE ROLE app_user; CREATE ROLE app_admin")
         .unwrap();
-    Runner::new(&database.url()).unwrap().run().unwrap();
+    database
+        .connect()
+        .run_pending_migrations(MIGRATIONS)
+        .unwrap();
     let relations = |condition: &str| {
         lines(
             &database,
@@ -392,19 +395,55 @@ fn each_table_has_rights_for_both_roles() {
         ))
     };
     let all = relations("true");
-    assert_same(all.clone(), may("app_user", "SELECT"));
-    assert_same(all, may("app_admin", "SELECT"));
+    assert_same_set(all.clone(), may("app_user", "SELECT"));
+    assert_same_set(all, may("app_admin", "SELECT"));
     for privilege in ["INSERT", "UPDATE", "DELETE"] {
         // The log is append-only. A function deletes its old rows.
         let writable = relations(&format!(
             "relkind <> 'v' AND (relname <> 'token_audit_log' OR '{privilege}' = 'INSERT')"
         ));
-        assert_same(writable, may("app_admin", privilege));
+        assert_same_set(writable, may("app_admin", privilege));
     }
     for privilege in ["TRUNCATE", "REFERENCES", "TRIGGER"] {
-        assert_same([], may("app_user", privilege));
+        assert_same_set([], may("app_user", privilege));
     }
     for privilege in ["SELECT", "INSERT", "UPDATE", "DELETE", "TRUNCATE"] {
-        assert_same([], may("public", privilege));
+        assert_same_set([], may("public", privilege));
     }
+}
+
+/// The layers of `docs/architecture.md`: shared types know no models, and models know no runner.
+#[test]
+fn imports_point_downwards() {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut upwards = Vec::new();
+    let (models, shared): (Vec<PathBuf>, Vec<PathBuf>) = rust_files(&source)
+        .into_iter()
+        .filter(|file| {
+            let top = file.strip_prefix(&source).unwrap();
+            let own = ["lib.rs", "main.rs", "migrations", "migrations.rs"];
+            !own.iter().any(|own| top.starts_with(own))
+        })
+        .partition(|file| file.starts_with(source.join("models")) || file.ends_with("views.rs"));
+    for (files, forbidden) in [
+        (&models, &["crate::migrations"][..]),
+        (
+            &shared,
+            &["crate::migrations", "crate::models", "crate::views"],
+        ),
+    ] {
+        assert!(!files.is_empty());
+        for file in files {
+            let text = fs::read_to_string(file).unwrap();
+            let imports = text
+                .lines()
+                .filter(|line| line.trim_start().starts_with("use "));
+            for import in imports {
+                if forbidden.iter().any(|above| import.contains(above)) {
+                    upwards.push(format!("{}: {import}", file.display()));
+                }
+            }
+        }
+    }
+    assert!(upwards.is_empty(), "{upwards:#?}");
 }

@@ -15,7 +15,7 @@ use diesel::sql_types::{Array, Text};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::support::{assert_same, database};
+use crate::support::{assert_same_set, database};
 
 fn pascal_case(snake_case: &str) -> String {
     let words = snake_case.split('_').map(|word| {
@@ -54,7 +54,7 @@ fn each_sql_enum_has_a_rust_enum_with_its_labels() {
             Some(format!("{name}::{variant}"))
         })
     });
-    assert_same(expected, found);
+    assert_same_set(expected, found);
     for (name, source) in &sources {
         for attribute in ["serde(rename_all", "strum(serialize_all"] {
             assert!(

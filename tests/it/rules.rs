@@ -8,7 +8,7 @@ use diesel::pg::PgConnection;
 use diesel::prelude::*;
 use diesel::sql_types::Text;
 
-use crate::support::{TestDatabase, assert_same, database};
+use crate::support::{TestDatabase, assert_same_set, database};
 
 /// Replaces `:u1` and the like with UUIDs, the same ones each time.
 pub(crate) fn with_keys(sql: &str) -> String {
@@ -400,7 +400,7 @@ fn each_named_constraint_is_violated_once() {
     expected.extend(named);
     let violated = violated();
     let found: Vec<String> = expected.intersection(&violated).cloned().collect();
-    assert_same(expected, found);
+    assert_same_set(expected, found);
 }
 
 #[test]
@@ -409,7 +409,7 @@ fn each_violated_constraint_exists() {
     known.extend(names(DECLARED));
     let violated = violated();
     let found: Vec<String> = violated.intersection(&known).cloned().collect();
-    assert_same(violated, found);
+    assert_same_set(violated, found);
 }
 
 /// Statements that look similar but violate nothing.

@@ -154,7 +154,7 @@ fn result(output: Output) -> Result<String, String> {
 
 /// Fails with the difference of two sets: what is missing from `found`, and what is extra in it.
 #[track_caller]
-pub(crate) fn assert_same<T: Ord + Debug>(
+pub(crate) fn assert_same_set<T: Ord + Debug>(
     expected: impl IntoIterator<Item = T>,
     found: impl IntoIterator<Item = T>,
 ) {
