@@ -116,7 +116,10 @@ fn calls(server: &Server, name: &str, index: Option<&str>) -> Result<i64> {
 fn inserts(server: &Server, name: &str, new_key: fn() -> Uuid) -> Result<i64> {
     let (_database, mut conn) = database(server)?;
     let conn = &mut conn;
-    let user_id: UserId = User::list(conn, None, 1)?.first().ok_or("no user")?.id;
+    let user_id: UserId = User::list(conn, bruhmcp_db::Page::first(1))?
+        .first()
+        .ok_or("no user")?
+        .id;
     let keys: Vec<Uuid> = (0..ROWS).map(|_| new_key()).collect();
     diesel::sql_query(
         "INSERT INTO subscription_transactions (id, user_id, amount, net_amount, status)

@@ -12,16 +12,15 @@ use bruhmcp_db::migrations::{Event, Runner};
 use bruhmcp_db::models::{
     CredentialError, InstanceError, InstanceFilter, McpCredential, McpInstance, McpService,
     NewMcpCredential, NewMcpInstance, NewMcpService, NewSubscriptionTransaction, NewTokenAudit,
-    NewUser, NewWebhookEvent, OauthTokens, ProPlan, RecordedWebhook, Registered, RenameError,
+    NewUser, NewWebhookEvent, OauthTokens, ProPlan, Recorded, RecordedWebhook,
     SubscriptionTransaction, TokenAudit, User, UserPlan, WebhookEvent,
 };
 use bruhmcp_db::views::TokenAuditSummary;
-use bruhmcp_db::{SecretText, enums::TransactionStatus};
+use bruhmcp_db::{Page, SecretText, enums::TransactionStatus};
 use bruhmcp_devdb::Server;
 use chrono::{TimeDelta, Utc};
 use diesel::connection::SimpleConnection;
 use diesel::prelude::*;
-use secrecy::{ExposeSecret, SecretString};
 use serde_json::json;
 
 type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
@@ -67,31 +66,28 @@ fn migrate(url: &str) -> Result {
     Ok(())
 }
 
-/// The registry comes from a file, each time the service starts. What is there already stays as it is.
+/// The registry comes from a file, each time the service starts. Existing services are brought in line with it.
 fn register_services(conn: &mut PgConnection) -> Result {
     heading("Services");
     for time in ["first", "second"] {
-        let [mut new, mut unchanged] = [0, 0];
+        let [mut new, mut existing] = [0, 0];
         let mut file = csv::Reader::from_reader(include_str!("services.csv").as_bytes());
         for row in file.deserialize() {
             let row: ServiceRow = row?;
             let service = NewMcpService {
-                mcp_service_id: None,
                 mcp_service_name: &row.mcp_service_name,
                 display_name: &row.display_name,
                 description: Some(&row.description),
                 icon_url_path: Some(&row.icon_url_path),
                 port: row.port,
                 type_: row.r#type,
-                is_active: None,
             };
             match McpService::register(conn, &service)? {
-                Registered::New(_) => new += 1,
-                Registered::Unchanged(_) => unchanged += 1,
-                Registered::Changed(service) => println!("  {} has changed", service.display_name),
+                Recorded::New(_) => new += 1,
+                Recorded::Existing(_) => existing += 1,
             }
         }
-        println!("  {time} time: {new} new, {unchanged} unchanged");
+        println!("  {time} time: {new} new, {existing} existing");
     }
     Ok(())
 }
@@ -110,17 +106,11 @@ struct ServiceRow {
 fn sign_up(conn: &mut PgConnection) -> Result<User> {
     heading("Sign-up");
     let new = NewUser {
-        id: None,
-        first_name: "Asha",
-        last_name: "Rao",
-        email: "  Asha@Example.IN ",
         // From argon2 or the like, in earnest. The column refuses what isn't a hash.
         password: Some(&SecretText::new(
             "$argon2id$v=19$m=19456,t=2,p=1$c2FsdHNhbHQ$aGFzaA",
         )),
-        email_verified: None,
-        razorpay_customer_id: None,
-        is_active: None,
+        ..NewUser::new("Asha", "Rao", "  Asha@Example.IN ")
     };
     let user = User::sign_up(conn, &new)?;
     let plan = UserPlan::find_by_user(conn, user.id)?.ok_or("no plan")?;
@@ -139,13 +129,8 @@ fn service_id(conn: &mut PgConnection, name: &str) -> Result<ServiceId> {
 
 fn new_instance(user_id: UserId, mcp_service_id: ServiceId) -> NewMcpInstance<'static> {
     NewMcpInstance {
-        instance_id: Some(InstanceId::new()),
-        user_id,
-        mcp_service_id,
-        oauth_status: None,
-        status: None,
         expires_at: Some(Utc::now() + TimeDelta::days(30)),
-        custom_name: None,
+        ..NewMcpInstance::new(user_id, mcp_service_id)
     }
 }
 
@@ -153,9 +138,8 @@ fn new_instance(user_id: UserId, mcp_service_id: ServiceId) -> NewMcpInstance<'s
 fn connect_figma(conn: &mut PgConnection, keys: &KeyRing, user_id: UserId) -> Result<InstanceId> {
     heading("Figma, by an API key");
     let new = new_instance(user_id, service_id(conn, "figma")?);
-    let instance_id = new.instance_id.ok_or("no key")?;
-    let api_key = SecretString::from("figd_a_secret");
-    let credential = NewMcpCredential::api_key(keys, instance_id, &api_key)?;
+    let api_key = SecretText::from("figd_a_secret");
+    let credential = NewMcpCredential::api_key(keys, &api_key)?;
     let (instance, credential) = McpInstance::create(conn, &new, &credential)?;
     println!(
         "  instance {:?}, credentials {:?}",
@@ -165,10 +149,7 @@ fn connect_figma(conn: &mut PgConnection, keys: &KeyRing, user_id: UserId) -> Re
     let opened = credential
         .open(keys, SecretColumn::ApiKey)?
         .ok_or("no key")?;
-    println!(
-        "  opened again: {}",
-        opened.expose_secret() == api_key.expose_secret()
-    );
+    println!("  opened again: {}", opened == api_key);
     Ok(instance.instance_id)
 }
 
@@ -192,8 +173,7 @@ fn call(conn: &mut PgConnection, instance_id: InstanceId) -> Result {
 fn reach_the_limit(conn: &mut PgConnection, keys: &KeyRing, user_id: UserId) -> Result {
     heading("A second active instance");
     let new = new_instance(user_id, service_id(conn, "airtable")?);
-    let instance_id = new.instance_id.ok_or("no key")?;
-    let credential = NewMcpCredential::api_key(keys, instance_id, &"pat_a_secret".into())?;
+    let credential = NewMcpCredential::api_key(keys, &"pat_a_secret".into())?;
     match McpInstance::create(conn, &new, &credential) {
         Err(refused @ InstanceError::LimitReached) => println!("  refused: {refused}"),
         Err(other) => return Err(other.into()),
@@ -225,6 +205,7 @@ fn upgrade_once(conn: &mut PgConnection, user_id: UserId) -> Result {
             let Some(event) = WebhookEvent::take(conn, event.event_id)? else {
                 return Ok(()); // Another worker has it.
             };
+            User::lock(conn, user_id)?;
             let plan = UserPlan::upgrade(
                 conn,
                 user_id,
@@ -259,12 +240,11 @@ fn upgrade_once(conn: &mut PgConnection, user_id: UserId) -> Result {
 fn connect_gmail(conn: &mut PgConnection, keys: &KeyRing, user_id: UserId) -> Result<InstanceId> {
     heading("Gmail, by OAuth");
     let new = new_instance(user_id, service_id(conn, "gmail")?);
-    let instance_id = new.instance_id.ok_or("no key")?;
-    let client = NewMcpCredential::oauth(keys, instance_id, "client-1", &"client_secret".into())?;
+    let client = NewMcpCredential::oauth(keys, "client-1", &"client_secret".into())?;
     let (instance, credential) = McpInstance::create(conn, &new, &client)?;
     println!("  created: {:?}", instance.oauth_status);
 
-    let state = SecretText::new(bruhmcp_db::crypto::new_secret().expose_secret());
+    let state = bruhmcp_db::crypto::new_secret();
     let url = SecretText::new(format!(
         "https://accounts.example/auth?state={}",
         state.expose()
@@ -272,8 +252,8 @@ fn connect_gmail(conn: &mut PgConnection, keys: &KeyRing, user_id: UserId) -> Re
     McpCredential::begin_oauth(conn, credential.credential_id, &state, &url)?;
 
     // Back at the callback. The state is good for one time.
-    let credential = McpCredential::take_by_state(conn, &state)?;
-    if let Err(refused) = McpCredential::take_by_state(conn, &state) {
+    let credential = McpCredential::consume_state(conn, &state)?;
+    if let Err(refused) = McpCredential::consume_state(conn, &state) {
         println!("  the same state again: {refused}");
     }
     // Here the backend asks the provider for the tokens.
@@ -293,12 +273,7 @@ fn connect_gmail(conn: &mut PgConnection, keys: &KeyRing, user_id: UserId) -> Re
     // Two workers read this version and refresh the tokens. The second is told that it comes too late.
     let read = completed.credential;
     for worker in [1, 2] {
-        match McpCredential::store_refreshed(
-            conn,
-            read.credential_id,
-            read.version,
-            &tokens(worker + 1)?,
-        ) {
+        match McpCredential::store_refreshed(conn, &read, &tokens(worker + 1)?) {
             Ok(row) => println!(
                 "  refreshed by worker {worker}: version {} to {}",
                 read.version, row.version
@@ -309,7 +284,7 @@ fn connect_gmail(conn: &mut PgConnection, keys: &KeyRing, user_id: UserId) -> Re
             Err(other) => return Err(other.into()),
         }
     }
-    Ok(instance_id)
+    Ok(instance.instance_id)
 }
 
 /// Two browsers read version 1 and both write: the second is told, with the row as it is now.
@@ -322,7 +297,7 @@ fn rename_twice(conn: &mut PgConnection, user_id: UserId, instance_id: InstanceI
                 "  renamed to {name}, version {} to {}",
                 read.version, row.version
             ),
-            Err(RenameError::Conflict(row)) => {
+            Err(InstanceError::Conflict(row)) => {
                 println!(
                     "  not renamed to {name}: it is {:?} by now, version {}",
                     row.custom_name, row.version
@@ -345,14 +320,9 @@ fn audit(conn: &mut PgConnection, user_id: UserId, instance_id: InstanceId) -> R
         TokenAudit::insert(
             conn,
             &NewTokenAudit {
-                instance_id,
                 user_id: Some(user_id),
-                operation: "list_messages",
-                status,
                 method: Some("oauth"),
-                error_type: None,
-                error_message: None,
-                metadata: None,
+                ..NewTokenAudit::new(instance_id, "list_messages", status)
             },
         )?;
     }
@@ -375,8 +345,9 @@ fn print_tables(conn: &mut PgConnection) -> Result {
     use bruhmcp_db::schema as s;
 
     heading("Instances");
-    let user = User::list(conn, None, 1)?.pop().ok_or("no user")?;
-    for row in McpInstance::list_by_user(conn, user.id, InstanceFilter::default(), None, 10)? {
+    let user = User::list(conn, Page::first(1))?.pop().ok_or("no user")?;
+    for row in McpInstance::list_by_user(conn, user.id, InstanceFilter::default(), Page::first(10))?
+    {
         let name = row.instance.custom_name.unwrap_or_default();
         println!(
             "  {:<8} {name:<8} {:?}, {:?}, {} calls",

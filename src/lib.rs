@@ -17,19 +17,7 @@
 //! Runner::new(&url)?.run()?;
 //!
 //! let conn = &mut PgConnection::establish(&url)?;
-//! let user = User::sign_up(
-//!     conn,
-//!     &NewUser {
-//!         id: None,
-//!         first_name: "Asha",
-//!         last_name: "Rao",
-//!         email: "Asha@Example.in", // kept and found in lower case
-//!         password: None,
-//!         email_verified: None,
-//!         razorpay_customer_id: None,
-//!         is_active: None,
-//!     },
-//! )?;
+//! let user = User::sign_up(conn, &NewUser::new("Asha", "Rao", "Asha@Example.in"))?;
 //! assert_eq!(user.email, "asha@example.in");
 //! # Ok(())
 //! # }

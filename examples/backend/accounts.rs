@@ -3,14 +3,12 @@
 use argon2::password_hash::phc::PasswordHash;
 use argon2::{Argon2, PasswordHasher, PasswordVerifier};
 use bruhmcp_db::crypto::{TokenPurpose, new_secret};
-use bruhmcp_db::enums::AuthTokenType;
 use bruhmcp_db::ids::UserId;
 use bruhmcp_db::models::{AuthToken, NewUser, Rotation, User};
-use bruhmcp_db::{SecretText, TokenDigest};
+use bruhmcp_db::{HashedToken, SecretText};
 use chrono::TimeDelta;
 use diesel::Connection;
 use oxhttp::model::{Body, Request};
-use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use serde_json::json;
 
@@ -27,24 +25,18 @@ pub(crate) struct SignUp {
     #[serde(default)]
     last_name: String,
     email: String,
-    password: SecretString,
+    password: SecretText,
 }
 
 /// Makes an account. That the address is the user's, a mail would have to prove.
 pub(crate) fn sign_up(app: &App, new: &SignUp) -> Answer {
-    if new.password.expose_secret().chars().count() < 8 {
+    if new.password.expose().chars().count() < 8 {
         return Err(Error::Refused(422, "a password has at least 8 characters"));
     }
     let password = hash(&new.password)?;
     let new = NewUser {
-        id: None,
-        first_name: &new.first_name,
-        last_name: &new.last_name,
-        email: &new.email,
         password: Some(&password),
-        email_verified: None,
-        razorpay_customer_id: None,
-        is_active: None,
+        ..NewUser::new(&new.first_name, &new.last_name, &new.email)
     };
     let user = User::sign_up(&mut *app.db()?, &new)?;
     Ok((201, json!(user)))
@@ -53,7 +45,7 @@ pub(crate) fn sign_up(app: &App, new: &SignUp) -> Answer {
 #[derive(Deserialize)]
 pub(crate) struct LogIn {
     email: String,
-    password: SecretString,
+    password: SecretText,
 }
 
 pub(crate) fn log_in(app: &App, login: &LogIn) -> Answer {
@@ -64,10 +56,10 @@ pub(crate) fn log_in(app: &App, login: &LogIn) -> Answer {
     let user = user.filter(|_| is_right).ok_or(WRONG)?;
 
     let token = new_secret();
-    let digest = app.token_key.digest(TokenPurpose::Refresh, &token);
+    let hashed = app.token_key.hash(TokenPurpose::Refresh, &token);
     let issued = app.db()?.transaction(|conn| {
         User::record_login(conn, user.id)?;
-        AuthToken::issue(conn, user.id, AuthTokenType::Refresh, &digest, SESSION)
+        AuthToken::issue(conn, user.id, &hashed, SESSION)
     })?;
     // None: deactivated since.
     issued.map(|issued| session(&token, &issued)).ok_or(WRONG)
@@ -78,16 +70,16 @@ pub(crate) fn log_in(app: &App, login: &LogIn) -> Answer {
 pub(crate) fn renew(app: &App, request: &Request<Body>) -> Answer {
     let presented = presented(app, request)?;
     let token = new_secret();
-    let digest = app.token_key.digest(TokenPurpose::Refresh, &token);
-    match AuthToken::rotate(&mut *app.db()?, &presented, &digest, SESSION)? {
+    let successor = app.token_key.hash(TokenPurpose::Refresh, &token);
+    match AuthToken::rotate(&mut *app.db()?, &presented, &successor, SESSION)? {
         Rotation::Rotated(issued) => Ok(session(&token, &issued)),
-        Rotation::Reused(_) | Rotation::Expired | Rotation::Unknown => Err(ENDED),
+        Rotation::Reused(_) | Rotation::Expired | Rotation::NotFound => Err(ENDED),
     }
 }
 
 pub(crate) fn log_out(app: &App, request: &Request<Body>) -> Answer {
     let presented = presented(app, request)?;
-    if !AuthToken::revoke(&mut *app.db()?, AuthTokenType::Refresh, &presented)? {
+    if !AuthToken::revoke(&mut *app.db()?, &presented)? {
         return Err(ENDED);
     }
     Ok((200, json!({})))
@@ -95,37 +87,37 @@ pub(crate) fn log_out(app: &App, request: &Request<Body>) -> Answer {
 
 /// Whose session the request belongs to.
 pub(crate) fn user(app: &App, request: &Request<Body>) -> Result<UserId, Error> {
-    let digest = presented(app, request)?;
-    AuthToken::find_live(&mut *app.db()?, AuthTokenType::Refresh, &digest)?
+    let presented = presented(app, request)?;
+    AuthToken::find_live(&mut *app.db()?, &presented)?
         .map(|session| session.user_id)
         .ok_or(ENDED)
 }
 
-fn presented(app: &App, request: &Request<Body>) -> Result<TokenDigest, Error> {
+fn presented(app: &App, request: &Request<Body>) -> Result<HashedToken, Error> {
     let token = header(request, "authorization")
         .and_then(|value| value.strip_prefix("Bearer "))
         .ok_or(Error::Refused(401, "log in first"))?;
-    let token = SecretString::from(token);
-    Ok(app.token_key.digest(TokenPurpose::Refresh, &token))
+    let token = SecretText::from(token);
+    Ok(app.token_key.hash(TokenPurpose::Refresh, &token))
 }
 
-fn session(token: &SecretString, issued: &AuthToken) -> (u16, serde_json::Value) {
-    let body = json!({ "token": token.expose_secret(), "expires_at": issued.expires_at });
+fn session(token: &SecretText, issued: &AuthToken) -> (u16, serde_json::Value) {
+    let body = json!({ "token": token.expose(), "expires_at": issued.expires_at });
     (201, body)
 }
 
 /// Argon2id with a random salt.
-pub(crate) fn hash(password: &SecretString) -> Result<SecretText, Error> {
-    let hash = Argon2::default().hash_password(password.expose_secret().as_bytes());
+pub(crate) fn hash(password: &SecretText) -> Result<SecretText, Error> {
+    let hash = Argon2::default().hash_password(password.expose().as_bytes());
     hash.map(|hash| SecretText::new(hash.to_string()))
         .map_err(|_| Error::Internal("no password can be hashed"))
 }
 
 /// Compares in constant time.
-fn verify(password: &SecretString, hash: &SecretText) -> bool {
+fn verify(password: &SecretText, hash: &SecretText) -> bool {
     PasswordHash::new(hash.expose()).is_ok_and(|hash| {
         Argon2::default()
-            .verify_password(password.expose_secret().as_bytes(), &hash)
+            .verify_password(password.expose().as_bytes(), &hash)
             .is_ok()
     })
 }

@@ -2,7 +2,7 @@
 
 use std::io::Read;
 
-use bruhmcp_db::models::{EmailError, InstanceError, OauthError, PaymentError, UpgradeError};
+use bruhmcp_db::models::{CredentialError, InstanceError, PaymentError, PlanError, UserError};
 use bruhmcp_db::{ConstraintKind, ConstraintViolation, crypto};
 use diesel::result::Error as DieselError;
 use oxhttp::model::header::{CACHE_CONTROL, CONTENT_TYPE, RETRY_AFTER};
@@ -47,12 +47,13 @@ impl Error {
     }
 }
 
-impl From<EmailError> for Error {
-    fn from(error: EmailError) -> Self {
+impl From<UserError> for Error {
+    fn from(error: UserError) -> Self {
         match error {
-            EmailError::InvalidEmail(_) => Error::Refused(422, "not an email address"),
-            EmailError::EmailTaken => Error::Refused(409, "the email address is taken"),
-            EmailError::Database(error) => error.into(),
+            UserError::InvalidEmail(_) => Error::Refused(422, "not an email address"),
+            UserError::EmailTaken => Error::Refused(409, "the email address is taken"),
+            UserError::Database(error) => error.into(),
+            _ => Error::Internal("the account was not changed"),
         }
     }
 }
@@ -70,18 +71,19 @@ impl From<InstanceError> for Error {
             InstanceError::NotFound => NOT_FOUND,
             InstanceError::InstanceExpired => Error::Refused(409, "the instance has expired"),
             InstanceError::Database(error) => error.into(),
+            _ => Self::Internal("an instance was refused"),
         }
     }
 }
 
-impl From<OauthError> for Error {
-    fn from(error: OauthError) -> Self {
+impl From<CredentialError> for Error {
+    fn from(error: CredentialError) -> Self {
         match error {
-            OauthError::UnknownState => Error::Refused(400, "no authorisation has this state"),
-            OauthError::NotPending => Error::Refused(409, "the authorisation isn't pending"),
-            OauthError::NotOauth => Error::Refused(409, "the instance is gone"),
-            OauthError::StateTaken => Self::Internal("a state came twice"),
-            OauthError::Database(error) => error.into(),
+            CredentialError::UnknownState => Error::Refused(400, "no authorization has this state"),
+            CredentialError::Conflict(_) => Error::Refused(409, "the authorization isn't pending"),
+            CredentialError::NotFound => Error::Refused(409, "the instance is gone"),
+            CredentialError::Database(error) => error.into(),
+            _ => Self::Internal("credentials were refused"),
         }
     }
 }
@@ -97,14 +99,15 @@ impl From<PaymentError> for Error {
     }
 }
 
-impl From<UpgradeError> for Error {
-    fn from(error: UpgradeError) -> Self {
+impl From<PlanError> for Error {
+    fn from(error: PlanError) -> Self {
         match error {
-            UpgradeError::PlanMissing => Error::Refused(422, "there is no such user"),
-            UpgradeError::SubscriptionTaken | UpgradeError::CustomerTaken => {
+            PlanError::NotFound => Error::Refused(422, "there is no such user"),
+            PlanError::SubscriptionTaken | PlanError::CustomerTaken => {
                 Error::Refused(409, "another user has the subscription")
             }
-            UpgradeError::Database(error) => error.into(),
+            PlanError::Database(error) => error.into(),
+            _ => Error::Internal("the plan was not changed"),
         }
     }
 }
@@ -113,7 +116,7 @@ impl From<crypto::SealError> for Error {
     fn from(error: crypto::SealError) -> Self {
         match error {
             crypto::SealError::TooLong => Error::Refused(422, "the secret is too long"),
-            crypto::SealError::NoRandomness => Self::Internal("no random octets"),
+            _ => Self::Internal("no random bytes"),
         }
     }
 }

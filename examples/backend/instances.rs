@@ -4,14 +4,13 @@ use bruhmcp_db::crypto::{SecretColumn, new_secret};
 use bruhmcp_db::enums::{AuthType, InstanceStatus};
 use bruhmcp_db::ids::{InstanceId, UserId};
 use bruhmcp_db::models::{
-    CompletedInstance, InstanceFilter, McpCredential, McpInstance, McpService, NewMcpCredential,
-    NewMcpInstance, OauthTokens,
+    CompletedInstance, InstanceDetails, InstanceFilter, McpCredential, McpInstance, McpService,
+    NewMcpCredential, NewMcpInstance, OauthTokens,
 };
-use bruhmcp_db::{Cursor, SecretText};
+use bruhmcp_db::{Cursor, Page, SecretText};
 use chrono::{DateTime, Datelike, TimeDelta, Utc};
 use diesel::Connection;
 use oxhttp::model::{Body, Request};
-use secrecy::{ExposeSecret, SecretString};
 use serde::Deserialize;
 use serde_json::json;
 
@@ -22,9 +21,9 @@ use crate::http::{Answer, Error, NOT_FOUND, query};
 pub(crate) struct Create {
     service: String,
     name: Option<String>,
-    api_key: Option<SecretString>,
+    api_key: Option<SecretText>,
     client_id: Option<String>,
-    client_secret: Option<SecretString>,
+    client_secret: Option<SecretText>,
 }
 
 /// Makes an instance with an API key, which can be called at once, or with an OAuth client, which can be called once the
@@ -33,15 +32,9 @@ pub(crate) fn create(app: &App, user_id: UserId, new: &Create) -> Answer {
     let conn = &mut app.db()?;
     let service = McpService::find_by_name(conn, &new.service)?
         .ok_or(Error::Refused(422, "there is no such service"))?;
-    let instance_id = InstanceId::new();
     let instance = NewMcpInstance {
-        instance_id: Some(instance_id),
-        user_id,
-        mcp_service_id: service.mcp_service_id,
-        oauth_status: None,
-        status: None,
-        expires_at: None,
         custom_name: new.name.as_deref(),
+        ..NewMcpInstance::new(user_id, service.mcp_service_id)
     };
     match (
         service.type_,
@@ -50,7 +43,7 @@ pub(crate) fn create(app: &App, user_id: UserId, new: &Create) -> Answer {
         &new.client_secret,
     ) {
         (AuthType::ApiKey, Some(api_key), None, None) => {
-            let credential = NewMcpCredential::api_key(&app.key_ring, instance_id, api_key)?;
+            let credential = NewMcpCredential::api_key(&app.key_ring, api_key)?;
             let (instance, _) = McpInstance::create(conn, &instance, &credential)?;
             Ok((201, json!({ "instance": instance })))
         }
@@ -58,10 +51,8 @@ pub(crate) fn create(app: &App, user_id: UserId, new: &Create) -> Answer {
             if !client_id.bytes().all(needs_no_escape) {
                 return Err(Error::Refused(422, "the client's id can't stand in a URL"));
             }
-            let credential =
-                NewMcpCredential::oauth(&app.key_ring, instance_id, client_id, client_secret)?;
+            let credential = NewMcpCredential::oauth(&app.key_ring, client_id, client_secret)?;
             let state = new_secret();
-            let state = SecretText::new(state.expose_secret());
             let url = SecretText::new(format!(
                 "https://provider.example/authorize?response_type=code&client_id={client_id}&state={}",
                 state.expose()
@@ -91,17 +82,12 @@ pub(crate) fn list(app: &App, user_id: UserId, request: &Request<Body>) -> Answe
         after => after.flatten(),
     };
     let filter = InstanceFilter::default();
-    let instances = McpInstance::list_by_user(&mut *app.db()?, user_id, filter, after, limit)?;
-    let last = instances.last().map(|details| &details.instance);
+    let page = Page { after, limit };
+    let instances = McpInstance::list_by_user(&mut *app.db()?, user_id, filter, page)?;
+    let last = instances.last().map(InstanceDetails::cursor);
     let next = last
-        .filter(|_| instances.len() as i64 == limit)
-        .map(|last| {
-            format!(
-                "{}_{}",
-                last.created_at.timestamp_micros(),
-                last.instance_id
-            )
-        });
+        .filter(|_| instances.len() == usize::from(limit))
+        .map(|last| format!("{}_{}", last.created_at.timestamp_micros(), last.id));
     Ok((200, json!({ "instances": instances, "next": next })))
 }
 
@@ -158,7 +144,7 @@ pub(crate) fn call(app: &App, user_id: UserId, service: &str, id: &str) -> Answe
 pub(crate) fn oauth_callback(app: &App, request: &Request<Body>) -> Answer {
     let state = query(request, "state").ok_or(Error::Refused(400, "there is no state"))?;
     // A statement of its own, so that whoever comes with the same state, the code is redeemed once.
-    let credential = McpCredential::take_by_state(&mut *app.db()?, &SecretText::new(state))?;
+    let credential = McpCredential::consume_state(&mut *app.db()?, &SecretText::new(state))?;
     let id = credential.credential_id;
 
     let client_secret = open(app, &credential, SecretColumn::ClientSecret)?;
@@ -185,7 +171,7 @@ pub(crate) fn oauth_callback(app: &App, request: &Request<Body>) -> Answer {
     Ok((200, body))
 }
 
-fn open(app: &App, from: &McpCredential, column: SecretColumn) -> Result<SecretString, Error> {
+fn open(app: &App, from: &McpCredential, column: SecretColumn) -> Result<SecretText, Error> {
     match from.open(&app.key_ring, column) {
         Ok(Some(secret)) => Ok(secret),
         Ok(None) => Err(Error::Internal("credentials without their secret")),
@@ -194,7 +180,7 @@ fn open(app: &App, from: &McpCredential, column: SecretColumn) -> Result<SecretS
 }
 
 fn instance_id(text: &str) -> Result<InstanceId, Error> {
-    text.parse().map(InstanceId).map_err(|_| NOT_FOUND)
+    text.parse().map_err(|_| NOT_FOUND)
 }
 
 fn needs_no_escape(octet: u8) -> bool {
@@ -202,8 +188,8 @@ fn needs_no_escape(octet: u8) -> bool {
 }
 
 struct Granted {
-    access_token: SecretString,
-    refresh_token: SecretString,
+    access_token: SecretText,
+    refresh_token: SecretText,
     lifetime: TimeDelta,
 }
 
@@ -211,7 +197,7 @@ struct Granted {
 /// provider refuses it.
 fn stand_in_for_the_token_endpoint(
     _client: &McpCredential,
-    _client_secret: &SecretString,
+    _client_secret: &SecretText,
     code: &str,
 ) -> Option<Granted> {
     (code != "refused").then(|| Granted {
@@ -222,6 +208,6 @@ fn stand_in_for_the_token_endpoint(
 }
 
 /// Stands in for the request to the service that listens on `service.port`, with a time limit.
-fn stand_in_for_calling_the_service(service: &McpService, _secret: &SecretString) -> String {
+fn stand_in_for_calling_the_service(service: &McpService, _secret: &SecretText) -> String {
     format!("hello from {}", service.display_name)
 }

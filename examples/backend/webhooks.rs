@@ -4,7 +4,7 @@ use bruhmcp_db::enums::{PaymentGateway, TransactionStatus};
 use bruhmcp_db::ids::{TransactionId, UserId, WebhookEventId};
 use bruhmcp_db::models::{
     NewSubscriptionTransaction, NewWebhookEvent, ProPlan, RecordedPayment, RecordedWebhook,
-    SubscriptionTransaction, UserPlan, WebhookEvent,
+    SubscriptionTransaction, User, UserPlan, WebhookEvent,
 };
 use bruhmcp_db::{Isolation, retry_transaction};
 use chrono::{TimeDelta, Utc};
@@ -99,7 +99,8 @@ fn record_payment(conn: &mut PgConnection, payload: &Value) -> Result<(), Error>
     let payment = Payment::deserialize(&payload["payload"]["payment"]["entity"])
         .map_err(|_| Error::Refused(422, "not a payment of this service"))?;
     let user_id = payment.notes.user_id;
-    let plan = UserPlan::lock_by_user(conn, user_id)?
+    User::lock(conn, user_id)?;
+    let plan = UserPlan::find_by_user(conn, user_id)?
         .ok_or(Error::Refused(422, "there is no such user"))?;
     let new = NewSubscriptionTransaction {
         id: Some(TransactionId::new()),

@@ -1,85 +1,93 @@
-//! One-time secrets, and the digests that the database keeps instead of them.
+//! One-time secrets and their digests.
 
 use std::fmt;
 
 use aes_gcm::aead::Generate;
 use hmac::{Hmac, KeyInit, Mac};
-use secrecy::zeroize::Zeroizing;
-use secrecy::{ExposeSecret, SecretSlice, SecretString};
 use sha2::Sha256;
+use zeroize::Zeroizing;
 
+use crate::crypto::KeyError;
+use crate::enums::AuthTokenType;
 use crate::ids::UserId;
-use crate::secret::TokenDigest;
+use crate::secret::{HashedToken, SecretText};
 
-/// What a secret is good for, and for whom. All of it goes into the digest, so that a digest is worth nothing as
-/// another type, and a code's digest is worth nothing in another user's row.
+/// What a one-time secret is for, and for whom.
+///
+/// All of it is part of the digest. So a digest is useless as another type, and the digest of a code is useless in another
+/// user's row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TokenPurpose<'a> {
-    /// A six-digit code, to sign in: [`AuthTokenType::EmailOtp`](crate::enums::AuthTokenType::EmailOtp).
+    /// A six-digit code to sign in.
     EmailOtp {
-        /// Whose code it is: two users may well get the same six digits.
+        /// The user the code was sent to: two users can get the same code.
         user_id: UserId,
     },
-    /// A six-digit code, to prove a new address:
-    /// [`AuthTokenType::EmailChangePending`](crate::enums::AuthTokenType::EmailChangePending).
+    /// A six-digit code to prove a new email address.
     EmailChange {
-        /// Whose code it is.
+        /// The user who changes the address.
         user_id: UserId,
-        /// The address that the code was sent to, [canonical](crate::models::canonical_email): it proves no other.
+        /// The address that the code was sent to, [canonical](crate::models::canonical_email).
         new_email: &'a str,
     },
-    /// A link: [`AuthTokenType::PasswordReset`](crate::enums::AuthTokenType::PasswordReset).
+    /// A link to reset a password.
     PasswordReset,
-    /// A link: [`AuthTokenType::EmailVerification`](crate::enums::AuthTokenType::EmailVerification).
+    /// A link to verify an email address.
     EmailVerification,
-    /// A refresh token: [`AuthTokenType::Refresh`](crate::enums::AuthTokenType::Refresh).
+    /// A refresh token.
     Refresh,
 }
 
-/// The key under which secrets are digested. It must not be in the database: six digits are soon guessed by who has
-/// both the digest and the key.
+impl TokenPurpose<'_> {
+    /// The type of the token's row.
+    #[must_use]
+    pub fn type_(self) -> AuthTokenType {
+        match self {
+            Self::EmailOtp { .. } => AuthTokenType::EmailOtp,
+            Self::EmailChange { .. } => AuthTokenType::EmailChangePending,
+            Self::PasswordReset => AuthTokenType::PasswordReset,
+            Self::EmailVerification => AuthTokenType::EmailVerification,
+            Self::Refresh => AuthTokenType::Refresh,
+        }
+    }
+}
+
+/// The key of the digests. Keep it outside the database: with a digest and the key, a six-digit code is quickly guessed.
 ///
-/// With another key all digests differ: codes and links out there stop working and users must sign in again.
+/// Another key invalidates all codes, links and refresh tokens. The key is wiped from memory when it is dropped.
 ///
 /// ```
 /// use bruhmcp_db::crypto::{TokenKey, TokenPurpose, new_secret};
 ///
-/// let key = TokenKey::new(b"32 octets, from the environment.")?;
-/// let secret = new_secret(); // goes into the link
-/// let digest = key.digest(TokenPurpose::PasswordReset, &secret); // goes into AuthToken::issue
-/// # Ok::<(), bruhmcp_db::crypto::KeyTooShort>(())
+/// let key = TokenKey::new(b"32 bytes from the environment...")?;
+/// let secret = new_secret(); // for the link
+/// let token = key.hash(TokenPurpose::PasswordReset, &secret); // for AuthToken::issue
+/// # Ok::<(), bruhmcp_db::crypto::KeyError>(())
 /// ```
 #[derive(Clone)]
-pub struct TokenKey(SecretSlice<u8>);
-
-/// A key of fewer than [`TokenKey::MIN_LEN`] octets.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("a key has at least {} octets", TokenKey::MIN_LEN)]
-pub struct KeyTooShort;
+pub struct TokenKey(Zeroizing<Vec<u8>>);
 
 impl TokenKey {
-    /// Octets that a key has at least: as many as the digest.
+    /// The minimum length of a key in bytes: the length of a digest.
     pub const MIN_LEN: usize = 32;
 
-    /// Takes a copy of the key, which is wiped from memory when it is dropped. The octets must be random; a password
-    /// isn't.
+    /// Copies the key. Its bytes must be random; a password isn't.
     ///
     /// # Errors
-    /// [`KeyTooShort`].
-    pub fn new(key: &[u8]) -> Result<Self, KeyTooShort> {
+    /// [`KeyError::TooShort`].
+    pub fn new(key: &[u8]) -> Result<Self, KeyError> {
         if key.len() < Self::MIN_LEN {
-            return Err(KeyTooShort);
+            return Err(KeyError::TooShort);
         }
         Ok(Self(key.to_vec().into()))
     }
 
-    /// HMAC-SHA-256 of the purpose and the secret.
+    /// Returns the type of the token with the HMAC-SHA-256 of its purpose and secret.
     #[must_use]
-    pub fn digest(&self, purpose: TokenPurpose<'_>, secret: &SecretString) -> TokenDigest {
-        let mut mac = Hmac::<Sha256>::new_from_slice(self.0.expose_secret())
-            .expect("HMAC takes a key of any length");
-        // Each part ends where no other reading is possible: a zero after the name, 16 octets, a length before the
-        // text.
+    pub fn hash(&self, purpose: TokenPurpose<'_>, secret: &SecretText) -> HashedToken {
+        let mut mac =
+            Hmac::<Sha256>::new_from_slice(&self.0).expect("HMAC takes a key of any length");
+        // No two inputs give the same bytes: the name ends with a zero, an id has 16 bytes, and a length precedes the text.
         match purpose {
             TokenPurpose::EmailOtp { user_id } => {
                 mac.update(b"email_otp\0");
@@ -95,8 +103,8 @@ impl TokenKey {
             TokenPurpose::EmailVerification => mac.update(b"email_verification\0"),
             TokenPurpose::Refresh => mac.update(b"refresh\0"),
         }
-        mac.update(secret.expose_secret().as_bytes());
-        TokenDigest::new(mac.finalize().into_bytes().into())
+        mac.update(secret.expose().as_bytes());
+        HashedToken::new(purpose.type_(), mac.finalize().into_bytes().into())
     }
 }
 
@@ -106,29 +114,29 @@ impl fmt::Debug for TokenKey {
     }
 }
 
-/// A secret for a link or a refresh token: 32 octets of the operating system's generator, as 64 hexadecimal digits.
+/// Returns a secret for a link or a refresh token: 32 bytes of the operating system's generator in hexadecimal.
 ///
 /// # Panics
-/// Where the operating system has no random octets.
+/// If the operating system has no random bytes.
 #[must_use]
-pub fn new_secret() -> SecretString {
-    let octets = Zeroizing::new(<[u8; 32]>::generate());
-    // Allocated once, so that no copy is left behind by growing.
-    let mut secret = String::with_capacity(2 * octets.len());
-    for octet in octets.iter() {
-        for digit in [octet >> 4, octet & 15] {
+pub fn new_secret() -> SecretText {
+    let bytes = Zeroizing::new(<[u8; 32]>::generate());
+    // Allocated once: a string that grows leaves copies behind.
+    let mut secret = String::with_capacity(2 * bytes.len());
+    for byte in bytes.iter() {
+        for digit in [byte >> 4, byte & 15] {
             secret.extend(char::from_digit(digit.into(), 16));
         }
     }
     secret.into()
 }
 
-/// A code of six digits, each of the million equally likely, from the operating system's generator.
+/// Returns a six-digit code of the operating system's generator; each code is equally likely.
 ///
 /// # Panics
-/// Where the operating system has no random octets.
+/// If the operating system has no random bytes.
 #[must_use]
-pub fn new_code() -> SecretString {
+pub fn new_code() -> SecretText {
     loop {
         if let Some(code) = code(u32::generate()) {
             return format!("{code:06}").into();
@@ -136,7 +144,7 @@ pub fn new_code() -> SecretString {
     }
 }
 
-/// The code of a random number: each code has as many numbers as any other. The numbers left over have none.
+/// Maps a random number to a code, or to none if the number is above the last full million.
 fn code(random: u32) -> Option<u32> {
     const CODES: u32 = 1_000_000;
     const EVEN: u32 = u32::MAX - u32::MAX % CODES;
@@ -151,8 +159,8 @@ mod tests {
     use uuid::Uuid;
 
     fn key() -> TokenKey {
-        let octets: Vec<u8> = (0..32).collect();
-        TokenKey::new(&octets).unwrap()
+        let bytes: Vec<u8> = (0..32).collect();
+        TokenKey::new(&bytes).unwrap()
     }
 
     fn user(id: u128) -> UserId {
@@ -176,12 +184,13 @@ mod tests {
         ]
     }
 
-    /// Digests outlive a release: these were computed by Python's `hmac`.
+    /// Stored digests must stay valid. These were computed by Python's `hmac`.
     #[test]
     fn digests_stay_the_same() {
         let hex = |purpose, secret: &str| -> String {
-            let digest = key().digest(purpose, &secret.into());
-            digest
+            let token = key().hash(purpose, &secret.into());
+            token
+                .digest
                 .as_bytes()
                 .iter()
                 .map(|b| format!("{b:02x}"))
@@ -206,16 +215,17 @@ mod tests {
     fn equal_secrets_for_different_purposes_have_different_digests() {
         let digests: HashSet<_> = purposes()
             .iter()
-            .map(|&purpose| key().digest(purpose, &"123456".into()))
+            .map(|&purpose| key().hash(purpose, &"123456".into()).digest)
             .collect();
         assert_eq!(digests.len(), purposes().len());
         let other_key = TokenKey::new(&[7; 32]).unwrap();
-        assert!(!digests.contains(&other_key.digest(TokenPurpose::Refresh, &"123456".into())));
+        let other = other_key.hash(TokenPurpose::Refresh, &"123456".into());
+        assert!(!digests.contains(&other.digest));
 
-        // The end of the address is not the beginning of the code.
+        // Bytes can't move from the address to the code.
         let of = |new_email, code: &str| {
             let user_id = user(1);
-            key().digest(
+            key().hash(
                 TokenPurpose::EmailChange { user_id, new_email },
                 &code.into(),
             )
@@ -225,15 +235,14 @@ mod tests {
 
     #[test]
     fn a_short_key_is_refused_and_none_is_shown() {
-        assert_eq!(TokenKey::new(&[7; 31]).unwrap_err(), KeyTooShort);
-        assert_eq!(KeyTooShort.to_string(), "a key has at least 32 octets");
+        assert_eq!(TokenKey::new(&[7; 31]).unwrap_err(), KeyError::TooShort);
         assert_eq!(format!("{:?}", key()), "TokenKey(..)");
     }
 
     #[test]
     fn secrets_are_long_and_differ() {
         let secrets: HashSet<String> = (0..1000)
-            .map(|_| new_secret().expose_secret().to_owned())
+            .map(|_| new_secret().expose().to_owned())
             .collect();
         assert_eq!(secrets.len(), 1000);
         for secret in secrets {
@@ -244,7 +253,7 @@ mod tests {
 
     #[test]
     fn each_code_has_the_same_share_of_the_random_numbers() {
-        // 4294 rounds of a million; the numbers from 4,294,000,000 on would be a 4295th that is cut short.
+        // 4294 full millions; the numbers from 4,294,000,000 on would favour the lower codes.
         assert_eq!(code(0), Some(0));
         assert_eq!(code(1_000_000), Some(0));
         assert_eq!(code(4_293_999_999), Some(999_999));
@@ -252,12 +261,8 @@ mod tests {
         assert_eq!(code(u32::MAX), None);
         for _ in 0..1000 {
             let code = new_code();
-            assert_eq!(code.expose_secret().len(), 6);
-            assert!(
-                code.expose_secret()
-                    .bytes()
-                    .all(|digit| digit.is_ascii_digit())
-            );
+            assert_eq!(code.expose().len(), 6);
+            assert!(code.expose().bytes().all(|digit| digit.is_ascii_digit()));
         }
     }
 }

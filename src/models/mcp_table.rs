@@ -1,4 +1,4 @@
-//! Services: the registry of what users can connect to.
+//! The registry of MCP services.
 
 use chrono::{DateTime, Utc};
 use diesel::dsl::sql;
@@ -10,111 +10,82 @@ use serde::Serialize;
 
 use crate::enums::AuthType;
 use crate::ids::ServiceId;
-use crate::models::found;
+use crate::models::Recorded;
 use crate::schema::mcp_table;
 
-/// A row of `mcp_table`.
+/// A row of `mcp_table`: a service that users can connect to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Queryable, Selectable, Identifiable)]
 #[diesel(table_name = mcp_table, primary_key(mcp_service_id), check_for_backend(Pg))]
+#[expect(
+    missing_docs,
+    reason = "the other columns need no more than their name"
+)]
 pub struct McpService {
-    /// Key.
     pub mcp_service_id: ServiceId,
-    /// Name in URLs: `[a-z0-9][a-z0-9_-]{0,49}`; unique.
+    /// The name in URLs: `[a-z0-9][a-z0-9_-]{0,49}`, unique.
     pub mcp_service_name: String,
-    /// Name for people, 1 to 100 characters.
+    /// The name shown to users, 1 to 100 characters.
     pub display_name: String,
-    /// For people.
     pub description: Option<String>,
-    /// Path of the icon.
     pub icon_url_path: Option<String>,
-    /// TCP port on which it listens; unique.
+    /// The TCP port, unique.
     pub port: i32,
-    /// How it authenticates.
     #[serde(rename = "type")]
     pub type_: AuthType,
-    /// False: takes no new instance.
+    /// `false`: no new instances. Existing ones keep working.
     pub is_active: bool,
-    /// Instances ever created; kept by the database.
+    /// Kept by triggers at commit; deleted instances count too.
     pub total_instances_created: i64,
-    /// Instances that are active and completed; kept by the database.
+    /// Instances that are active and completed. Kept by triggers at commit.
     pub active_instances_count: i64,
-    /// When the row was made.
     pub created_at: DateTime<Utc>,
-    /// When the row changed last, counters aside.
+    /// The counters don't touch it.
     pub updated_at: DateTime<Utc>,
 }
 
-/// A new row; `None` leaves a column to its default.
+/// A service as it is deployed, for [`McpService::register`].
 #[derive(Debug, Clone, Insertable)]
-#[diesel(table_name = mcp_table, check_for_backend(Pg))]
+#[diesel(table_name = mcp_table, treat_none_as_default_value = false, check_for_backend(Pg))]
+#[expect(missing_docs, reason = "the fields are those of `McpService`")]
 pub struct NewMcpService<'a> {
-    /// Key.
-    pub mcp_service_id: Option<ServiceId>,
-    /// Name in URLs: `[a-z0-9][a-z0-9_-]{0,49}`; unique.
     pub mcp_service_name: &'a str,
-    /// Name for people, 1 to 100 characters.
     pub display_name: &'a str,
-    /// For people.
     pub description: Option<&'a str>,
-    /// Path of the icon.
     pub icon_url_path: Option<&'a str>,
-    /// TCP port on which it listens; unique.
     pub port: i32,
-    /// How it authenticates.
     pub type_: AuthType,
-    /// False: takes no new instance.
-    pub is_active: Option<bool>,
 }
 
-/// Changes to a row: `None` keeps a column, `Some(None)` sets it to `NULL`.
-#[derive(Debug, Clone, Default, AsChangeset)]
-#[diesel(table_name = mcp_table)]
-pub struct McpServiceChangeset<'a> {
-    /// Name for people, 1 to 100 characters.
-    pub display_name: Option<&'a str>,
-    /// For people.
-    pub description: Option<Option<&'a str>>,
-    /// Path of the icon.
-    pub icon_url_path: Option<Option<&'a str>>,
-    /// TCP port on which it listens; unique.
-    pub port: Option<i32>,
-}
-
-/// What [`McpService::register`] did.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Registered {
-    /// There was no service of this name.
-    New(McpService),
-    /// There was one, and it was different.
-    Changed(McpService),
-    /// There was one just like this. Nothing was written.
-    Unchanged(McpService),
-}
-
-impl Registered {
-    /// The service as it is now.
+impl<'a> NewMcpService<'a> {
+    /// A service without description and icon. Its name is also its display name.
     #[must_use]
-    pub fn into_service(self) -> McpService {
-        let (Self::New(service) | Self::Changed(service) | Self::Unchanged(service)) = self;
-        service
+    pub fn new(mcp_service_name: &'a str, port: i32, type_: AuthType) -> Self {
+        Self {
+            mcp_service_name,
+            display_name: mcp_service_name,
+            description: None,
+            icon_url_path: None,
+            port,
+            type_,
+        }
     }
 }
 
 impl McpService {
-    /// Brings the registry in line with a service as it was deployed, found by its name. May be repeated at each start:
-    /// a service that is there already, just so, isn't written to.
+    /// Inserts a service, or brings the existing one of this name in line with `new`. Call it at each start.
     ///
-    /// `mcp_service_id` and `is_active` count for a new service only: one that was disabled stays so.
+    /// `Existing` holds the row after the change; an equal row is not written. A disabled service stays disabled.
     ///
-    /// One statement, and a read where nothing changed. It locks the row of the service until the transaction ends, and
-    /// waits for transactions that are about to create an instance of it; so register each service in a transaction of
-    /// its own.
+    /// Locks the service's row and waits for transactions that create an instance of it. Register each service in a
+    /// transaction of its own.
     ///
     /// # Errors
-    /// Any broken rule of the table, such as `mcp_table_port_key`: another service has the port. `NotFound` if somebody
-    /// deletes the service at this very moment.
-    pub fn register(conn: &mut PgConnection, new: &NewMcpService<'_>) -> QueryResult<Registered> {
-        // The filter of the prelude has no DO UPDATE … WHERE.
+    /// The constraints of the table, such as `mcp_table_port_key` when another service has the port.
+    pub fn register(
+        conn: &mut PgConnection,
+        new: &NewMcpService<'_>,
+    ) -> QueryResult<Recorded<Self>> {
+        // The prelude's filter has no DO UPDATE … WHERE.
         use diesel::query_dsl::methods::FilterDsl;
 
         let written = diesel::insert_into(mcp_table::table)
@@ -137,24 +108,22 @@ impl McpService {
                     .or(mcp_table::port.ne(excluded(mcp_table::port)))
                     .or(mcp_table::type_.ne(excluded(mcp_table::type_))),
             )
-            // A row that is updated on conflict was locked first, and its xmax still says so.
+            // ON CONFLICT locks a row before it updates it, and the lock leaves the xmax.
             .returning((Self::as_returning(), sql::<Bool>("xmax = 0")))
             .get_result(conn)
             .optional()?;
         match written {
-            Some((service, true)) => Ok(Registered::New(service)),
-            Some((service, false)) => Ok(Registered::Changed(service)),
+            Some((service, true)) => Ok(Recorded::New(service)),
+            Some((service, false)) => Ok(Recorded::Existing(service)),
             None => Self::find_by_name(conn, new.mcp_service_name)?
-                .map(Registered::Unchanged)
+                .map(Recorded::Existing)
                 .ok_or(diesel::NotFound),
         }
     }
 
-    /// Enables or disables a service and returns it; `None` where there is no such service. A disabled service takes no
-    /// new instance; those that exist go on, and one that is being created at this very moment may still get in.
+    /// Enables or disables a service and returns it; `None` if it doesn't exist.
     ///
-    /// # Errors
-    /// Only those of the connection.
+    /// Disabling doesn't wait for open transactions, so an instance that one of them creates may still appear.
     pub fn set_enabled(
         conn: &mut PgConnection,
         mcp_service_id: ServiceId,
@@ -167,21 +136,7 @@ impl McpService {
             .optional()
     }
 
-    /// Inserts a row and returns it with its defaults.
-    ///
-    /// # Errors
-    /// Any broken rule of the table; see [`ConstraintViolation`](crate::ConstraintViolation).
-    pub fn insert(conn: &mut PgConnection, new: &NewMcpService<'_>) -> QueryResult<Self> {
-        diesel::insert_into(mcp_table::table)
-            .values(new)
-            .returning(Self::as_returning())
-            .get_result(conn)
-    }
-
-    /// The row of this key, if there is one.
-    ///
-    /// # Errors
-    /// Only those of the connection.
+    /// Returns the service with this key.
     pub fn find(conn: &mut PgConnection, mcp_service_id: ServiceId) -> QueryResult<Option<Self>> {
         mcp_table::table
             .find(mcp_service_id)
@@ -190,54 +145,12 @@ impl McpService {
             .optional()
     }
 
-    /// The service of this name, if there is one.
-    ///
-    /// # Errors
-    /// Only those of the connection.
+    /// Returns the service with this name in URLs.
     pub fn find_by_name(conn: &mut PgConnection, name: &str) -> QueryResult<Option<Self>> {
         mcp_table::table
             .filter(mcp_table::mcp_service_name.eq(name))
             .select(Self::as_select())
             .first(conn)
             .optional()
-    }
-
-    /// All services, by name.
-    ///
-    /// # Errors
-    /// Only those of the connection.
-    pub fn list(conn: &mut PgConnection) -> QueryResult<Vec<Self>> {
-        mcp_table::table
-            .order(mcp_table::mcp_service_name)
-            .select(Self::as_select())
-            .load(conn)
-    }
-
-    /// Changes the row of this key and returns it as it is then; `None` where there is no such row. An empty changeset
-    /// changes nothing.
-    ///
-    /// # Errors
-    /// Any broken rule of the table; see [`ConstraintViolation`](crate::ConstraintViolation).
-    pub fn update(
-        conn: &mut PgConnection,
-        mcp_service_id: ServiceId,
-        changes: &McpServiceChangeset<'_>,
-    ) -> QueryResult<Option<Self>> {
-        let updated = diesel::update(mcp_table::table.find(mcp_service_id))
-            .set(changes)
-            .returning(Self::as_returning())
-            .get_result(conn)
-            .optional_empty_changeset();
-        found(updated, || Self::find(conn, mcp_service_id))
-    }
-
-    /// Deletes the row of this key; says whether there was one.
-    ///
-    /// # Errors
-    /// A foreign key, while other rows refer to it.
-    pub fn delete(conn: &mut PgConnection, mcp_service_id: ServiceId) -> QueryResult<bool> {
-        diesel::delete(mcp_table::table.find(mcp_service_id))
-            .execute(conn)
-            .map(|deleted| deleted == 1)
     }
 }

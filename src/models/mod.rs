@@ -20,20 +20,17 @@ mod webhook_events;
 pub use account_credits::{
     AccountCredit, AccountCreditChangeset, CreditError, Granted, NewAccountCredit, Spent,
 };
-pub use auth_tokens::{
-    AuthToken, CodeCheck, ConsumeError, MAX_CODE_ATTEMPTS, NewAuthToken, Rotation,
-};
+pub use auth_tokens::{AuthToken, CodeCheck, MAX_CODE_ATTEMPTS, Rotation, TokenError};
 #[cfg(feature = "crypto")]
 pub use mcp_credentials::Resealed;
 pub use mcp_credentials::{
-    CompletedInstance, CredentialError, McpCredential, McpCredentialChangeset, NewMcpCredential,
-    OauthCompletion, OauthError, OauthTokens,
+    CompletedInstance, CredentialError, McpCredential, NewMcpCredential, OauthCompletion,
+    OauthTokens,
 };
 pub use mcp_service_table::{
-    CredentialState, InstanceDetails, InstanceError, InstanceFilter, McpInstance,
-    McpInstanceChangeset, NewMcpInstance, RenameError,
+    CredentialState, InstanceDetails, InstanceError, InstanceFilter, McpInstance, NewMcpInstance,
 };
-pub use mcp_table::{McpService, McpServiceChangeset, NewMcpService, Registered};
+pub use mcp_table::{McpService, NewMcpService};
 pub use subscription_transactions::{
     NewRefund, NewSubscriptionTransaction, PaymentError, RecordedPayment, SubscriptionTransaction,
     SubscriptionTransactionChangeset,
@@ -42,11 +39,11 @@ pub use token_audit_log::{NewTokenAudit, TokenAudit};
 pub use user_billing_details::{
     BillingError, Card, NewUserBillingDetails, UserBillingDetails, UserBillingDetailsChangeset,
 };
-pub use user_plans::{Downgrade, NewUserPlan, ProPlan, UpgradeError, UserPlan, UserPlanChangeset};
+pub use user_plans::{Downgrade, PlanError, ProPlan, UserPlan};
 pub use user_subscriptions::{
     NewUserSubscription, SubscriptionError, UserSubscription, UserSubscriptionChangeset,
 };
-pub use users::{EmailError, InvalidEmail, NewUser, User, UserChangeset, canonical_email};
+pub use users::{InvalidEmail, NewUser, User, UserChangeset, UserError, canonical_email};
 pub use webhook_events::{NewWebhookEvent, Recorded as RecordedWebhook, WebhookEvent};
 
 /// A row that is recorded once.

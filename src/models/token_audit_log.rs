@@ -1,4 +1,4 @@
-//! The audit log of tokens and credentials: append-only for 90 days.
+//! The audit log of tokens and credentials. Rows can't be changed, nor deleted before they are 90 days old.
 
 use chrono::{DateTime, Utc};
 use diesel::pg::Pg;
@@ -8,55 +8,63 @@ use serde_json::Value;
 
 use crate::enums::AuditStatus;
 use crate::ids::{AuditId, InstanceId, UserId};
-use crate::page::Cursor;
+use crate::page::{Cursor, Page, newest_first};
 use crate::schema::token_audit_log;
 
-/// A row of `token_audit_log`.
+/// A row of `token_audit_log`. It must not contain a secret.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Queryable, Selectable, Identifiable)]
 #[diesel(table_name = token_audit_log, primary_key(audit_id), check_for_backend(Pg))]
+#[expect(
+    missing_docs,
+    reason = "the other columns need no more than their name"
+)]
 pub struct TokenAudit {
-    /// Key.
     pub audit_id: AuditId,
-    /// The instance, which may be gone.
+    /// The instance. It may be deleted: the log has no foreign keys.
     pub instance_id: InstanceId,
-    /// The user, who may be gone; `None`: done by the system.
+    /// The user, who may be deleted; `None` for an operation of the system.
     pub user_id: Option<UserId>,
-    /// What was done, such as `token_refresh`; not empty.
+    /// The operation, such as `token_refresh`; not empty.
     pub operation: String,
-    /// How it went.
     pub status: AuditStatus,
-    /// How, such as `oauth`.
+    /// The method, such as `oauth` or `api_key`.
     pub method: Option<String>,
-    /// What sort of error.
     pub error_type: Option<String>,
-    /// The error, without secrets.
     pub error_message: Option<String>,
-    /// More, without secrets.
     pub metadata: Option<Value>,
-    /// When.
     pub created_at: DateTime<Utc>,
 }
 
-/// A new row; `None` leaves a column to its default.
+/// Values of a new [`TokenAudit`].
 #[derive(Debug, Clone, Insertable)]
-#[diesel(table_name = token_audit_log, check_for_backend(Pg))]
+#[diesel(table_name = token_audit_log, treat_none_as_default_value = false, check_for_backend(Pg))]
+#[expect(missing_docs, reason = "the fields are those of `TokenAudit`")]
 pub struct NewTokenAudit<'a> {
-    /// The instance, which may be gone.
     pub instance_id: InstanceId,
-    /// The user, who may be gone; `None`: done by the system.
     pub user_id: Option<UserId>,
-    /// What was done, such as `token_refresh`; not empty.
     pub operation: &'a str,
-    /// How it went.
     pub status: AuditStatus,
-    /// How, such as `oauth`.
     pub method: Option<&'a str>,
-    /// What sort of error.
     pub error_type: Option<&'a str>,
-    /// The error, without secrets.
     pub error_message: Option<&'a str>,
-    /// More, without secrets.
     pub metadata: Option<&'a Value>,
+}
+
+impl<'a> NewTokenAudit<'a> {
+    /// An operation of the system, without further details.
+    #[must_use]
+    pub fn new(instance_id: InstanceId, operation: &'a str, status: AuditStatus) -> Self {
+        Self {
+            instance_id,
+            user_id: None,
+            operation,
+            status,
+            method: None,
+            error_type: None,
+            error_message: None,
+            metadata: None,
+        }
+    }
 }
 
 #[diesel::declare_sql_function]
@@ -67,10 +75,10 @@ extern "SQL" {
 }
 
 impl TokenAudit {
-    /// Appends a row and returns it with its defaults. It can't be changed any more.
+    /// Appends a row and returns it.
     ///
     /// # Errors
-    /// Any broken rule of the table; see [`ConstraintViolation`](crate::ConstraintViolation).
+    /// `token_audit_log_operation_check` for an empty operation.
     pub fn insert(conn: &mut PgConnection, new: &NewTokenAudit<'_>) -> QueryResult<Self> {
         diesel::insert_into(token_audit_log::table)
             .values(new)
@@ -78,58 +86,33 @@ impl TokenAudit {
             .get_result(conn)
     }
 
-    /// The row of this key, if there is one.
-    ///
-    /// # Errors
-    /// Only those of the connection.
-    pub fn find(conn: &mut PgConnection, audit_id: AuditId) -> QueryResult<Option<Self>> {
-        token_audit_log::table
-            .find(audit_id)
-            .select(Self::as_select())
-            .first(conn)
-            .optional()
-    }
-
-    /// What was done with an instance, newest first, `limit` at most, from the newest or from the place given.
-    ///
-    /// # Errors
-    /// Only those of the connection.
+    /// Lists the log of an instance.
     pub fn list_by_instance(
         conn: &mut PgConnection,
         instance_id: InstanceId,
-        after: Option<Cursor<AuditId>>,
-        limit: i64,
+        page: Page<AuditId>,
     ) -> QueryResult<Vec<Self>> {
-        let mut query = token_audit_log::table
+        let rows = token_audit_log::table
             .filter(token_audit_log::instance_id.eq(instance_id))
-            .select(Self::as_select())
-            .into_boxed();
-        if let Some(after) = after {
-            query = query.filter(
-                token_audit_log::created_at.le(after.created_at).and(
-                    token_audit_log::created_at
-                        .lt(after.created_at)
-                        .or(token_audit_log::audit_id.lt(after.id)),
-                ),
-            );
-        }
-        query
-            .order((
-                token_audit_log::created_at.desc(),
-                token_audit_log::audit_id.desc(),
-            ))
-            .limit(limit)
-            .load(conn)
+            .select(Self::as_select());
+        newest_first!(rows, token_audit_log, audit_id, page).load(conn)
     }
 
-    /// Deletes rows older than 90 days, oldest first, `max_rows` at most; says how many. Call it until that is less than
-    /// `max_rows`.
+    /// The row's position in [`list_by_instance`](Self::list_by_instance).
+    #[must_use]
+    pub fn cursor(&self) -> Cursor<AuditId> {
+        Cursor {
+            created_at: self.created_at,
+            id: self.audit_id,
+        }
+    }
+
+    /// Deletes up to `limit` rows older than 90 days, oldest first, and returns their number. Repeat it while that is
+    /// `limit`.
     ///
-    /// Rows that another clean-up is deleting are left to it.
-    ///
-    /// # Errors
-    /// Only those of the connection, and a missing right: only administrators may.
-    pub fn clean_up(conn: &mut PgConnection, max_rows: i32) -> QueryResult<i64> {
-        diesel::select(cleanup_old_token_audit_logs(max_rows)).get_result(conn)
+    /// Skips rows that another call is deleting. Needs the right to execute `cleanup_old_token_audit_logs`, which
+    /// `app_admin` has and `app_user` hasn't.
+    pub fn purge(conn: &mut PgConnection, limit: u16) -> QueryResult<i64> {
+        diesel::select(cleanup_old_token_audit_logs(i32::from(limit))).get_result(conn)
     }
 }

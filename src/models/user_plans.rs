@@ -1,121 +1,74 @@
-//! Plans: what a user may have.
+//! Plans: how many instances a user can have active.
 
 use chrono::{DateTime, Utc};
 use diesel::pg::Pg;
 use diesel::prelude::*;
+use diesel::result::Error;
 use serde::Serialize;
 use serde_json::Value;
 
 use crate::enums::{InstanceStatus, OauthStatus, PlanPaymentStatus, PlanType};
 use crate::error::violates;
 use crate::ids::{InstanceId, PlanId, UserId};
-use crate::models::{McpInstance, User, found};
+use crate::models::{McpInstance, User};
 use crate::schema::{mcp_service_table, user_plans};
 
-/// A row of `user_plans`.
+/// A row of `user_plans`. Each user has exactly one.
 #[derive(
     Debug, Clone, PartialEq, Eq, Serialize, Queryable, Selectable, Identifiable, Associations,
 )]
 #[diesel(table_name = user_plans, primary_key(plan_id), belongs_to(User, foreign_key = user_id), check_for_backend(Pg))]
+#[expect(missing_docs, reason = "the other fields explain themselves")]
 pub struct UserPlan {
-    /// Key.
     pub plan_id: PlanId,
-    /// Whose plan it is; one each.
     pub user_id: UserId,
-    /// Which plan.
     pub plan_type: PlanType,
-    /// How many instances may be active at a time: 1 on free, `None` (any number) on pro.
+    /// How many instances can be active at a time: 1 on free, `None` (any number) on pro.
     pub max_instances: Option<i32>,
-    /// Features that are switched on, an object.
+    /// The features that are switched on, a JSON object.
     pub features: Value,
-    /// From then on no instance can be activated; `None`: never.
+    /// After this time no instance can be activated; `None` means never.
     pub expires_at: Option<DateTime<Utc>>,
-    /// When the row was made.
     pub created_at: DateTime<Utc>,
-    /// When the row changed last.
     pub updated_at: DateTime<Utc>,
-    /// Subscription at the gateway; unique, not empty.
+    /// The subscription at the gateway; unique, not empty.
     pub subscription_id: Option<String>,
-    /// Customer at the gateway; unique, not empty.
+    /// The customer at the gateway; unique, not empty.
     pub customer_id: Option<String>,
-    /// How the payments go.
     pub payment_status: PlanPaymentStatus,
 }
 
-/// A new row; `None` leaves a column to its default.
-#[derive(Debug, Clone, Insertable)]
-#[diesel(table_name = user_plans, check_for_backend(Pg))]
-pub struct NewUserPlan<'a> {
-    /// Key.
-    pub plan_id: Option<PlanId>,
-    /// Whose plan it is; one each.
-    pub user_id: UserId,
-    /// Which plan.
-    pub plan_type: PlanType,
-    /// How many instances may be active at a time: 1 on free, `None` (any number) on pro.
-    pub max_instances: Option<i32>,
-    /// Features that are switched on, an object.
-    pub features: Option<&'a Value>,
-    /// From then on no instance can be activated; `None`: never.
-    pub expires_at: Option<DateTime<Utc>>,
-    /// Subscription at the gateway; unique, not empty.
-    pub subscription_id: Option<&'a str>,
-    /// Customer at the gateway; unique, not empty.
-    pub customer_id: Option<&'a str>,
-    /// How the payments go.
-    pub payment_status: Option<PlanPaymentStatus>,
-}
-
-/// Changes to a row: `None` keeps a column, `Some(None)` sets it to `NULL`.
-#[derive(Debug, Clone, Default, AsChangeset)]
-#[diesel(table_name = user_plans)]
-pub struct UserPlanChangeset<'a> {
-    /// Which plan.
-    pub plan_type: Option<PlanType>,
-    /// How many instances may be active at a time: 1 on free, `None` (any number) on pro.
-    pub max_instances: Option<Option<i32>>,
-    /// Features that are switched on, an object.
-    pub features: Option<&'a Value>,
-    /// From then on no instance can be activated; `None`: never.
-    pub expires_at: Option<Option<DateTime<Utc>>>,
-    /// Subscription at the gateway; unique, not empty.
-    pub subscription_id: Option<Option<&'a str>>,
-    /// Customer at the gateway; unique, not empty.
-    pub customer_id: Option<Option<&'a str>>,
-    /// How the payments go.
-    pub payment_status: Option<PlanPaymentStatus>,
-}
-
-/// What a user paid for, as [`UserPlan::upgrade`] takes it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What [`UserPlan::upgrade`] sets. The default is a plan without payment and without an end.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct ProPlan<'a> {
-    /// Subscription at the gateway; `None`: given by hand.
+    /// The subscription at the gateway; `None` if nobody pays.
     pub subscription_id: Option<&'a str>,
-    /// Customer at the gateway; `None` keeps the one that is known.
+    /// The customer at the gateway; `None` keeps the stored one.
     pub customer_id: Option<&'a str>,
-    /// When the plan ends; `None`: never.
+    /// When the plan ends; `None` means never.
     pub expires_at: Option<DateTime<Utc>>,
 }
 
-/// Why a plan wasn't upgraded.
+/// Why a plan was not upgraded.
 #[derive(Debug, thiserror::Error)]
-pub enum UpgradeError {
+#[non_exhaustive]
+pub enum PlanError {
     /// There is no such user, or the user has no plan.
     #[error("the user has no plan")]
-    PlanMissing,
+    NotFound,
     /// Another user's plan has the subscription (`user_plans_subscription_id_key`).
     #[error("the subscription belongs to another user")]
     SubscriptionTaken,
     /// Another user's plan has the customer (`user_plans_customer_id_key`).
     #[error("the customer belongs to another user")]
     CustomerTaken,
-    /// Anything else.
+    /// The database reported another error.
     #[error("database error")]
-    Database(#[source] diesel::result::Error),
+    Database(#[source] Error),
 }
 
-impl From<diesel::result::Error> for UpgradeError {
-    fn from(error: diesel::result::Error) -> Self {
+impl From<Error> for PlanError {
+    fn from(error: Error) -> Self {
         if violates(&error, "user_plans_subscription_id_key") {
             Self::SubscriptionTaken
         } else if violates(&error, "user_plans_customer_id_key") {
@@ -126,29 +79,52 @@ impl From<diesel::result::Error> for UpgradeError {
     }
 }
 
-/// A plan that became the free one.
+/// A plan that became free.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Downgrade {
-    /// The plan as it is now.
+    /// The new row.
     pub plan: UserPlan,
-    /// The instances that were switched off (inactive, or expired where they were due), newest first. None, if the user
-    /// had no more active ones than the free plan allows.
+    /// The instances that were switched off (inactive, or expired if past their end), newest first. Empty if the free plan
+    /// allows the active ones.
     pub switched_off: Vec<McpInstance>,
 }
 
 impl UserPlan {
-    /// Makes the plan pro, paid, with this end; also extends one that is pro already. Switches no instance on.
+    /// Returns the user's plan. [`McpInstance::count_active`] tells how much of it is used.
+    pub fn find_by_user(conn: &mut PgConnection, user_id: UserId) -> QueryResult<Option<Self>> {
+        user_plans::table
+            .filter(user_plans::user_id.eq(user_id))
+            .select(Self::as_select())
+            .first(conn)
+            .optional()
+    }
+
+    /// Locks the user's plan (`FOR NO KEY UPDATE`): the first lock of operations that change a plan or make an instance
+    /// active. Callers of the crate use [`User::lock`].
+    pub(crate) fn lock_by_user(
+        conn: &mut PgConnection,
+        user_id: UserId,
+    ) -> QueryResult<Option<Self>> {
+        user_plans::table
+            .filter(user_plans::user_id.eq(user_id))
+            .select(Self::as_select())
+            .for_no_key_update()
+            .first(conn)
+            .optional()
+    }
+
+    /// Makes the plan pro and paid, or extends a pro plan. Switches no instance on.
     ///
-    /// One statement, which locks the row until the transaction ends. A refusal aborts the caller's transaction: wrap
-    /// the call in `conn.transaction` (a savepoint) to go on after it.
+    /// One statement, which locks the plan until the transaction ends.
     ///
     /// # Errors
-    /// See [`UpgradeError`].
+    /// [`PlanError::NotFound`]. [`PlanError::SubscriptionTaken`] and [`PlanError::CustomerTaken`] abort the caller's
+    /// transaction: to go on after them, wrap the call in `conn.transaction` (a savepoint).
     pub fn upgrade(
         conn: &mut PgConnection,
         user_id: UserId,
         pro: &ProPlan<'_>,
-    ) -> Result<Self, UpgradeError> {
+    ) -> Result<Self, PlanError> {
         diesel::update(user_plans::table.filter(user_plans::user_id.eq(user_id)))
             .set((
                 user_plans::plan_type.eq(PlanType::Pro),
@@ -162,19 +138,15 @@ impl UserPlan {
             .returning(Self::as_returning())
             .get_result(conn)
             .optional()?
-            .ok_or(UpgradeError::PlanMissing)
+            .ok_or(PlanError::NotFound)
     }
 
-    /// Makes the plan the free one, without end and subscription; the customer stays. If more instances are active than
-    /// it allows, all of them are switched off: which one to keep is for the user to choose. `None` where the user has
-    /// no plan.
+    /// Makes the plan free, without end and subscription; the customer stays. Returns `None` if the user has no plan.
     ///
-    /// `payment_status` says why: cancelled, failed, or none.
+    /// If more instances are active than the free plan allows, all are switched off, and the user chooses which one to
+    /// activate. `payment_status` is the reason: cancelled, failed or none.
     ///
-    /// One transaction, in which the plan is locked first, then the active instances in registry order.
-    ///
-    /// # Errors
-    /// Only those of the connection.
+    /// Locks the plan, then the active instances, until the transaction ends.
     pub fn downgrade(
         conn: &mut PgConnection,
         user_id: UserId,
@@ -187,16 +159,12 @@ impl UserPlan {
         })
     }
 
-    /// Downgrades one pro plan that is past its end, as [`downgrade`](Self::downgrade) does, with nobody paying; `None`
-    /// where no such plan is left, or the last of them are in the hands of others. A sweeper calls it until then.
+    /// Downgrades one pro plan that is past its end; `payment_status` becomes none. Returns `None` if no plan is due or other
+    /// workers have locked all that are. Call it until then.
     ///
-    /// Several may do so at the same time: a locked plan is passed over. One plan per call, each in a transaction of its
-    /// own: the instances of several users can't be switched off in one without locking the counters of services out of
-    /// order.
-    ///
-    /// # Errors
-    /// Only those of the connection.
-    pub fn expire_next(conn: &mut PgConnection) -> QueryResult<Option<Downgrade>> {
+    /// One plan per call: with several users' instances in one transaction, the counters of services would not be locked in
+    /// registry order.
+    pub fn expire_due(conn: &mut PgConnection) -> QueryResult<Option<Downgrade>> {
         conn.transaction(|conn| {
             user_plans::table
                 .filter(user_plans::plan_type.eq(PlanType::Pro))
@@ -212,13 +180,13 @@ impl UserPlan {
         })
     }
 
-    /// The row is locked.
+    /// `self` is locked.
     fn make_free(
         &self,
         conn: &mut PgConnection,
         payment_status: PlanPaymentStatus,
     ) -> QueryResult<Downgrade> {
-        // The trigger locks the same rows in the same order. Locked here, they are still active when it looks.
+        // The rows that the trigger switches off, locked in the order in which it locks them.
         let active = mcp_service_table::table
             .filter(mcp_service_table::user_id.eq(self.user_id))
             .filter(mcp_service_table::status.eq(InstanceStatus::Active))
@@ -250,84 +218,5 @@ impl UserPlan {
             .select(McpInstance::as_select())
             .load(conn)?;
         Ok(Downgrade { plan, switched_off })
-    }
-
-    /// Inserts a row and returns it with its defaults.
-    ///
-    /// # Errors
-    /// Any broken rule of the table; see [`ConstraintViolation`](crate::ConstraintViolation).
-    pub fn insert(conn: &mut PgConnection, new: &NewUserPlan<'_>) -> QueryResult<Self> {
-        diesel::insert_into(user_plans::table)
-            .values(new)
-            .returning(Self::as_returning())
-            .get_result(conn)
-    }
-
-    /// The row of this key, if there is one.
-    ///
-    /// # Errors
-    /// Only those of the connection.
-    pub fn find(conn: &mut PgConnection, plan_id: PlanId) -> QueryResult<Option<Self>> {
-        user_plans::table
-            .find(plan_id)
-            .select(Self::as_select())
-            .first(conn)
-            .optional()
-    }
-
-    /// The current plan of a user: every user has one. [`McpInstance::count_active`] tells how much of it is used.
-    ///
-    /// # Errors
-    /// Only those of the connection.
-    pub fn find_by_user(conn: &mut PgConnection, user_id: UserId) -> QueryResult<Option<Self>> {
-        user_plans::table
-            .filter(user_plans::user_id.eq(user_id))
-            .select(Self::as_select())
-            .first(conn)
-            .optional()
-    }
-
-    /// The row of a user, locked (`FOR NO KEY UPDATE`) until the transaction ends.
-    ///
-    /// Transactions that make an instance active or change a plan lock the plan first, then `mcp_credentials`, then
-    /// `mcp_service_table`: in that order they wait for each other instead of running into a deadlock.
-    ///
-    /// # Errors
-    /// Only those of the connection.
-    pub fn lock_by_user(conn: &mut PgConnection, user_id: UserId) -> QueryResult<Option<Self>> {
-        user_plans::table
-            .filter(user_plans::user_id.eq(user_id))
-            .select(Self::as_select())
-            .for_no_key_update()
-            .first(conn)
-            .optional()
-    }
-
-    /// Changes the row of this key and returns it as it is then; `None` where there is no such row. An empty changeset
-    /// changes nothing.
-    ///
-    /// # Errors
-    /// Any broken rule of the table; see [`ConstraintViolation`](crate::ConstraintViolation).
-    pub fn update(
-        conn: &mut PgConnection,
-        plan_id: PlanId,
-        changes: &UserPlanChangeset<'_>,
-    ) -> QueryResult<Option<Self>> {
-        let updated = diesel::update(user_plans::table.find(plan_id))
-            .set(changes)
-            .returning(Self::as_returning())
-            .get_result(conn)
-            .optional_empty_changeset();
-        found(updated, || Self::find(conn, plan_id))
-    }
-
-    /// Deletes the row of this key; says whether there was one.
-    ///
-    /// # Errors
-    /// Only those of the connection.
-    pub fn delete(conn: &mut PgConnection, plan_id: PlanId) -> QueryResult<bool> {
-        diesel::delete(user_plans::table.find(plan_id))
-            .execute(conn)
-            .map(|deleted| deleted == 1)
     }
 }

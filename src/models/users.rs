@@ -1,128 +1,141 @@
 //! Users: people with an account.
 
+mod anonymise;
+
 use chrono::{DateTime, Utc};
 use diesel::dsl::now;
 use diesel::pg::Pg;
 use diesel::prelude::*;
-use diesel::sql_types::{Array, Text};
+use diesel::result::Error;
 use serde::Serialize;
-use serde_json::json;
 
-use crate::enums::{AuthTokenType, PlanPaymentStatus, PlanType};
+use crate::enums::AuthTokenType;
 use crate::error::violates;
-use crate::ids::{CredentialId, InstanceId, UserId};
+use crate::ids::UserId;
 use crate::models::{AuthToken, UserPlan, found};
-use crate::schema::{
-    account_credits, auth_tokens, mcp_credentials, mcp_service_table, subscription_transactions,
-    user_billing_details, user_plans, user_subscriptions, users,
-};
+use crate::page::{Cursor, Page, newest_first};
+use crate::schema::users;
 use crate::secret::SecretText;
 
 /// A row of `users`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Queryable, Selectable, Identifiable)]
 #[diesel(table_name = users, check_for_backend(Pg))]
+#[expect(missing_docs, reason = "the other fields explain themselves")]
 pub struct User {
-    /// Key.
     pub id: UserId,
     /// 1 to 255 characters.
     pub first_name: String,
     /// At most 255 characters; may be empty.
     pub last_name: String,
-    /// Canonical: lower case, without white space, one `@`.
+    /// In the form that [`canonical_email`] returns; unique.
     pub email: String,
-    /// Password hash (`$…`); `None`: signs in by other means.
+    /// A password hash (`$…`); `None` if the user signs in by other means.
     #[serde(skip_serializing)]
     pub password: Option<SecretText>,
-    /// Whether the address is proven.
     pub email_verified: bool,
-    /// Customer at Razorpay; unique.
+    /// The customer at Razorpay; unique.
     pub razorpay_customer_id: Option<String>,
-    /// When the row was made.
     pub created_at: DateTime<Utc>,
-    /// When the row changed last.
     pub updated_at: DateTime<Utc>,
-    /// When the user signed in last.
     pub last_login_at: Option<DateTime<Utc>>,
-    /// False: deactivated, can't sign in.
+    /// Whether the user can sign in.
     pub is_active: bool,
 }
 
-/// A new row; `None` leaves a column to its default.
+/// Values of a new [`User`]; `None` uses the column's default.
 #[derive(Debug, Clone, Insertable)]
 #[diesel(table_name = users, check_for_backend(Pg))]
+#[expect(missing_docs, reason = "the fields are those of `User`")]
 pub struct NewUser<'a> {
-    /// Key.
     pub id: Option<UserId>,
-    /// 1 to 255 characters.
     pub first_name: &'a str,
-    /// At most 255 characters; may be empty.
     pub last_name: &'a str,
-    /// Canonical: lower case, without white space, one `@`.
+    /// In any spelling: [`User::sign_up`] makes it canonical.
     pub email: &'a str,
-    /// Password hash (`$…`); `None`: signs in by other means.
     pub password: Option<&'a SecretText>,
-    /// Whether the address is proven.
     pub email_verified: Option<bool>,
-    /// Customer at Razorpay; unique.
     pub razorpay_customer_id: Option<&'a str>,
-    /// False: deactivated, can't sign in.
     pub is_active: Option<bool>,
 }
 
-/// Changes to a row: `None` keeps a column, `Some(None)` sets it to `NULL`. The address, the last login and whether the
-/// user is active have operations of their own.
+impl<'a> NewUser<'a> {
+    /// Uses the defaults for all other columns.
+    #[must_use]
+    pub fn new(first_name: &'a str, last_name: &'a str, email: &'a str) -> Self {
+        Self {
+            id: None,
+            first_name,
+            last_name,
+            email,
+            password: None,
+            email_verified: None,
+            razorpay_customer_id: None,
+            is_active: None,
+        }
+    }
+}
+
+/// Changes to a [`User`]: `None` keeps a column, `Some(None)` sets it to `NULL`.
+///
+/// The other columns have their own operations, such as [`User::change_email`].
 #[derive(Debug, Clone, Default, AsChangeset)]
 #[diesel(table_name = users)]
+#[expect(missing_docs, reason = "the fields are those of `User`")]
 pub struct UserChangeset<'a> {
-    /// 1 to 255 characters.
     pub first_name: Option<&'a str>,
-    /// At most 255 characters; may be empty.
     pub last_name: Option<&'a str>,
-    /// Password hash (`$…`); `None`: signs in by other means.
     pub password: Option<Option<&'a SecretText>>,
-    /// Whether the address is proven.
     pub email_verified: Option<bool>,
-    /// Customer at Razorpay; unique.
     pub razorpay_customer_id: Option<Option<&'a str>>,
 }
 
-/// Domain of the addresses of anonymised users. No mail gets there (RFC 6761, 6.4), and nobody signs up with it.
+/// The domain of anonymised users' addresses: no mail arrives there (RFC 6761, 6.4), and sign-up refuses it.
 const ANONYMISED_DOMAIN: &str = "@anonymised.invalid";
 
-/// Not an address that an account can have.
+/// The text is not an email address that an account can have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("not an email address")]
 pub struct InvalidEmail;
 
-/// Why an address was not taken over.
+/// Why an account was not created or changed.
 #[derive(Debug, thiserror::Error)]
-pub enum EmailError {
-    /// It isn't one.
+#[non_exhaustive]
+pub enum UserError {
+    /// The text is not an email address.
     #[error(transparent)]
     InvalidEmail(#[from] InvalidEmail),
-    /// Another account has it.
+    /// Another account has the email address.
     #[error("the email address is taken")]
     EmailTaken,
-    /// Anything else.
+    /// The database reported another error.
     #[error("database error")]
-    Database(#[from] diesel::result::Error),
+    Database(#[source] Error),
 }
 
-/// The one spelling of an address under which an account is kept and found: without white space around it, in lower
-/// case.
+impl From<Error> for UserError {
+    fn from(error: Error) -> Self {
+        if violates(&error, "users_email_key") {
+            Self::EmailTaken
+        } else {
+            Self::Database(error)
+        }
+    }
+}
+
+/// Returns the one spelling of an email address that is stored and looked up: trimmed and in lowercase.
 ///
-/// What it accepts is what `users_email_canonical` accepts: one `@` with something on either side, 255 characters at
-/// most. White space inside, in the sense of Unicode, and NUL, which PostgreSQL can't store, are refused whatever the
-/// database's locale thinks of them. Whether mail arrives there, only a mail can tell.
-///
-/// # Errors
-/// [`InvalidEmail`].
+/// It accepts what the constraint `users_email_canonical` accepts: one `@` with text on both sides, at most 255
+/// characters. It also refuses Unicode white space inside, which the constraint sees only in some locales, and NUL, which
+/// PostgreSQL can't store. It doesn't check that mail arrives.
 ///
 /// ```
 /// # use bruhmcp_db::models::{InvalidEmail, canonical_email};
 /// assert_eq!(canonical_email(" Ada@Example.ORG\n"), Ok("ada@example.org".to_owned()));
 /// assert_eq!(canonical_email("ada"), Err(InvalidEmail));
 /// ```
+///
+/// # Errors
+/// [`InvalidEmail`].
 pub fn canonical_email(email: &str) -> Result<String, InvalidEmail> {
     let email = email.trim().to_lowercase();
     let (local, domain) = email.split_once('@').ok_or(InvalidEmail)?;
@@ -138,7 +151,7 @@ pub fn canonical_email(email: &str) -> Result<String, InvalidEmail> {
     Ok(email)
 }
 
-/// A canonical address for an account of a living person.
+/// Like [`canonical_email`], but refuses the addresses of anonymised users.
 fn new_email(email: &str) -> Result<String, InvalidEmail> {
     let email = canonical_email(email)?;
     if email.ends_with(ANONYMISED_DOMAIN) {
@@ -147,22 +160,36 @@ fn new_email(email: &str) -> Result<String, InvalidEmail> {
     Ok(email)
 }
 
+fn anonymised_email(id: UserId) -> String {
+    format!("{id}{ANONYMISED_DOMAIN}")
+}
+
 impl User {
-    /// Inserts a row and returns it with its defaults. [`sign_up`](Self::sign_up) takes an address in any spelling.
+    /// Creates an account; a trigger gives it the free plan.
+    ///
+    /// One statement. Concurrent sign-ups with one address wait for each other, and one succeeds.
     ///
     /// # Errors
-    /// Any broken rule of the table; see [`ConstraintViolation`](crate::ConstraintViolation).
-    pub fn insert(conn: &mut PgConnection, new: &NewUser<'_>) -> QueryResult<Self> {
+    /// [`UserError::InvalidEmail`] and [`UserError::EmailTaken`], after which the caller's transaction can go on. A
+    /// violated constraint on another column (`users_first_name_check`, `users_last_name_check`, `users_password_check`,
+    /// `users_razorpay_customer_id_key`) is [`UserError::Database`] and aborts it.
+    pub fn sign_up(conn: &mut PgConnection, new: &NewUser<'_>) -> Result<Self, UserError> {
+        let email = new_email(new.email)?;
         diesel::insert_into(users::table)
-            .values(new)
+            .values(NewUser {
+                id: new.id.or_else(|| Some(UserId::new())),
+                email: &email,
+                ..*new
+            })
+            .on_conflict(users::email)
+            .do_nothing()
             .returning(Self::as_returning())
             .get_result(conn)
+            .optional()?
+            .ok_or(UserError::EmailTaken)
     }
 
-    /// The row of this key, if there is one.
-    ///
-    /// # Errors
-    /// Only those of the connection.
+    /// Returns the user, active or not.
     pub fn find(conn: &mut PgConnection, id: UserId) -> QueryResult<Option<Self>> {
         users::table
             .find(id)
@@ -171,34 +198,61 @@ impl User {
             .optional()
     }
 
-    /// All users, oldest first, `limit` at most, after the one given.
-    ///
-    /// # Errors
-    /// Only those of the connection.
-    pub fn list(
-        conn: &mut PgConnection,
-        after: Option<&Self>,
-        limit: i64,
-    ) -> QueryResult<Vec<Self>> {
-        let mut query = users::table.select(Self::as_select()).into_boxed();
-        if let Some(after) = after {
-            query = query.filter(
-                users::created_at.gt(after.created_at).or(users::created_at
-                    .eq(after.created_at)
-                    .and(users::id.gt(after.id))),
-            );
-        }
-        query
-            .order((users::created_at, users::id))
-            .limit(limit)
-            .load(conn)
+    /// Returns the user if active.
+    pub fn find_active(conn: &mut PgConnection, id: UserId) -> QueryResult<Option<Self>> {
+        users::table
+            .find(id)
+            .filter(users::is_active)
+            .select(Self::as_select())
+            .first(conn)
+            .optional()
     }
 
-    /// Changes the row of this key and returns it as it is then; `None` where there is no such row. An empty changeset
-    /// changes nothing.
+    /// Returns the active user with this email address, in any spelling.
+    pub fn find_active_by_email(conn: &mut PgConnection, email: &str) -> QueryResult<Option<Self>> {
+        let Ok(email) = canonical_email(email) else {
+            return Ok(None);
+        };
+        users::table
+            .filter(users::email.eq(email))
+            .filter(users::is_active)
+            .select(Self::as_select())
+            .first(conn)
+            .optional()
+    }
+
+    /// Returns a page of all users, newest first.
+    pub fn list(conn: &mut PgConnection, page: Page<UserId>) -> QueryResult<Vec<Self>> {
+        newest_first!(users::table.select(Self::as_select()), users, id, page).load(conn)
+    }
+
+    /// The user's position in [`list`](Self::list).
+    #[must_use]
+    pub fn cursor(&self) -> Cursor<UserId> {
+        Cursor {
+            created_at: self.created_at,
+            id: self.id,
+        }
+    }
+
+    /// Locks the user's plan (`FOR NO KEY UPDATE`) and then the user (`FOR UPDATE`) until the transaction ends.
+    ///
+    /// A transaction that calls several operations on one user's rows starts with this call. The operations can then
+    /// follow in any order without a deadlock.
+    pub fn lock(conn: &mut PgConnection, id: UserId) -> QueryResult<Option<Self>> {
+        UserPlan::lock_by_user(conn, id)?;
+        users::table
+            .find(id)
+            .select(Self::as_select())
+            .for_update()
+            .first(conn)
+            .optional()
+    }
+
+    /// Changes the user and returns the new row. An empty changeset changes nothing.
     ///
     /// # Errors
-    /// Any broken rule of the table; see [`ConstraintViolation`](crate::ConstraintViolation).
+    /// A violated constraint; see [`ConstraintViolation`](crate::ConstraintViolation).
     pub fn update(
         conn: &mut PgConnection,
         id: UserId,
@@ -212,77 +266,9 @@ impl User {
         found(updated, || Self::find(conn, id))
     }
 
-    /// Deletes the row of this key; says whether there was one.
-    ///
-    /// # Errors
-    /// A foreign key, while other rows refer to it.
-    pub fn delete(conn: &mut PgConnection, id: UserId) -> QueryResult<bool> {
-        diesel::delete(users::table.find(id))
-            .execute(conn)
-            .map(|deleted| deleted == 1)
-    }
-
-    /// Makes an account and returns it. `new.email` may be in any spelling; the account has the [canonical
-    /// one](canonical_email). The free plan comes with it, by a trigger.
-    ///
-    /// One statement. Of several sign-ups with one address at the same time one wins, and the others wait for its
-    /// outcome.
-    ///
-    /// # Errors
-    /// [`EmailError::InvalidEmail`] and [`EmailTaken`](EmailError::EmailTaken), neither of which aborts the caller's
-    /// transaction. Broken rules about the other columns do (`users_first_name_check`, `users_last_name_check`,
-    /// `users_password_check`, `users_razorpay_customer_id_key`).
-    pub fn sign_up(conn: &mut PgConnection, new: &NewUser<'_>) -> Result<Self, EmailError> {
-        let email = new_email(new.email)?;
-        diesel::insert_into(users::table)
-            .values(NewUser {
-                id: new.id.or_else(|| Some(UserId::new())),
-                email: &email,
-                ..*new
-            })
-            .on_conflict(users::email)
-            .do_nothing()
-            .returning(Self::as_returning())
-            .get_result(conn)
-            .optional()?
-            .ok_or(EmailError::EmailTaken)
-    }
-
-    /// The active user of this key.
-    ///
-    /// # Errors
-    /// Only those of the connection.
-    pub fn find_active(conn: &mut PgConnection, id: UserId) -> QueryResult<Option<Self>> {
-        users::table
-            .find(id)
-            .filter(users::is_active)
-            .select(Self::as_select())
-            .first(conn)
-            .optional()
-    }
-
-    /// The active user of this address, in any spelling. What isn't an address has no user.
-    ///
-    /// # Errors
-    /// Only those of the connection.
-    pub fn find_active_by_email(conn: &mut PgConnection, email: &str) -> QueryResult<Option<Self>> {
-        let Ok(email) = canonical_email(email) else {
-            return Ok(None);
-        };
-        users::table
-            .filter(users::email.eq(email))
-            .filter(users::is_active)
-            .select(Self::as_select())
-            .first(conn)
-            .optional()
-    }
-
-    /// Records that an active user signed in now; `None` where there is no such user, or not an active one.
+    /// Sets `last_login_at` of an active user; returns `None` if there is none.
     ///
     /// One statement.
-    ///
-    /// # Errors
-    /// Only those of the connection.
     pub fn record_login(conn: &mut PgConnection, id: UserId) -> QueryResult<Option<Self>> {
         diesel::update(users::table.find(id))
             .filter(users::is_active)
@@ -292,26 +278,26 @@ impl User {
             .optional()
     }
 
-    /// Gives an active user another address, in any spelling; `None` where there is no such user, or not an active one.
-    /// `email_verified` becomes `proven`: whether the user has shown that mail to the new address arrives, as by the
-    /// code of an [`EmailChangePending`](AuthTokenType::EmailChangePending) token. Nothing carries over from the old
-    /// address.
+    /// Gives an active user another email address, in any spelling; returns `None` if there is no such user.
     ///
-    /// Codes and links that went to the old address are revoked; refresh tokens stay, so the user stays signed in.
+    /// `email_verified` becomes `proven`: whether the user has shown that mail to the new address arrives, for example by
+    /// the code of an [`EmailChangePending`](AuthTokenType::EmailChangePending) token. Codes and links that were sent to
+    /// the old address are revoked. Refresh tokens stay valid, so the user stays signed in.
     ///
-    /// Runs in a transaction, or a savepoint of the caller's, and locks the user's row until the transaction ends.
+    /// Locks the user `FOR UPDATE` until the transaction ends.
     ///
     /// # Errors
-    /// [`EmailError::InvalidEmail`] and [`EmailTaken`](EmailError::EmailTaken), neither of which aborts the caller's
-    /// transaction.
+    /// [`UserError::InvalidEmail`] and [`UserError::EmailTaken`], after which the caller's transaction can go on.
     pub fn change_email(
         conn: &mut PgConnection,
         id: UserId,
         email: &str,
         proven: bool,
-    ) -> Result<Option<Self>, EmailError> {
+    ) -> Result<Option<Self>, UserError> {
+        use AuthTokenType::{EmailChangePending, EmailOtp, EmailVerification, PasswordReset};
         let email = new_email(email)?;
-        let changed = conn.transaction(|conn| {
+        conn.transaction(|conn| {
+            // An update of a key column locks the row FOR UPDATE, also without a SELECT before.
             let user = diesel::update(users::table.find(id))
                 .filter(users::is_active)
                 .set((users::email.eq(email), users::email_verified.eq(proven)))
@@ -319,9 +305,6 @@ impl User {
                 .get_result(conn)
                 .optional()?;
             if user.is_some() {
-                use AuthTokenType::{
-                    EmailChangePending, EmailOtp, EmailVerification, PasswordReset,
-                };
                 let mailed = [
                     EmailOtp,
                     PasswordReset,
@@ -331,23 +314,12 @@ impl User {
                 AuthToken::revoke_all(conn, id, Some(&mailed))?;
             }
             Ok(user)
-        });
-        changed.map_err(|error| {
-            if violates(&error, "users_email_key") {
-                EmailError::EmailTaken
-            } else {
-                EmailError::Database(error)
-            }
         })
     }
 
-    /// Deactivates a user, who can't sign in from then on, and revokes all tokens; `None` where there is no such user.
-    /// Instances and the plan stay as they are.
+    /// Deactivates a user and revokes all tokens; returns `None` if there is no such user.
     ///
-    /// Runs in a transaction, or a savepoint of the caller's, and locks the user's row until the transaction ends.
-    ///
-    /// # Errors
-    /// Only those of the connection.
+    /// The user can't sign in any more. The instances and the plan don't change. Locks the user until the transaction ends.
     pub fn deactivate(conn: &mut PgConnection, id: UserId) -> QueryResult<Option<Self>> {
         conn.transaction(|conn| {
             let user = diesel::update(users::table.find(id))
@@ -362,13 +334,9 @@ impl User {
         })
     }
 
-    /// Lets a deactivated user sign in again; `None` where there is no such user, or an anonymised one. Tokens that
-    /// were revoked stay so.
+    /// Lets a deactivated user sign in again; returns `None` if there is no such user, or only an anonymised one.
     ///
-    /// One statement.
-    ///
-    /// # Errors
-    /// Only those of the connection.
+    /// Revoked tokens stay revoked. One statement.
     pub fn reactivate(conn: &mut PgConnection, id: UserId) -> QueryResult<Option<Self>> {
         diesel::update(users::table.find(id))
             .filter(users::email.ne(anonymised_email(id)))
@@ -377,154 +345,4 @@ impl User {
             .get_result(conn)
             .optional()
     }
-
-    /// Removes the person for good and keeps the rows that are money; `None` where there is no such user. A user
-    /// without such rows can be [deleted](Self::delete) instead. The gateway's own records, and a subscription that
-    /// still runs there, are the caller's to end first.
-    ///
-    /// - The user's names, password, gateway customer and last login go; the address becomes
-    ///   `<id>@anonymised.invalid`; the user is inactive.
-    /// - Instances with their credentials, tokens and billing details are deleted. The plan is free, without a trace of
-    ///   the gateway.
-    /// - Subscriptions lose the gateway customer, reason and feedback; transactions the gateway's answer, details of
-    ///   the method, description and reason of failure; credits the description. Amounts, dates, states and the numbers
-    ///   of payments, orders, receipts and invoices stay.
-    /// - Webhooks that name the address or a gateway customer, and are processed or skipped, lose their payload. This
-    ///   reads the whole table. Those that are still open keep it: process them before.
-    ///
-    /// The audit log has keys only, and forgets them after 90 days. A schema `bruhmcp_archive` and backups are not
-    /// touched.
-    ///
-    /// Runs in a transaction, or a savepoint of the caller's. Locks, in this order, the user's plan, credentials,
-    /// instances, and the user's row.
-    ///
-    /// # Errors
-    /// Only those of the connection.
-    pub fn anonymise(conn: &mut PgConnection, id: UserId) -> QueryResult<Option<Self>> {
-        conn.transaction(|conn| {
-            let plan = UserPlan::lock_by_user(conn, id)?;
-            delete_instances(conn, id)?;
-            diesel::update(user_plans::table.filter(user_plans::user_id.eq(id)))
-                .set((
-                    user_plans::plan_type.eq(PlanType::Free),
-                    user_plans::max_instances.eq(1),
-                    user_plans::features.eq(json!({})),
-                    user_plans::expires_at.eq(None::<DateTime<Utc>>),
-                    user_plans::subscription_id.eq(None::<&str>),
-                    user_plans::customer_id.eq(None::<&str>),
-                    user_plans::payment_status.eq(PlanPaymentStatus::None),
-                ))
-                .execute(conn)?;
-
-            let person = users::table
-                .find(id)
-                .select(Self::as_select())
-                .for_no_key_update()
-                .first(conn)
-                .optional()?;
-            let Some(person) = person else {
-                return Ok(None);
-            };
-            let user = diesel::update(users::table.find(id))
-                .set((
-                    users::first_name.eq("Anonymised"),
-                    users::last_name.eq(""),
-                    users::email.eq(anonymised_email(id)),
-                    users::password.eq(None::<SecretText>),
-                    users::email_verified.eq(false),
-                    users::razorpay_customer_id.eq(None::<&str>),
-                    users::last_login_at.eq(None::<DateTime<Utc>>),
-                    users::is_active.eq(false),
-                ))
-                .returning(Self::as_returning())
-                .get_result(conn)?;
-            diesel::delete(auth_tokens::table.filter(auth_tokens::user_id.eq(id))).execute(conn)?;
-            diesel::delete(
-                user_billing_details::table.filter(user_billing_details::user_id.eq(id)),
-            )
-            .execute(conn)?;
-
-            let mut names = vec![person.email];
-            names.extend(person.razorpay_customer_id);
-            names.extend(plan.and_then(|plan| plan.customer_id));
-            names.extend(anonymise_money(conn, id)?);
-            anonymise_webhooks(conn, &names)?;
-            Ok(Some(user))
-        })
-    }
-}
-
-fn anonymised_email(id: UserId) -> String {
-    format!("{id}{ANONYMISED_DOMAIN}")
-}
-
-fn delete_instances(conn: &mut PgConnection, user_id: UserId) -> QueryResult<()> {
-    // Registry order: the order in which the counters of mcp_table are locked at commit.
-    let instances: Vec<InstanceId> = mcp_service_table::table
-        .filter(mcp_service_table::user_id.eq(user_id))
-        .order((
-            mcp_service_table::mcp_service_id,
-            mcp_service_table::instance_id,
-        ))
-        .select(mcp_service_table::instance_id)
-        .load(conn)?;
-    // The cascade would lock credentials after their instance.
-    mcp_credentials::table
-        .filter(mcp_credentials::instance_id.eq_any(&instances))
-        .order(mcp_credentials::instance_id)
-        .select(mcp_credentials::credential_id)
-        .for_update()
-        .load::<CredentialId>(conn)?;
-    for instance in instances {
-        diesel::delete(mcp_service_table::table.find(instance)).execute(conn)?;
-    }
-    Ok(())
-}
-
-/// Returns the gateway customers that the subscriptions had.
-fn anonymise_money(conn: &mut PgConnection, user_id: UserId) -> QueryResult<Vec<String>> {
-    let subscriptions = user_subscriptions::table.filter(user_subscriptions::user_id.eq(user_id));
-    let customers = subscriptions
-        .filter(user_subscriptions::razorpay_customer_id.is_not_null())
-        .select(user_subscriptions::razorpay_customer_id.assume_not_null())
-        .load(conn)?;
-    diesel::update(subscriptions)
-        .set((
-            user_subscriptions::razorpay_customer_id.eq(None::<&str>),
-            user_subscriptions::cancellation_reason.eq(None::<&str>),
-            user_subscriptions::cancellation_feedback.eq(None::<&str>),
-        ))
-        .execute(conn)?;
-    let transactions =
-        subscription_transactions::table.filter(subscription_transactions::user_id.eq(user_id));
-    diesel::update(transactions)
-        .set((
-            subscription_transactions::method_details_json.eq(None::<serde_json::Value>),
-            subscription_transactions::gateway_response_json.eq(None::<serde_json::Value>),
-            subscription_transactions::description.eq(None::<&str>),
-            subscription_transactions::failure_reason.eq(None::<&str>),
-        ))
-        .execute(conn)?;
-    diesel::update(account_credits::table.filter(account_credits::user_id.eq(user_id)))
-        .set(account_credits::description.eq(None::<&str>))
-        .execute(conn)?;
-    Ok(customers)
-}
-
-/// Empties the payload of each settled webhook in which a string is one of `names`, in any case.
-fn anonymise_webhooks(conn: &mut PgConnection, names: &[String]) -> QueryResult<()> {
-    // Not the DSL: it has no set-returning function in FROM.
-    diesel::sql_query(
-        r#"UPDATE webhook_events
-              SET payload = '{}', error_message = NULL
-            WHERE processing_status IN ('processed', 'skipped')
-              AND EXISTS (
-                      SELECT
-                        FROM jsonb_path_query(payload, 'strict $.** ? (@.type() == "string")') AS text
-                       WHERE lower(text #>> '{}') IN (SELECT lower(name) FROM unnest($1) AS name)
-                  )"#,
-    )
-    .bind::<Array<Text>, _>(names)
-    .execute(conn)?;
-    Ok(())
 }

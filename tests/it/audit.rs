@@ -2,14 +2,16 @@
 
 use bigdecimal::BigDecimal;
 use bruhmcp_db::enums::AuditStatus;
-use bruhmcp_db::ids::InstanceId;
+use bruhmcp_db::ids::{InstanceId, UserId};
 use bruhmcp_db::models::{NewTokenAudit, TokenAudit};
-use bruhmcp_db::views::TokenAuditSummary;
-use bruhmcp_db::{ConstraintViolation, Cursor};
+use bruhmcp_db::schema::{mcp_service_table, users};
+use bruhmcp_db::views::{TokenAuditSummary, token_audit_summary};
+use bruhmcp_db::{ConstraintViolation, Page};
 use diesel::connection::SimpleConnection;
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
 
+use crate::fixtures;
 use crate::support::database;
 
 fn append(
@@ -19,14 +21,8 @@ fn append(
     status: AuditStatus,
 ) -> TokenAudit {
     let new = NewTokenAudit {
-        instance_id,
-        user_id: None,
-        operation,
-        status,
         method: Some("oauth"),
-        error_type: None,
-        error_message: None,
-        metadata: None,
+        ..NewTokenAudit::new(instance_id, operation, status)
     };
     TokenAudit::insert(conn, &new).unwrap()
 }
@@ -47,15 +43,12 @@ fn what_was_done_comes_in_pages() {
     rows.push(append(conn, instance, "revoke", AuditStatus::Warning));
     rows.reverse();
     let mut seen = Vec::new();
-    let mut after = None;
+    let mut page = Page::first(2);
     loop {
-        let page = TokenAudit::list_by_instance(conn, instance, after, 2).unwrap();
-        let Some(last) = page.last() else { break };
-        after = Some(Cursor {
-            created_at: last.created_at,
-            id: last.audit_id,
-        });
-        seen.extend(page);
+        let listed = TokenAudit::list_by_instance(conn, instance, page).unwrap();
+        let Some(last) = listed.last() else { break };
+        page = Page::after(last.cursor(), 2);
+        seen.extend(listed);
     }
     assert_eq!(seen, rows);
     let error = diesel::sql_query("UPDATE token_audit_log SET operation = 'x'")
@@ -66,6 +59,39 @@ fn what_was_done_comes_in_pages() {
             .unwrap()
             .is("token_audit_log_append_only")
     );
+}
+
+/// Also with the generic plan, which a prepared statement may get.
+#[test]
+fn a_page_reads_no_more_than_its_rows() {
+    let database = database();
+    let instance = InstanceId::new();
+    database
+        .psql(&format!(
+            "INSERT INTO token_audit_log (instance_id, operation, status, created_at)
+             SELECT instance_id, 'refresh', 'success', now() - n * interval '1 minute'
+               FROM (SELECT '{instance}'::uuid AS instance_id
+                     UNION ALL
+                     SELECT gen_random_uuid() FROM generate_series(1, 199)) AS instances,
+                    generate_series(1, 500) AS n;
+             ANALYZE"
+        ))
+        .unwrap();
+    let conn = &mut database.connect();
+    conn.batch_execute("SET plan_cache_mode = force_generic_plan")
+        .unwrap();
+    let mut page = Page::first(20);
+    for _ in 0..3 {
+        let rows = TokenAudit::list_by_instance(conn, instance, page).unwrap();
+        assert_eq!(rows.len(), 20);
+        page = Page::after(rows[19].cursor(), 20);
+    }
+    conn.batch_execute("SELECT pg_stat_force_next_flush()")
+        .unwrap();
+    let read = "SELECT idx_tup_read FROM pg_stat_user_indexes
+                 WHERE indexrelname = 'token_audit_log_instance_id_created_at_idx'";
+    let read: i64 = database.psql(read).unwrap().trim().parse().unwrap();
+    assert!((60..=66).contains(&read), "{read} index entries");
 }
 
 #[test]
@@ -113,6 +139,35 @@ fn the_summary_counts_by_operation_status_and_method() {
     assert_eq!(failure.success_rate, BigDecimal::from(0));
 }
 
+/// A crate outside can't add what Diesel needs for that (orphan rule).
+#[test]
+fn the_summary_is_joined_with_tables() {
+    let database = database();
+    let conn = &mut database.connect();
+    let (user, gmail) = (fixtures::user(conn), fixtures::service(conn, "gmail", 4001));
+    let instance = fixtures::create(conn, user, gmail).unwrap();
+    append(conn, instance, "refresh", AuditStatus::Success);
+    append(conn, InstanceId::new(), "refresh", AuditStatus::Success);
+
+    let of_users: Vec<(UserId, String, TokenAuditSummary)> = token_audit_summary::table
+        .inner_join(
+            mcp_service_table::table
+                .on(mcp_service_table::instance_id.eq(token_audit_summary::instance_id)),
+        )
+        .inner_join(users::table.on(users::id.eq(mcp_service_table::user_id)))
+        .select((users::id, users::first_name, TokenAuditSummary::as_select()))
+        .load(conn)
+        .unwrap();
+    let [(id, first_name, summary)] = &of_users[..] else {
+        panic!("{of_users:?}");
+    };
+    assert_eq!((*id, first_name.as_str()), (user, "Asha"));
+    assert_eq!(
+        (summary.instance_id, summary.operation_count),
+        (instance, 1)
+    );
+}
+
 #[test]
 fn what_is_old_goes_in_batches() {
     let database = database();
@@ -125,9 +180,9 @@ fn what_is_old_goes_in_batches() {
     .unwrap();
     let kept = append(conn, instance, "refresh", AuditStatus::Pending);
     let batches: Vec<_> = (0..4)
-        .map(|_| TokenAudit::clean_up(conn, 2).unwrap())
+        .map(|_| TokenAudit::purge(conn, 2).unwrap())
         .collect();
     assert_eq!(batches, [2, 2, 1, 0]);
-    let left = TokenAudit::list_by_instance(conn, instance, None, 10).unwrap();
+    let left = TokenAudit::list_by_instance(conn, instance, Page::first(10)).unwrap();
     assert_eq!(left, [kept]);
 }

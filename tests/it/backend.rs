@@ -226,17 +226,7 @@ fn add_services(conn: &mut PgConnection) {
         ("figma", 49280, AuthType::ApiKey),
         ("gmail", 49296, AuthType::Oauth),
     ] {
-        let new = NewMcpService {
-            mcp_service_id: None,
-            mcp_service_name: name,
-            display_name: name,
-            description: None,
-            icon_url_path: None,
-            port,
-            type_,
-            is_active: None,
-        };
-        McpService::insert(conn, &new).unwrap();
+        McpService::register(conn, &NewMcpService::new(name, port, type_)).unwrap();
     }
 }
 

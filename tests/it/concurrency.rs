@@ -1,18 +1,23 @@
 //! Many connections at once: the plan's limit, the lock order, the counters, and who waits for whom.
 
+use std::error::Error;
 use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
 
 use bruhmcp_db::enums::{OauthStatus, PlanPaymentStatus};
 use bruhmcp_db::ids::{InstanceId, ServiceId, UserId};
-use bruhmcp_db::models::{InstanceError, InstanceFilter, McpInstance, RenameError, UserPlan};
-use bruhmcp_db::{Isolation, retry_transaction};
+use bruhmcp_db::models::{
+    InstanceError, InstanceFilter, McpCredential, McpInstance, OauthTokens, User, UserPlan,
+};
+use bruhmcp_db::{Isolation, Page, SecretText, retry_transaction};
 use chrono::{TimeDelta, Utc};
 use diesel::connection::SimpleConnection;
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
+use uuid::Uuid;
 
 use crate::fixtures::{
-    authorise, create, create_inactive, create_pending, find, pro_user, service, upgrade, user,
+    authorize, create, create_inactive, create_pending, find, pro_user, sealed, service, upgrade,
+    user,
 };
 use crate::support::{self, TestDatabase};
 
@@ -69,10 +74,10 @@ fn of_32_activations_one_succeeds() {
 }
 
 #[test]
-fn of_32_authorisations_one_succeeds() {
+fn of_32_authorizations_one_succeeds() {
     one_of_32_succeeds(
         |conn, user, service| [(); 32].map(|()| create_pending(conn, user, service)),
-        |conn, user, _, ids, n| authorise(conn, user, ids[n], OauthStatus::Completed).map(drop),
+        |conn, user, _, ids, n| authorize(conn, user, ids[n], OauthStatus::Completed).map(drop),
     );
 }
 
@@ -89,10 +94,10 @@ fn assert_counters_right(database: &TestDatabase) {
 }
 
 /// A small generator of numbers (an LCG of Knuth's), the same for the same seed.
-struct Dice(u64);
+pub(crate) struct Dice(pub(crate) u64);
 
 impl Dice {
-    fn roll(&mut self, sides: usize) -> usize {
+    pub(crate) fn roll(&mut self, sides: usize) -> usize {
         self.0 = self
             .0
             .wrapping_mul(6_364_136_223_846_793_005)
@@ -113,58 +118,120 @@ struct World {
     services: [ServiceId; 3],
     /// Instances created, refused ones not counted.
     created: AtomicI64,
-    /// Threads that are still at their operations.
+    /// Threads that are not finished yet.
     at_work: AtomicUsize,
 }
 
 impl World {
-    /// One operation on a user's instance. Being refused is fine; an error of the database is not.
-    fn operate(&self, conn: &mut PgConnection, dice: &mut Dice) -> Result<(), InstanceError> {
+    /// One operation on a random user's instance.
+    fn operate(&self, conn: &mut PgConnection, dice: &mut Dice) -> QueryResult<()> {
         let user = self.users[dice.roll(self.users.len())];
         let service = self.services[dice.roll(self.services.len())];
-        let instances: Vec<_> =
-            McpInstance::list_by_user(conn, user, InstanceFilter::default(), None, 50)?
-                .into_iter()
-                .map(|details| (details.instance.instance_id, details.instance.version))
-                .collect();
-        let create_one = |conn: &mut PgConnection| {
-            create(conn, user, service)?;
-            self.created.fetch_add(1, Ordering::Relaxed);
-            Ok(())
+        let instances = instances(conn, user)?;
+        let Some(instance) = dice.pick(&instances) else {
+            return self.create(conn, user, service);
         };
-        let Some((id, version)) = dice.pick(&instances) else {
-            return create_one(conn);
+        if dice.roll(17) == 0 {
+            let (_, other, _) = instances[dice.roll(instances.len())];
+            return refused(McpInstance::swap(conn, user, instance.1, other));
+        }
+        self.operate_on(conn, dice, user, (service, instance.1, instance.2))
+    }
+
+    /// Three operations on a user's instances in one transaction, which begins with the user's lock.
+    fn compose(&self, conn: &mut PgConnection, dice: &mut Dice) -> QueryResult<()> {
+        let user = self.users[dice.roll(self.users.len())];
+        conn.transaction(|conn| {
+            User::lock(conn, user)?;
+            let instances = instances(conn, user)?;
+            let mut chosen: Vec<_> = (0..3).filter_map(|_| dice.pick(&instances)).collect();
+            // In the order of the services, in which their counters are locked at commit.
+            chosen.sort();
+            chosen.into_iter().try_for_each(|instance| {
+                self.operate_on(conn, dice, user, instance)?;
+                // Other work, so that somebody waits.
+                conn.batch_execute("SELECT pg_sleep(0.002)")
+            })
+        })
+    }
+
+    /// One operation that touches instances of this service only.
+    fn operate_on(
+        &self,
+        conn: &mut PgConnection,
+        dice: &mut Dice,
+        user: UserId,
+        (service, id, version): (ServiceId, InstanceId, i32),
+    ) -> QueryResult<()> {
+        let operation = dice.roll(17);
+        let credential = if operation > 10 {
+            McpCredential::find_by_instance(conn, id)?
+        } else {
+            None
         };
-        match dice.roll(12) {
-            0 | 1 => create_one(conn),
-            2 => {
+        match (operation, credential) {
+            (0 | 1, _) => self.create(conn, user, service),
+            (2, _) => {
                 create_pending(conn, user, service);
                 self.created.fetch_add(1, Ordering::Relaxed);
                 Ok(())
             }
-            3 => authorise(conn, user, id, OauthStatus::Completed).map(drop),
-            4 => authorise(conn, user, id, OauthStatus::Failed).map(drop),
-            5 => McpInstance::activate(conn, id, user).map(drop),
-            6 => Ok(McpInstance::deactivate(conn, id, user).map(drop)?),
-            7 => Ok(McpInstance::delete(conn, id, user).map(drop)?),
-            8 => {
+            (3, _) => refused(authorize(conn, user, id, OauthStatus::Completed)),
+            (4, _) => refused(authorize(conn, user, id, OauthStatus::Failed)),
+            (5, _) => refused(McpInstance::activate(conn, id, user)),
+            (6, _) => McpInstance::deactivate(conn, id, user).map(drop),
+            (7, _) => McpInstance::delete(conn, id, user).map(drop),
+            (8, _) => {
                 // Soon due, for the sweeper.
                 let end = Utc::now() + TimeDelta::milliseconds(20);
-                McpInstance::renew(conn, id, user, Some(end)).map(drop)
+                refused(McpInstance::renew(conn, id, user, Some(end)))
             }
-            9 => {
-                let (other, _) = instances[dice.roll(instances.len())];
-                McpInstance::swap(conn, user, id, other).map(drop)
+            (9, _) => refused(McpInstance::rename(conn, id, user, version, Some("Work"))),
+            (10, _) => McpInstance::record_call(conn, id).map(drop),
+            (_, None) => Ok(()),
+            (11 | 12, Some(row)) => {
+                let state = SecretText::new(Uuid::new_v4());
+                refused(McpCredential::begin_oauth(
+                    conn,
+                    row.credential_id,
+                    &state,
+                    &state,
+                ))
             }
-            10 => match McpInstance::rename(conn, id, user, version, Some("Work")) {
-                Err(RenameError::Database(error)) => Err(error.into()),
-                _ => Ok(()),
-            },
-            _ => Ok(McpInstance::record_call(conn, id).map(drop)?),
+            (13, Some(row)) => {
+                let done = McpCredential::complete_oauth(conn, row.credential_id, &tokens());
+                refused(done)
+            }
+            (14, Some(row)) => refused(McpCredential::fail_oauth(conn, row.credential_id)),
+            (15, Some(row)) => {
+                let id = row.credential_id;
+                refused(McpCredential::replace_api_key(
+                    conn,
+                    id,
+                    row.version,
+                    &sealed(),
+                ))
+            }
+            (_, Some(row)) => {
+                let id = row.credential_id;
+                refused(McpCredential::replace_client_secret(
+                    conn,
+                    id,
+                    row.version,
+                    &sealed(),
+                ))
+            }
         }
     }
 
-    /// Upgrades and downgrades as long as somebody is at work.
+    fn create(&self, conn: &mut PgConnection, user: UserId, service: ServiceId) -> QueryResult<()> {
+        let created = create(conn, user, service);
+        self.created
+            .fetch_add(i64::from(created.is_ok()), Ordering::Relaxed);
+        refused(created)
+    }
+
+    /// Upgrades and downgrades until the operations end.
     fn change_plans(&self, conn: &mut PgConnection, dice: &mut Dice) -> QueryResult<()> {
         while self.at_work.load(Ordering::Acquire) > 0 {
             let user = self.users[dice.roll(self.users.len())];
@@ -178,19 +245,72 @@ impl World {
         Ok(())
     }
 
-    /// Does what the monitor does as long as somebody is at work.
+    /// Sweeps until the operations end.
     fn monitor(&self, conn: &mut PgConnection) -> QueryResult<()> {
         while self.at_work.load(Ordering::Acquire) > 0 {
             McpInstance::expire_due(conn, 10)?;
-            UserPlan::expire_next(conn)?;
+            UserPlan::expire_due(conn)?;
             let idle = TimeDelta::milliseconds(20);
             let abandoned: Vec<InstanceId> = McpInstance::list_abandoned(conn, idle, 3)?
                 .iter()
                 .map(|instance| instance.instance_id)
                 .collect();
-            McpInstance::delete_abandoned(conn, &abandoned, idle)?;
+            McpInstance::purge_abandoned(conn, &abandoned, idle)?;
         }
         Ok(())
+    }
+
+    /// Refreshes tokens until the operations end.
+    fn refresh(&self, conn: &mut PgConnection, dice: &mut Dice) -> QueryResult<()> {
+        while self.at_work.load(Ordering::Acquire) > 0 {
+            conn.transaction(|conn| {
+                let due = Utc::now() + TimeDelta::hours(1);
+                for claimed in McpCredential::claim_due(conn, due, due, 1)? {
+                    match dice.roll(3) {
+                        0 => refused(McpCredential::refresh_refused(conn, &claimed))?,
+                        1 => McpCredential::refresh_failed(conn, &claimed, "network", None)
+                            .map(drop)?,
+                        _ => refused(McpCredential::store_refreshed(conn, &claimed, &tokens()))?,
+                    }
+                }
+                QueryResult::Ok(())
+            })?;
+        }
+        Ok(())
+    }
+}
+
+/// A user's newest instances: service, key and version. Few, so that operations meet.
+fn instances(
+    conn: &mut PgConnection,
+    user: UserId,
+) -> QueryResult<Vec<(ServiceId, InstanceId, i32)>> {
+    let all = InstanceFilter::default();
+    let listed = McpInstance::list_by_user(conn, user, all, Page::first(3))?;
+    let keys = listed.into_iter().map(|details| {
+        let row = details.instance;
+        (row.mcp_service_id, row.instance_id, row.version)
+    });
+    Ok(keys.collect())
+}
+
+/// Tokens that are due for a refresh at once.
+fn tokens() -> OauthTokens<'static> {
+    OauthTokens {
+        access_token: sealed(),
+        refresh_token: Some(sealed()),
+        expires_at: Some(Utc::now()),
+        scope: None,
+    }
+}
+
+/// A refusal is fine. An error of the database, which only `Database` has as its source, is not.
+fn refused<T, E: Error + Send + Sync + 'static>(outcome: Result<T, E>) -> QueryResult<()> {
+    match outcome {
+        Err(error) if error.source().is_some() => {
+            Err(diesel::result::Error::QueryBuilderError(error.into()))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -204,19 +324,20 @@ fn a_thousand_mixed_operations_run_into_no_deadlock() {
         created: AtomicI64::new(0),
         at_work: AtomicUsize::new(THREADS),
     };
-    support::at_once(&database, THREADS + 4, |n, conn| {
+    support::at_once(&database, THREADS + 6, |n, conn| {
         let dice = &mut Dice(u64::try_from(n).unwrap());
-        if n < THREADS {
-            let done = (0..OPERATIONS).try_for_each(|_| match world.operate(conn, dice) {
-                Err(InstanceError::Database(error)) => Err(error),
-                _ => Ok(()),
-            });
-            world.at_work.fetch_sub(1, Ordering::Release);
-            done.unwrap();
-        } else if n < THREADS + 2 {
-            world.change_plans(conn, dice).unwrap();
-        } else {
-            world.monitor(conn).unwrap();
+        match n.checked_sub(THREADS) {
+            None => {
+                let done = (0..OPERATIONS).try_for_each(|_| match n {
+                    0..5 => world.operate(conn, dice),
+                    _ => world.compose(conn, dice),
+                });
+                world.at_work.fetch_sub(1, Ordering::Release);
+                done.unwrap();
+            }
+            Some(0 | 1) => world.change_plans(conn, dice).unwrap(),
+            Some(2 | 3) => world.monitor(conn).unwrap(),
+            Some(_) => world.refresh(conn, dice).unwrap(),
         }
         conn.batch_execute("SELECT pg_stat_force_next_flush()")
             .unwrap();

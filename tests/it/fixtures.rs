@@ -2,11 +2,12 @@
 
 use bruhmcp_db::Sealed;
 use bruhmcp_db::enums::{AuthType, InstanceStatus, OauthStatus};
-use bruhmcp_db::ids::{InstanceId, ServiceId, UserId};
+use bruhmcp_db::ids::{CredentialId, InstanceId, ServiceId, UserId};
 use bruhmcp_db::models::{
-    InstanceError, McpCredential, McpCredentialChangeset, McpInstance, McpService,
-    NewMcpCredential, NewMcpInstance, NewMcpService, NewUser, ProPlan, User, UserPlan,
+    InstanceError, McpInstance, McpService, NewMcpCredential, NewMcpInstance, NewMcpService,
+    NewUser, ProPlan, User, UserPlan,
 };
+use bruhmcp_db::schema::mcp_credentials;
 use chrono::{DateTime, Utc};
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
@@ -14,20 +15,15 @@ use diesel::prelude::*;
 /// An active user with the free plan.
 pub(crate) fn user(conn: &mut PgConnection) -> UserId {
     let id = UserId::new();
+    let email = format!("{id}@example.com");
     let new = NewUser {
         id: Some(id),
-        first_name: "Asha",
-        last_name: "",
-        email: &format!("{id}@example.com"),
-        password: None,
-        email_verified: None,
-        razorpay_customer_id: None,
-        is_active: None,
+        ..NewUser::new("Asha", "", &email)
     };
-    User::insert(conn, &new).unwrap().id
+    User::sign_up(conn, &new).unwrap().id
 }
 
-/// A user whose plan is pro: any number of active instances.
+/// A user with the pro plan: any number of active instances.
 pub(crate) fn pro_user(conn: &mut PgConnection) -> UserId {
     let user = user(conn);
     upgrade(conn, user, None);
@@ -36,76 +32,34 @@ pub(crate) fn pro_user(conn: &mut PgConnection) -> UserId {
 
 pub(crate) fn upgrade(conn: &mut PgConnection, user: UserId, expires_at: Option<DateTime<Utc>>) {
     let pro = ProPlan {
-        subscription_id: None,
-        customer_id: None,
         expires_at,
+        ..ProPlan::default()
     };
     UserPlan::upgrade(conn, user, &pro).unwrap();
 }
 
 pub(crate) fn new_service(name: &str, port: i32) -> NewMcpService<'_> {
-    NewMcpService {
-        mcp_service_id: None,
-        mcp_service_name: name,
-        display_name: name,
-        description: None,
-        icon_url_path: None,
-        port,
-        type_: AuthType::Oauth,
-        is_active: None,
-    }
+    NewMcpService::new(name, port, AuthType::Oauth)
 }
 
 pub(crate) fn service(conn: &mut PgConnection, name: &str, port: i32) -> ServiceId {
     let service = McpService::register(conn, &new_service(name, port)).unwrap();
-    service.into_service().mcp_service_id
+    service.into_inner().mcp_service_id
 }
 
-pub(crate) fn new_instance(user_id: UserId, mcp_service_id: ServiceId) -> NewMcpInstance<'static> {
-    NewMcpInstance {
-        instance_id: None,
-        user_id,
-        mcp_service_id,
-        oauth_status: None,
-        status: None,
-        expires_at: None,
-        custom_name: None,
-    }
-}
-
+/// Ciphertext of no key.
 pub(crate) fn sealed() -> Sealed {
     Sealed::from_ciphertext(vec![7; 29])
 }
 
 /// Credentials that are completed at once.
-pub(crate) fn api_key(instance_id: InstanceId) -> NewMcpCredential<'static> {
-    NewMcpCredential {
-        credential_id: None,
-        instance_id,
-        api_key: Some(sealed()),
-        client_id: None,
-        client_secret: None,
-        access_token: None,
-        refresh_token: None,
-        token_expires_at: None,
-        token_scope: None,
-        oauth_status: Some(OauthStatus::Completed),
-        oauth_completed_at: Some(Utc::now()),
-        oauth_authorization_url: None,
-        oauth_state: None,
-    }
+pub(crate) fn api_key() -> NewMcpCredential<'static> {
+    NewMcpCredential::sealed_api_key(CredentialId::new(), sealed())
 }
 
 /// Credentials that wait for the user.
-pub(crate) fn oauth(instance_id: InstanceId) -> NewMcpCredential<'static> {
-    NewMcpCredential {
-        api_key: None,
-        client_id: Some("client"),
-        client_secret: Some(sealed()),
-        oauth_status: None,
-        oauth_completed_at: None,
-        ..api_key(instance_id)
-    }
+pub(crate) fn oauth() -> NewMcpCredential<'static> {
+    NewMcpCredential::sealed_oauth(CredentialId::new(), "client", sealed())
 }
 
 /// An instance with an API key.
@@ -114,57 +68,139 @@ pub(crate) fn create(
     user: UserId,
     service: ServiceId,
 ) -> Result<InstanceId, InstanceError> {
-    let key = api_key(InstanceId::new());
-    McpInstance::create(conn, &new_instance(user, service), &key)
+    McpInstance::create(conn, &NewMcpInstance::new(user, service), &api_key())
         .map(|(instance, _)| instance.instance_id)
 }
 
-/// An instance that waits for its authorisation.
+/// An instance that waits for its authorization.
 pub(crate) fn create_pending(
     conn: &mut PgConnection,
     user: UserId,
     service: ServiceId,
 ) -> InstanceId {
-    let pending = oauth(InstanceId::new());
-    let (instance, _) = McpInstance::create(conn, &new_instance(user, service), &pending).unwrap();
+    let new = NewMcpInstance::new(user, service);
+    let (instance, _) = McpInstance::create(conn, &new, &oauth()).unwrap();
     instance.instance_id
 }
 
-/// An instance with an API key that is switched off.
+/// An inactive instance with an API key.
 pub(crate) fn create_inactive(
     conn: &mut PgConnection,
     user: UserId,
     service: ServiceId,
 ) -> InstanceId {
     let new = NewMcpInstance {
-        status: Some(InstanceStatus::Inactive),
-        ..new_instance(user, service)
+        status: InstanceStatus::Inactive,
+        ..NewMcpInstance::new(user, service)
     };
-    let (instance, _) = McpInstance::create(conn, &new, &api_key(InstanceId::new())).unwrap();
+    let (instance, _) = McpInstance::create(conn, &new, &api_key()).unwrap();
     instance.instance_id
 }
 
-/// An authorisation comes to its end, good or bad; false where the instance has no credentials (any more).
-pub(crate) fn authorise(
+/// Ends an authorization with any status; returns false if the instance has no credentials.
+pub(crate) fn authorize(
     conn: &mut PgConnection,
     user: UserId,
     instance: InstanceId,
     oauth_status: OauthStatus,
 ) -> Result<bool, InstanceError> {
     conn.transaction(|conn| {
-        UserPlan::lock_by_user(conn, user)?;
-        let Some(credential) = McpCredential::find_by_instance(conn, instance)? else {
-            return Ok(false);
-        };
-        let changes = McpCredentialChangeset {
-            oauth_status: Some(oauth_status),
-            oauth_completed_at: Some(Some(Utc::now())),
-            ..Default::default()
-        };
-        Ok(McpCredential::update(conn, credential.credential_id, &changes)?.is_some())
+        User::lock(conn, user)?;
+        let of_instance = mcp_credentials::instance_id.eq(instance);
+        let updated = diesel::update(mcp_credentials::table.filter(of_instance))
+            .set((
+                mcp_credentials::oauth_status.eq(oauth_status),
+                mcp_credentials::oauth_completed_at.eq(Utc::now()),
+            ))
+            .execute(conn)?;
+        Ok(updated == 1)
     })
 }
 
 pub(crate) fn find(conn: &mut PgConnection, instance: InstanceId) -> McpInstance {
     McpInstance::find(conn, instance).unwrap().unwrap()
+}
+
+#[cfg(feature = "crypto")]
+pub(crate) use with_keys::*;
+
+#[cfg(feature = "crypto")]
+mod with_keys {
+    use std::sync::LazyLock;
+
+    use bruhmcp_db::SecretText;
+    use bruhmcp_db::crypto::{KeyRing, SecretColumn};
+    use bruhmcp_db::models::{McpCredential, OauthTokens};
+    use chrono::TimeDelta;
+
+    use super::*;
+
+    pub(crate) static RING: LazyLock<KeyRing> =
+        LazyLock::new(|| KeyRing::new([(1, &[1; 32][..])]).unwrap());
+
+    /// The credentials of a new instance, an API key under [`RING`].
+    pub(crate) fn with_api_key(
+        conn: &mut PgConnection,
+        user: UserId,
+        service: ServiceId,
+        api_key: &str,
+    ) -> McpCredential {
+        let new = NewMcpCredential::api_key(&RING, &SecretText::from(api_key)).unwrap();
+        let instance = NewMcpInstance::new(user, service);
+        McpInstance::create(conn, &instance, &new).unwrap().1
+    }
+
+    /// The OAuth credentials of a new instance, pending, without a state.
+    pub(crate) fn pending(
+        conn: &mut PgConnection,
+        user: UserId,
+        service: ServiceId,
+    ) -> McpCredential {
+        let secret = SecretText::from("client secret");
+        let new = NewMcpCredential::oauth(&RING, "client", &secret).unwrap();
+        let instance = NewMcpInstance::new(user, service);
+        McpInstance::create(conn, &instance, &new).unwrap().1
+    }
+
+    /// The OAuth credentials of a new instance, completed, with the tokens `first`.
+    pub(crate) fn completed(
+        conn: &mut PgConnection,
+        user: UserId,
+        service: ServiceId,
+        expires_at: DateTime<Utc>,
+    ) -> McpCredential {
+        let id = pending(conn, user, service).credential_id;
+        let tokens = OauthTokens {
+            expires_at: Some(expires_at),
+            ..tokens(id, "first")
+        };
+        McpCredential::complete_oauth(conn, id, &tokens)
+            .unwrap()
+            .credential
+    }
+
+    /// The tokens `access <name>` and `refresh <name>`, for an hour.
+    pub(crate) fn tokens(credential_id: CredentialId, name: &str) -> OauthTokens<'static> {
+        OauthTokens::seal(
+            &RING,
+            credential_id,
+            &SecretText::from(format!("access {name}")),
+            Some(&SecretText::from(format!("refresh {name}"))),
+            Some(in_minutes(60)),
+            Some("mail.read mail.send"),
+        )
+        .unwrap()
+    }
+
+    /// The opened secret of a column.
+    pub(crate) fn text(credential: &McpCredential, column: SecretColumn) -> String {
+        let secret = credential.open(&RING, column).unwrap().unwrap();
+        secret.expose().to_owned()
+    }
+
+    /// In microseconds, as the database stores it.
+    pub(crate) fn in_minutes(minutes: i64) -> DateTime<Utc> {
+        let micros = (Utc::now() + TimeDelta::minutes(minutes)).timestamp_micros();
+        DateTime::from_timestamp_micros(micros).unwrap()
+    }
 }

@@ -1,19 +1,20 @@
 //! The registry of services, and what a user does with instances.
 
 use bruhmcp_db::enums::{AuthType, InstanceStatus, OauthStatus};
-use bruhmcp_db::ids::{InstanceId, ServiceId};
+use bruhmcp_db::ids::{InstanceId, ServiceId, UserId};
 use bruhmcp_db::models::{
-    InstanceError, InstanceFilter, McpCredential, McpInstance, McpService, NewMcpCredential,
-    NewMcpInstance, NewMcpService, Registered, RenameError, UserPlan,
+    InstanceError, InstanceFilter, McpCredential, McpInstance, McpService, NewMcpInstance,
+    NewMcpService, Recorded, User,
 };
-use bruhmcp_db::{ConstraintViolation, Cursor, SecretText};
+use bruhmcp_db::schema::{mcp_credentials, user_plans};
+use bruhmcp_db::{ConstraintViolation, Page, SecretText};
 use chrono::{DateTime, TimeDelta, Utc};
 use diesel::connection::SimpleConnection;
 use diesel::prelude::*;
 
 use crate::fixtures::{
-    api_key, authorise, create, create_inactive, create_pending, find, new_instance, new_service,
-    oauth, pro_user, sealed, service, upgrade, user,
+    api_key, authorize, create, create_inactive, create_pending, find, new_service, pro_user,
+    sealed, service, upgrade, user,
 };
 use crate::support;
 
@@ -22,19 +23,17 @@ fn a_service_is_registered_once() {
     let database = support::database();
     let conn = &mut database.connect();
 
-    let Registered::New(new) = McpService::register(conn, &new_service("gmail", 4001)).unwrap()
-    else {
-        panic!("the registry was empty");
+    let first = McpService::register(conn, &new_service("gmail", 4001)).unwrap();
+    let Recorded::New(new) = first else {
+        panic!("{first:?}");
     };
     assert!(new.is_active);
-
     let again = McpService::register(conn, &new_service("gmail", 4001)).unwrap();
-    assert_eq!(again, Registered::Unchanged(new.clone()));
-    assert_eq!(again.into_service(), new);
+    assert_eq!(again, Recorded::Existing(new));
 }
 
 #[test]
-fn each_difference_of_a_service_is_a_change() {
+fn a_registered_service_is_brought_in_line() {
     let database = support::database();
     let conn = &mut database.connect();
     let first = new_service("gmail", 4001);
@@ -65,15 +64,33 @@ fn each_difference_of_a_service_is_a_change() {
         first,
     ];
     for other in others {
-        let Registered::Changed(changed) = McpService::register(conn, &other).unwrap() else {
-            panic!("{other:?} is different");
+        let outcome = McpService::register(conn, &other).unwrap();
+        let Recorded::Existing(changed) = outcome else {
+            panic!("{outcome:?}");
         };
         assert_eq!(changed.mcp_service_id, id);
+        assert_eq!(
+            (
+                changed.display_name.as_str(),
+                changed.description.as_deref(),
+                changed.icon_url_path.as_deref(),
+                changed.port,
+                changed.type_
+            ),
+            (
+                other.display_name,
+                other.description,
+                other.icon_url_path,
+                other.port,
+                other.type_
+            )
+        );
         assert!(changed.updated_at > updated_at);
         updated_at = changed.updated_at;
+        // An equal row is not written.
         assert_eq!(
             McpService::register(conn, &other).unwrap(),
-            Registered::Unchanged(changed)
+            Recorded::Existing(changed)
         );
     }
 }
@@ -110,7 +127,7 @@ fn a_disabled_service_stays_so_and_takes_no_new_instance() {
     );
     assert_eq!(
         McpService::register(conn, &new_service("gmail", 4001)).unwrap(),
-        Registered::Unchanged(disabled)
+        Recorded::Existing(disabled)
     );
 
     assert!(
@@ -132,10 +149,11 @@ fn an_instance_with_an_api_key_counts_at_once() {
     let conn = &mut database.connect();
     let (user, gmail) = (user(conn), service(conn, "gmail", 4001));
 
-    let id = InstanceId::new();
-    let (instance, credential) =
-        McpInstance::create(conn, &new_instance(user, gmail), &api_key(id)).unwrap();
+    let (new, key) = (NewMcpInstance::new(user, gmail), api_key());
+    let (instance, credential) = McpInstance::create(conn, &new, &key).unwrap();
+    let id = new.instance_id;
     assert_eq!((instance.instance_id, credential.instance_id), (id, id));
+    assert_eq!(credential.credential_id, key.credential_id());
     assert_eq!(instance.oauth_status, OauthStatus::Completed);
     assert_eq!(instance, find(conn, id));
     assert_eq!(McpInstance::count_active(conn, user).unwrap(), 1);
@@ -145,7 +163,8 @@ fn an_instance_with_an_api_key_counts_at_once() {
         matches!(refused, Err(InstanceError::LimitReached)),
         "{refused:?}"
     );
-    let all = McpInstance::list_by_user(conn, user, InstanceFilter::default(), None, 9).unwrap();
+    let all = InstanceFilter::default();
+    let all = McpInstance::list_by_user(conn, user, all, Page::first(9)).unwrap();
     assert_eq!(all.len(), 1, "nothing of the second one stays");
 
     upgrade(conn, user, None);
@@ -154,7 +173,7 @@ fn an_instance_with_an_api_key_counts_at_once() {
 }
 
 #[test]
-fn a_pending_instance_counts_when_it_is_authorised() {
+fn a_pending_instance_counts_when_it_is_authorized() {
     let database = support::database();
     let conn = &mut database.connect();
     let (user, gmail) = (user(conn), service(conn, "gmail", 4001));
@@ -164,15 +183,21 @@ fn a_pending_instance_counts_when_it_is_authorised() {
     );
     assert_eq!(McpInstance::count_active(conn, user).unwrap(), 0);
 
-    assert!(authorise(conn, user, first, OauthStatus::Completed).unwrap());
+    assert!(authorize(conn, user, first, OauthStatus::Completed).unwrap());
     assert_eq!(McpInstance::count_active(conn, user).unwrap(), 1);
     assert_eq!(find(conn, first).oauth_status, OauthStatus::Completed);
-    let refused = authorise(conn, user, second, OauthStatus::Completed);
+    let refused = authorize(conn, user, second, OauthStatus::Completed);
     assert!(
         matches!(refused, Err(InstanceError::LimitReached)),
         "{refused:?}"
     );
     assert_eq!(find(conn, second).oauth_status, OauthStatus::Pending);
+}
+
+pub(crate) fn delete_plan(conn: &mut PgConnection, user: UserId) {
+    diesel::delete(user_plans::table.filter(user_plans::user_id.eq(user)))
+        .execute(conn)
+        .unwrap();
 }
 
 #[test]
@@ -194,17 +219,16 @@ fn a_plan_that_has_expired_or_is_missing_allows_nothing_new() {
             "{refusal:?}"
         );
     }
-    // Whether it can be used is seen when it is authorised.
+    // A pending instance is checked when it is authorized.
     create_pending(conn, user, gmail);
 
-    let plan = UserPlan::find_by_user(conn, user).unwrap().unwrap();
-    UserPlan::delete(conn, plan.plan_id).unwrap();
+    delete_plan(conn, user);
     let refusals = [
         create(conn, user, gmail).map(drop),
         McpInstance::activate(conn, inactive, user).map(drop),
         McpInstance::renew(conn, inactive, user, None).map(drop),
         McpInstance::swap(conn, user, inactive, inactive).map(drop),
-        authorise(conn, user, inactive, OauthStatus::Failed).map(drop),
+        authorize(conn, user, inactive, OauthStatus::Failed).map(drop),
     ];
     let [refusals @ .., without_lock] = refusals;
     for refusal in refusals {
@@ -243,22 +267,23 @@ fn an_unknown_service_is_told_apart_and_a_refusal_can_be_survived() {
 }
 
 #[test]
-fn any_other_broken_rule_is_found_in_the_source() {
+fn another_violated_constraint_is_in_the_source() {
     let database = support::database();
     let conn = &mut database.connect();
     let (user, gmail) = (user(conn), service(conn, "gmail", 4001));
-    let both = NewMcpCredential {
-        client_id: Some("client"),
-        ..api_key(InstanceId::new())
+    let name = "x".repeat(256);
+    let new = NewMcpInstance {
+        custom_name: Some(&name),
+        ..NewMcpInstance::new(user, gmail)
     };
-    let refused = McpInstance::create(conn, &new_instance(user, gmail), &both).unwrap_err();
+    let refused = McpInstance::create(conn, &new, &api_key()).unwrap_err();
     assert_eq!(refused.to_string(), "database error");
     let source = std::error::Error::source(&refused).unwrap();
     let error = source.downcast_ref::<diesel::result::Error>().unwrap();
     assert!(
         ConstraintViolation::of(error)
             .unwrap()
-            .is("check_credential_type")
+            .is("mcp_service_table_custom_name_check")
     );
 }
 
@@ -268,18 +293,14 @@ fn an_instance_is_found_by_its_owner_only() {
     let conn = &mut database.connect();
     let (owner, other) = (user(conn), user(conn));
     let gmail = service(conn, "gmail", 4001);
-    let state = SecretText::new("state-of-the-authorisation");
-    let pending = NewMcpCredential {
-        oauth_state: Some(&state),
-        ..oauth(InstanceId::new())
-    };
-    let (instance, credential) =
-        McpInstance::create(conn, &new_instance(owner, gmail), &pending).unwrap();
-    let id = instance.instance_id;
+    let id = create_pending(conn, owner, gmail);
+    let credential = McpCredential::find_by_instance(conn, id).unwrap().unwrap();
+    let state = SecretText::new("state-of-the-authorization");
+    McpCredential::begin_oauth(conn, credential.credential_id, &state, &state).unwrap();
 
     assert_eq!(McpInstance::find_by_user(conn, id, other).unwrap(), None);
     let details = McpInstance::find_by_user(conn, id, owner).unwrap().unwrap();
-    assert_eq!(details.instance, instance);
+    assert_eq!(details.instance, find(conn, id));
     assert_eq!(details.service.mcp_service_id, gmail);
     let credentials = details.credentials.as_ref().unwrap();
     assert_eq!(credentials.oauth_status, OauthStatus::Pending);
@@ -290,7 +311,9 @@ fn an_instance_is_found_by_its_owner_only() {
         "{json}"
     );
 
-    McpCredential::delete(conn, credential.credential_id).unwrap();
+    diesel::delete(mcp_credentials::table)
+        .execute(conn)
+        .unwrap();
     let details = McpInstance::find_by_user(conn, id, owner).unwrap().unwrap();
     assert_eq!(details.credentials, None);
 }
@@ -306,7 +329,7 @@ fn the_gateway_finds_what_is_completed() {
     let mut find = |name| McpInstance::find_with_credentials(conn, id, name).unwrap();
     assert_eq!(find("gmail"), None);
 
-    authorise(&mut database.connect(), user, id, OauthStatus::Completed).unwrap();
+    authorize(&mut database.connect(), user, id, OauthStatus::Completed).unwrap();
     let (instance, service, credential) = find("gmail").unwrap();
     assert_eq!(instance.instance_id, id);
     assert_eq!(service.mcp_service_name, "gmail");
@@ -331,30 +354,29 @@ fn a_list_is_newest_first_in_pages_and_filtered() {
         }
     }
     create(conn, other, gmail).unwrap();
-    // Two of one moment: the key decides.
+    // For rows with the same timestamp, the key decides.
     conn.batch_execute("UPDATE mcp_service_table SET created_at = now() WHERE status = 'inactive'")
         .unwrap();
 
-    let mut list =
-        |filter, after, limit| McpInstance::list_by_user(conn, user, filter, after, limit).unwrap();
-    let all = list(InstanceFilter::default(), None, 100);
+    let mut list = |filter, page| McpInstance::list_by_user(conn, user, filter, page).unwrap();
+    let first = Page::first(100);
+    let all = list(InstanceFilter::default(), first);
     assert_eq!(all.len(), 7);
     let place = |i: usize| {
-        let instance = &all[i].instance;
-        (instance.created_at, instance.instance_id)
+        let cursor = all[i].cursor();
+        (cursor.created_at, cursor.id)
     };
     assert!((1..7).all(|i| place(i) < place(i - 1)));
+    // A larger limit is lowered.
+    assert_eq!(list(InstanceFilter::default(), Page::first(u16::MAX)), all);
 
     let mut pages = Vec::new();
-    let mut after = None;
+    let mut page = Page::first(2);
     loop {
-        let page = list(InstanceFilter::default(), after, 2);
-        let Some(last) = page.last() else { break };
-        after = Some(Cursor {
-            created_at: last.instance.created_at,
-            id: last.instance.instance_id,
-        });
-        pages.extend(page);
+        let listed = list(InstanceFilter::default(), page);
+        let Some(last) = listed.last() else { break };
+        page = Page::after(last.cursor(), 2);
+        pages.extend(listed);
     }
     assert_eq!(pages, all);
 
@@ -362,17 +384,52 @@ fn a_list_is_newest_first_in_pages_and_filtered() {
         status: Some(InstanceStatus::Inactive),
         ..InstanceFilter::default()
     };
-    assert_eq!(list(inactive, None, 100).len(), 3);
+    assert_eq!(list(inactive, first).len(), 3);
     let slack = InstanceFilter {
         service_name: Some("slack"),
         ..InstanceFilter::default()
     };
-    assert_eq!(list(slack, None, 100).len(), 3);
+    assert_eq!(list(slack, first).len(), 3);
     let both = InstanceFilter {
         status: inactive.status,
         service_name: slack.service_name,
     };
-    assert_eq!(list(both, None, 100).len(), 1);
+    assert_eq!(list(both, first).len(), 1);
+}
+
+/// Also with the generic plan, which a prepared statement may get.
+#[test]
+fn a_page_reads_no_more_than_its_rows() {
+    let database = support::database();
+    database
+        .psql(
+            "INSERT INTO users (first_name, last_name, email)
+             SELECT 'Asha', '', n || '@example.in' FROM generate_series(1, 5) AS n;
+             INSERT INTO mcp_table (mcp_service_name, display_name, port, type)
+             VALUES ('gmail', 'Gmail', 4001, 'oauth');
+             INSERT INTO mcp_service_table (user_id, mcp_service_id, created_at)
+             SELECT id, mcp_service_id, now() - n * interval '1 minute'
+               FROM users, mcp_table, generate_series(1, 2000) AS n;
+             ANALYZE",
+        )
+        .unwrap();
+    let conn = &mut database.connect();
+    conn.batch_execute("SET plan_cache_mode = force_generic_plan")
+        .unwrap();
+    let user = User::find_active_by_email(conn, "1@example.in").unwrap();
+    let user = user.unwrap().id;
+    let mut page = Page::first(20);
+    for _ in 0..3 {
+        let rows = McpInstance::list_by_user(conn, user, InstanceFilter::default(), page).unwrap();
+        assert_eq!(rows.len(), 20);
+        page = Page::after(rows[19].cursor(), 20);
+    }
+    conn.batch_execute("SELECT pg_stat_force_next_flush()")
+        .unwrap();
+    let read = "SELECT idx_tup_read FROM pg_stat_user_indexes
+                 WHERE indexrelname = 'mcp_service_table_user_id_created_at_idx'";
+    let read: i64 = database.psql(read).unwrap().trim().parse().unwrap();
+    assert!((60..=66).contains(&read), "{read} index entries");
 }
 
 #[test]
@@ -395,7 +452,7 @@ fn a_call_is_counted_and_leaves_the_version() {
     );
     assert!(!McpInstance::record_call(conn, InstanceId::new()).unwrap());
 
-    // Kept prepared: a call sends nothing but its value.
+    // It is prepared once.
     let prepared = diesel::sql_query(
         "SELECT FROM pg_prepared_statements WHERE statement LIKE 'UPDATE%usage_count%'",
     );
@@ -444,10 +501,10 @@ fn an_expired_instance_is_renewed() {
     let gmail = service(conn, "gmail", 4001);
     let past = NewMcpInstance {
         expires_at: Some(Utc::now() - TimeDelta::seconds(1)),
-        ..new_instance(owner, gmail)
+        ..NewMcpInstance::new(owner, gmail)
     };
-    let id = api_key(InstanceId::new()).instance_id;
-    McpInstance::create(conn, &past, &api_key(id)).unwrap();
+    let id = past.instance_id;
+    McpInstance::create(conn, &past, &api_key()).unwrap();
     assert_eq!(McpInstance::expire_due(conn, 10).unwrap().len(), 1);
 
     let refused = McpInstance::activate(conn, id, owner);
@@ -486,7 +543,7 @@ fn an_expired_instance_is_renewed() {
 }
 
 #[test]
-fn a_name_is_changed_by_who_saw_the_latest() {
+fn a_name_is_changed_from_the_latest_version_only() {
     let database = support::database();
     let conn = &mut database.connect();
     let (owner, other) = (user(conn), user(conn));
@@ -497,15 +554,18 @@ fn a_name_is_changed_by_who_saw_the_latest() {
     let renamed = McpInstance::rename(conn, id, owner, seen, Some("Work")).unwrap();
     assert_eq!(renamed.custom_name.as_deref(), Some("Work"));
     let refused = McpInstance::rename(conn, id, owner, seen, Some("Home"));
-    let Err(RenameError::Conflict(current)) = refused else {
+    let Err(InstanceError::Conflict(current)) = refused else {
         panic!("{refused:?}");
     };
     assert_eq!(*current, renamed);
 
     let refused = McpInstance::rename(conn, id, other, renamed.version, None);
-    assert!(matches!(refused, Err(RenameError::NotFound)), "{refused:?}");
+    assert!(
+        matches!(refused, Err(InstanceError::NotFound)),
+        "{refused:?}"
+    );
     let refused = McpInstance::rename(conn, id, owner, renamed.version, Some(&"x".repeat(256)));
-    let Err(RenameError::Database(error)) = refused else {
+    let Err(InstanceError::Database(error)) = refused else {
         panic!("{refused:?}");
     };
     assert!(
@@ -551,7 +611,7 @@ fn two_instances_change_places_under_the_limit() {
     let off = create_inactive(conn, owner, slack);
     let of_other = create_inactive(conn, other, slack);
 
-    // Both ways, so that each registry order comes up.
+    // In both directions, so that both orders of the services occur.
     for (off, on) in [(on, off), (off, on)] {
         let switched_on = McpInstance::swap(conn, owner, off, on).unwrap();
         assert_eq!(switched_on, find(conn, on));
@@ -573,7 +633,7 @@ fn two_instances_change_places_under_the_limit() {
         );
     }
 
-    // What is off already makes no room, and inside a transaction that goes on the refusal comes at once.
+    // An inactive instance makes no room. The refusal comes at once, and the transaction goes on.
     let third = create_inactive(conn, owner, slack);
     conn.transaction::<_, InstanceError, _>(|conn| {
         for (off, on) in [(off, third), (third, off)] {

@@ -17,6 +17,8 @@ mod enums;
 mod faults;
 mod fixtures;
 mod instances;
+#[cfg(feature = "crypto")]
+mod locks;
 mod migrations;
 mod models;
 mod monitor;
@@ -34,5 +36,6 @@ mod subscriptions;
 mod support;
 #[cfg(feature = "crypto")]
 mod tokens;
+mod transactions;
 mod users;
 mod webhooks;

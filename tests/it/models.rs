@@ -4,12 +4,15 @@ use bigdecimal::BigDecimal;
 use bruhmcp_db::enums::*;
 use bruhmcp_db::ids::*;
 use bruhmcp_db::models::*;
-use bruhmcp_db::{ConstraintViolation, Sealed, SecretText, TokenDigest};
+use bruhmcp_db::schema::mcp_credentials;
+use bruhmcp_db::{ConstraintViolation, HashedToken, Page, Sealed, SecretText};
 use chrono::{DateTime, DurationRound, TimeDelta, Utc};
 use diesel::pg::PgConnection;
+use diesel::prelude::*;
 use serde::Serialize;
 use serde_json::json;
 
+use crate::fixtures;
 use crate::support::database;
 
 /// A moment as PostgreSQL keeps it: in microseconds.
@@ -22,48 +25,14 @@ fn in_days(days: i64) -> DateTime<Utc> {
 fn user(conn: &mut PgConnection) -> User {
     let new = NewUser {
         id: Some(UserId::new()),
-        first_name: "Asha",
-        last_name: "Rao",
-        email: "asha@example.in",
         password: Some(&SecretText::new("$argon2id$whisper")),
         email_verified: Some(true),
         razorpay_customer_id: Some("cust_1"),
-        is_active: None,
+        ..NewUser::new("Asha", "Rao", "asha@example.in")
     };
-    let user = User::insert(conn, &new).unwrap();
+    let user = User::sign_up(conn, &new).unwrap();
     assert_eq!(Some(user.id), new.id);
     user
-}
-
-fn service(conn: &mut PgConnection) -> McpService {
-    let new = NewMcpService {
-        mcp_service_id: None,
-        mcp_service_name: "gmail",
-        display_name: "Gmail",
-        description: Some("Mail"),
-        icon_url_path: Some("/mcp-logos/gmail.svg"),
-        port: 49296,
-        type_: AuthType::Oauth,
-        is_active: None,
-    };
-    McpService::insert(conn, &new).unwrap()
-}
-
-fn instance(conn: &mut PgConnection, user: &User) -> McpInstance {
-    let new = NewMcpInstance {
-        instance_id: Some(InstanceId::new()),
-        user_id: user.id,
-        mcp_service_id: service(conn).mcp_service_id,
-        oauth_status: None,
-        status: None,
-        expires_at: Some(in_days(30)),
-        custom_name: Some("Work"),
-    };
-    McpInstance::insert(conn, &new).unwrap()
-}
-
-fn sealed(octet: u8) -> Sealed {
-    Sealed::from_ciphertext(vec![octet; 40])
 }
 
 /// Nothing of these may be seen, however a row is shown. (Octets show as a list of numbers.)
@@ -121,9 +90,7 @@ fn users() {
         Some(changed)
     );
     assert_eq!(User::update(conn, UserId::new(), &changes).unwrap(), None);
-    assert!(User::delete(conn, user.id).unwrap());
-    assert!(!User::delete(conn, user.id).unwrap());
-    assert_eq!(User::find(conn, user.id).unwrap(), None);
+    assert_eq!(User::find(conn, UserId::new()).unwrap(), None);
 }
 
 #[test]
@@ -131,23 +98,15 @@ fn auth_tokens() {
     let database = database();
     let conn = &mut database.connect();
     let user = user(conn);
-    let digest = TokenDigest::new([171; 32]);
-    let expires_at = in_days(1);
-    let new = NewAuthToken {
-        id: None,
-        user_id: user.id,
-        token: &digest,
-        type_: AuthTokenType::PasswordReset,
-        expires_at,
-    };
-    let token = AuthToken::insert(conn, &new).unwrap();
-    assert_eq!(
-        AuthToken::find(conn, token.id).unwrap().as_ref(),
-        Some(&token)
-    );
+    let hashed = HashedToken::new(AuthTokenType::PasswordReset, [171; 32]);
+    let token = AuthToken::issue(conn, user.id, &hashed, TimeDelta::days(1))
+        .unwrap()
+        .unwrap();
+    let listed = AuthToken::list_by_user(conn, user.id, hashed.type_, Page::first(2));
+    assert_eq!(listed.unwrap().as_slice(), std::slice::from_ref(&token));
     assert_eq!(
         (&token.token, token.expires_at, token.attempts),
-        (&digest, expires_at, 0)
+        (&hashed.digest, token.created_at + TimeDelta::days(1), 0)
     );
     hides(&token, &["token"]);
     assert_eq!(
@@ -249,7 +208,9 @@ fn money() {
     );
     assert_eq!((credit.amount, credit.currency.as_str()), (-5, "INR"));
 
-    let error = User::delete(conn, user.id).unwrap_err();
+    let error = diesel::delete(bruhmcp_db::schema::users::table.find(user.id))
+        .execute(conn)
+        .unwrap_err();
     assert!(
         ConstraintViolation::of(&error)
             .unwrap()
@@ -262,13 +223,26 @@ fn money() {
 fn instances_and_credentials() {
     let database = database();
     let conn = &mut database.connect();
-    let user = user(conn);
-    let instance = instance(conn, &user);
+    let user = user(conn).id;
+    let service = || McpService::find_by_name(&mut database.connect(), "gmail").unwrap();
+    fixtures::service(conn, "gmail", 4001);
+    let registered = service().unwrap();
+
+    let new = NewMcpInstance {
+        expires_at: Some(in_days(30)),
+        custom_name: Some("Work"),
+        ..NewMcpInstance::new(user, registered.mcp_service_id)
+    };
+    let whispered = Sealed::from_ciphertext(vec![171; 40]);
+    let client = NewMcpCredential::sealed_oauth(CredentialId::new(), "client", whispered.clone());
+    let (instance, credential) = McpInstance::create(conn, &new, &client).unwrap();
     assert_eq!(
-        McpInstance::find(conn, instance.instance_id)
-            .unwrap()
-            .as_ref(),
+        McpInstance::find(conn, new.instance_id).unwrap().as_ref(),
         Some(&instance)
+    );
+    assert_eq!(
+        (instance.user_id, instance.mcp_service_id),
+        (user, registered.mcp_service_id)
     );
     assert_eq!(
         (
@@ -279,51 +253,38 @@ fn instances_and_credentials() {
         ),
         (InstanceStatus::Active, OauthStatus::Pending, 0, 1)
     );
-    let service = McpService::find(conn, instance.mcp_service_id)
-        .unwrap()
-        .unwrap();
+    assert_eq!(
+        (instance.expires_at, instance.custom_name.as_deref()),
+        (new.expires_at, new.custom_name)
+    );
+    let created = service().unwrap();
     assert_eq!(
         (
-            service.total_instances_created,
-            service.active_instances_count
+            created.total_instances_created,
+            created.active_instances_count
         ),
         (1, 0)
     );
-    assert_eq!(
-        McpService::find_by_name(conn, "gmail").unwrap().as_ref(),
-        Some(&service)
-    );
 
-    let new = NewMcpCredential {
-        credential_id: Some(CredentialId::new()),
-        instance_id: instance.instance_id,
-        api_key: None,
-        client_id: Some("client"),
-        client_secret: Some(sealed(171)),
-        access_token: Some(sealed(171)),
-        refresh_token: Some(sealed(171)),
-        token_expires_at: Some(in_days(1)),
-        token_scope: Some("mail.read"),
-        oauth_status: Some(OauthStatus::Completed),
-        oauth_completed_at: Some(in_days(0)),
-        oauth_authorization_url: Some(&SecretText::new("https://example.in/?state=whisper")),
-        oauth_state: Some(&SecretText::new("whisper")),
-    };
-    let credential = McpCredential::insert(conn, &new).unwrap();
-    assert_eq!(
-        McpCredential::find(conn, credential.credential_id)
-            .unwrap()
-            .as_ref(),
-        Some(&credential)
-    );
-    assert_eq!(
-        McpCredential::find_by_instance(conn, instance.instance_id)
-            .unwrap()
-            .as_ref(),
-        Some(&credential)
-    );
-    assert_eq!(credential.access_token, Some(sealed(171)));
-    assert_eq!(credential.oauth_state, Some(SecretText::new("whisper")));
+    let found = McpCredential::find(conn, client.credential_id()).unwrap();
+    assert_eq!(found.as_ref(), Some(&credential));
+    let found = McpCredential::find_by_instance(conn, instance.instance_id).unwrap();
+    assert_eq!(found.as_ref(), Some(&credential));
+    assert_eq!(credential.client_id.as_deref(), Some("client"));
+    assert_eq!(credential.client_secret, Some(whispered.clone()));
+
+    // Every secret column has a value but the API key, which goes with none of the others.
+    let credential: McpCredential = diesel::update(&credential)
+        .set((
+            mcp_credentials::access_token.eq(&whispered),
+            mcp_credentials::refresh_token.eq(&whispered),
+            mcp_credentials::oauth_status.eq(OauthStatus::Completed),
+            mcp_credentials::oauth_completed_at.eq(in_days(0)),
+            mcp_credentials::oauth_authorization_url.eq("https://example.in/?state=whisper"),
+            mcp_credentials::oauth_state.eq("whisper"),
+        ))
+        .get_result(conn)
+        .unwrap();
     hides(
         &credential,
         &[
@@ -335,65 +296,71 @@ fn instances_and_credentials() {
             "oauth_state",
         ],
     );
+    let key = NewMcpCredential::sealed_api_key(CredentialId::new(), whispered.clone());
+    let inactive = NewMcpInstance {
+        status: InstanceStatus::Inactive,
+        ..NewMcpInstance::new(user, registered.mcp_service_id)
+    };
+    let (_, key) = McpInstance::create(conn, &inactive, &key).unwrap();
+    assert_eq!(key.api_key, Some(whispered));
+    hides(&key, &["api_key"]);
 
     // The instance and the registry follow the credentials.
-    let completed = McpInstance::find(conn, instance.instance_id)
-        .unwrap()
-        .unwrap();
+    let completed = fixtures::find(conn, instance.instance_id);
     assert_eq!(
         (completed.oauth_status, completed.version),
         (OauthStatus::Completed, 2)
     );
-    let counted = McpService::find(conn, service.mcp_service_id)
-        .unwrap()
-        .unwrap();
+    let counted = service().unwrap();
     assert_eq!(
         (counted.active_instances_count, counted.updated_at),
-        (1, service.updated_at)
+        (1, registered.updated_at)
     );
-    assert!(McpCredential::delete(conn, credential.credential_id).unwrap());
-    let pending = McpInstance::find(conn, instance.instance_id)
-        .unwrap()
-        .unwrap();
+    diesel::delete(&credential).execute(conn).unwrap();
+    let pending = fixtures::find(conn, instance.instance_id);
     assert_eq!(pending.oauth_status, OauthStatus::Pending);
-    let counted = McpService::find(conn, service.mcp_service_id)
-        .unwrap()
-        .unwrap();
+    let counted = service().unwrap();
     assert_eq!(
         (
             counted.total_instances_created,
             counted.active_instances_count
         ),
-        (1, 0)
+        (2, 0)
     );
 }
 
 #[test]
-fn audit_plan_webhook_and_billing() {
+fn audit_log() {
+    let database = database();
+    let conn = &mut database.connect();
+    let metadata = json!({"scopes": 2});
+    let new = NewTokenAudit {
+        instance_id: InstanceId::new(),
+        user_id: Some(UserId::new()),
+        operation: "refresh",
+        status: AuditStatus::Warning,
+        method: Some("oauth"),
+        error_type: Some("slow"),
+        error_message: Some("took long"),
+        metadata: Some(&metadata),
+    };
+    let audit = TokenAudit::insert(conn, &new).unwrap();
+    assert_eq!((audit.user_id, audit.status), (new.user_id, new.status));
+    assert_eq!(
+        (audit.method.as_deref(), audit.error_type.as_deref()),
+        (new.method, new.error_type)
+    );
+    assert_eq!(audit.error_message.as_deref(), new.error_message);
+    assert_eq!(audit.metadata.as_ref(), new.metadata);
+    let listed = TokenAudit::list_by_instance(conn, new.instance_id, Page::first(2)).unwrap();
+    assert_eq!(listed, [audit]);
+}
+
+#[test]
+fn plan_webhook_and_billing() {
     let database = database();
     let conn = &mut database.connect();
     let user = user(conn);
-    let metadata = json!({"scopes": 2});
-    let audit = TokenAudit::insert(
-        conn,
-        &NewTokenAudit {
-            instance_id: InstanceId::new(),
-            user_id: Some(user.id),
-            operation: "refresh",
-            status: AuditStatus::Warning,
-            method: Some("oauth"),
-            error_type: Some("slow"),
-            error_message: Some("took long"),
-            metadata: Some(&metadata),
-        },
-    )
-    .unwrap();
-    assert_eq!(
-        TokenAudit::find(conn, audit.audit_id).unwrap().as_ref(),
-        Some(&audit)
-    );
-    assert_eq!(audit.metadata, Some(metadata));
-
     let plan = UserPlan::find_by_user(conn, user.id).unwrap().unwrap();
     assert_eq!(
         (plan.plan_type, plan.max_instances),
@@ -403,24 +370,18 @@ fn audit_plan_webhook_and_billing() {
         (&plan.features, plan.payment_status),
         (&json!({}), PlanPaymentStatus::None)
     );
-    let features = json!({"beta": true});
-    let changes = UserPlanChangeset {
-        plan_type: Some(PlanType::Pro),
-        max_instances: Some(None),
-        features: Some(&features),
-        expires_at: Some(Some(in_days(30))),
-        subscription_id: Some(Some("sub_1")),
-        customer_id: Some(Some("cust_1")),
-        payment_status: Some(PlanPaymentStatus::Active),
+    let pro = ProPlan {
+        subscription_id: Some("sub_1"),
+        customer_id: Some("cust_1"),
+        expires_at: Some(in_days(30)),
     };
-    let changed = UserPlan::update(conn, plan.plan_id, &changes)
-        .unwrap()
-        .unwrap();
+    let changed = UserPlan::upgrade(conn, user.id, &pro).unwrap();
     assert_eq!(
         (changed.plan_type, changed.max_instances),
         (PlanType::Pro, None)
     );
-    assert_eq!(UserPlan::find(conn, plan.plan_id).unwrap(), Some(changed));
+    let found = UserPlan::find_by_user(conn, user.id).unwrap();
+    assert_eq!(found, Some(changed));
 
     let payload = json!({"amount": 49900});
     let event = WebhookEvent::insert(

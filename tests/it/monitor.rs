@@ -4,16 +4,16 @@ use std::collections::HashSet;
 use std::sync::Barrier;
 use std::thread;
 
-use bruhmcp_db::Sealed;
 use bruhmcp_db::enums::{InstanceStatus, OauthStatus};
 use bruhmcp_db::ids::InstanceId;
-use bruhmcp_db::models::{McpCredential, McpCredentialChangeset, McpInstance};
+use bruhmcp_db::models::McpInstance;
+use bruhmcp_db::schema::mcp_credentials;
 use chrono::TimeDelta;
 use diesel::connection::SimpleConnection;
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
 
-use crate::fixtures::{authorise, create, create_pending, find, pro_user, service};
+use crate::fixtures::{authorize, create, create_pending, find, pro_user, sealed, service};
 use crate::support;
 
 const IDLE: TimeDelta = TimeDelta::minutes(5);
@@ -95,30 +95,18 @@ fn eight_sweepers_take_each_due_instance_once() {
         .collect();
     all_due(conn);
 
-    let start = Barrier::new(8);
-    let mut expired: Vec<_> = thread::scope(|scope| {
-        let sweepers: Vec<_> = (0..8)
-            .map(|_| {
-                scope.spawn(|| {
-                    let conn = &mut database.connect();
-                    start.wait();
-                    let mut expired = Vec::new();
-                    loop {
-                        let batch = McpInstance::expire_due(conn, 3).unwrap();
-                        if batch.is_empty() {
-                            return expired;
-                        }
-                        expired.extend(ids(&batch));
-                    }
-                })
-            })
-            .collect();
-        sweepers
-            .into_iter()
-            .flat_map(|sweeper| sweeper.join().unwrap())
-            .collect()
+    let expired = support::at_once(&database, 8, |_, conn| {
+        let mut expired = Vec::new();
+        loop {
+            let batch = McpInstance::expire_due(conn, 3).unwrap();
+            if batch.is_empty() {
+                return expired;
+            }
+            expired.extend(ids(&batch));
+        }
     });
-    // Who found nothing but locked rows has left them to others, all of whom have committed.
+    let mut expired = expired.concat();
+    // A sweeper that found only locked rows left them to others, which have committed.
     expired.extend(ids(&McpInstance::expire_due(conn, 60).unwrap()));
     due.sort();
     expired.sort();
@@ -156,18 +144,15 @@ fn abandoned_instances_are_listed_and_removed() {
     let gmail = service(conn, "gmail", 4001);
     let [pending, failed, completed, expired, again] =
         [(); 5].map(|()| create_pending(conn, user, gmail));
-    authorise(conn, user, failed, OauthStatus::Failed).unwrap();
-    authorise(conn, user, completed, OauthStatus::Completed).unwrap();
-    authorise(conn, user, expired, OauthStatus::Expired).unwrap();
-    // Was in use before: its user is to grant access again, and may take a holiday first.
-    let used = McpCredential::find_by_instance(conn, again)
-        .unwrap()
+    authorize(conn, user, failed, OauthStatus::Failed).unwrap();
+    authorize(conn, user, completed, OauthStatus::Completed).unwrap();
+    authorize(conn, user, expired, OauthStatus::Expired).unwrap();
+    // It was in use before. Its user must grant access again and may take any time.
+    diesel::update(mcp_credentials::table)
+        .filter(mcp_credentials::instance_id.eq(again))
+        .set(mcp_credentials::access_token.eq(sealed()))
+        .execute(conn)
         .unwrap();
-    let changes = McpCredentialChangeset {
-        access_token: Some(Some(Sealed::from_ciphertext(vec![7; 40]))),
-        ..Default::default()
-    };
-    McpCredential::update(conn, used.credential_id, &changes).unwrap();
     all_idle(conn);
     let fresh = create_pending(conn, user, gmail);
 
@@ -186,18 +171,18 @@ fn abandoned_instances_are_listed_and_removed() {
         fresh,
         InstanceId::new(),
     ];
-    let mut removed = McpInstance::delete_abandoned(conn, &all, IDLE).unwrap();
+    let mut removed = McpInstance::purge_abandoned(conn, &all, IDLE).unwrap();
     removed.sort_by_key(|row| row.created_at);
     assert_eq!(removed, listed);
     assert_eq!(McpInstance::list_abandoned(conn, IDLE, 10).unwrap(), []);
     for kept in [completed, expired, again, fresh] {
         find(conn, kept);
     }
-    assert_eq!(McpInstance::delete_abandoned(conn, &[], IDLE).unwrap(), []);
+    assert_eq!(McpInstance::purge_abandoned(conn, &[], IDLE).unwrap(), []);
 }
 
 #[test]
-fn an_authorisation_that_is_completing_is_not_lost() {
+fn an_authorization_that_is_completing_is_not_lost() {
     let database = support::database();
     let (conn, callback) = (&mut database.connect(), &mut database.connect());
     let user = pro_user(conn);
@@ -209,22 +194,22 @@ fn an_authorisation_that_is_completing_is_not_lost() {
 
     callback
         .transaction(|callback| {
-            authorise(callback, user, completing, OauthStatus::Completed).unwrap();
+            authorize(callback, user, completing, OauthStatus::Completed).unwrap();
             let version = find(callback, renamed).version;
             McpInstance::rename(callback, renamed, user, version, Some("Work")).unwrap();
             // Neither waited for nor removed.
-            let removed = McpInstance::delete_abandoned(conn, &listed, IDLE)?;
+            let removed = McpInstance::purge_abandoned(conn, &listed, IDLE)?;
             assert_eq!(ids(&removed), [abandoned]);
             QueryResult::Ok(())
         })
         .unwrap();
-    let removed = McpInstance::delete_abandoned(conn, &listed, IDLE).unwrap();
+    let removed = McpInstance::purge_abandoned(conn, &listed, IDLE).unwrap();
     assert_eq!(ids(&removed), [renamed]);
     assert_eq!(find(conn, completing).oauth_status, OauthStatus::Completed);
 }
 
 #[test]
-fn an_authorisation_and_its_removal_race_and_one_wins() {
+fn an_authorization_and_its_removal_race_and_one_wins() {
     let database = support::database();
     let conn = &mut database.connect();
     let user = pro_user(conn);
@@ -240,7 +225,7 @@ fn an_authorisation_and_its_removal_race_and_one_wins() {
             let conn = &mut database.connect();
             start.wait();
             let done =
-                |id: &&InstanceId| authorise(conn, user, **id, OauthStatus::Completed).unwrap();
+                |id: &&InstanceId| authorize(conn, user, **id, OauthStatus::Completed).unwrap();
             pending.iter().filter(done).copied().collect::<HashSet<_>>()
         });
         // The user's own delete, which does wait: in the lock order, so without a deadlock.
@@ -257,7 +242,7 @@ fn an_authorisation_and_its_removal_race_and_one_wins() {
         start.wait();
         let removed: HashSet<_> = pending
             .rchunks(10)
-            .flat_map(|ids| McpInstance::delete_abandoned(conn, ids, IDLE).unwrap())
+            .flat_map(|ids| McpInstance::purge_abandoned(conn, ids, IDLE).unwrap())
             .map(|row| row.instance_id)
             .collect();
         (callbacks.join().unwrap(), owner.join().unwrap(), removed)

@@ -1,140 +1,26 @@
-//! OAuth: authorisations, refreshes, the queue of those that are due, and changes guarded by a version.
+//! OAuth: authorizations, refreshes, the queue of due rows, and changes guarded by a version.
 
 use std::collections::HashSet;
-use std::sync::LazyLock;
 
-use bruhmcp_db::crypto::{KeyRing, SecretColumn};
-use bruhmcp_db::enums::{AuditStatus, AuthType, InstanceStatus, OauthStatus, PlanType};
-use bruhmcp_db::ids::{CredentialId, InstanceId, ServiceId, UserId};
+use bruhmcp_db::crypto::SecretColumn;
+use bruhmcp_db::enums::{AuditStatus, InstanceStatus, OauthStatus};
+use bruhmcp_db::ids::CredentialId;
 use bruhmcp_db::models::{
-    CompletedInstance, CredentialError, McpCredential, McpInstance, McpInstanceChangeset,
-    McpService, NewMcpCredential, NewMcpInstance, NewMcpService, NewUser, OauthError, OauthTokens,
-    TokenAudit, User, UserPlan, UserPlanChangeset,
+    CompletedInstance, CredentialError, McpCredential, McpInstance, McpService, OauthTokens,
+    TokenAudit,
 };
-use bruhmcp_db::{Isolation, SecretText, is_transient, retry_transaction};
-use chrono::{DateTime, TimeDelta, Utc};
+use bruhmcp_db::schema::{mcp_credentials, mcp_service_table};
+use bruhmcp_db::{Isolation, Page, SecretText, is_transient, retry_transaction};
+use chrono::Utc;
+use diesel::connection::SimpleConnection;
 use diesel::prelude::*;
-use secrecy::{ExposeSecret, SecretString};
 
+use crate::fixtures::{
+    RING, completed, in_minutes, pending, pro_user, service, text, tokens, upgrade, user,
+    with_api_key,
+};
+use crate::instances::delete_plan;
 use crate::support::{at_once, database};
-
-pub(crate) static RING: LazyLock<KeyRing> =
-    LazyLock::new(|| KeyRing::new([(1, &[1; 32][..])]).unwrap());
-
-/// A user with the plan that comes with it, free.
-fn user(conn: &mut PgConnection, email: &str) -> UserId {
-    let new = NewUser {
-        id: None,
-        first_name: "Asha",
-        last_name: "",
-        email,
-        password: None,
-        email_verified: None,
-        razorpay_customer_id: None,
-        is_active: None,
-    };
-    User::insert(conn, &new).unwrap().id
-}
-
-/// A user who may have any number of active instances.
-pub(crate) fn pro_user(conn: &mut PgConnection) -> UserId {
-    let user_id = user(conn, "pro@example.in");
-    let pro = UserPlanChangeset {
-        plan_type: Some(PlanType::Pro),
-        max_instances: Some(None),
-        ..Default::default()
-    };
-    change_plan(conn, user_id, &pro);
-    user_id
-}
-
-fn change_plan(conn: &mut PgConnection, user_id: UserId, changes: &UserPlanChangeset<'_>) {
-    let plan = UserPlan::find_by_user(conn, user_id).unwrap().unwrap();
-    UserPlan::update(conn, plan.plan_id, changes).unwrap();
-}
-
-pub(crate) fn service(conn: &mut PgConnection) -> ServiceId {
-    let new = NewMcpService {
-        mcp_service_id: None,
-        mcp_service_name: "gmail",
-        display_name: "Gmail",
-        description: None,
-        icon_url_path: None,
-        port: 49296,
-        type_: AuthType::Oauth,
-        is_active: None,
-    };
-    McpService::insert(conn, &new).unwrap().mcp_service_id
-}
-
-pub(crate) fn instance(
-    conn: &mut PgConnection,
-    user_id: UserId,
-    mcp_service_id: ServiceId,
-) -> InstanceId {
-    let new = NewMcpInstance {
-        instance_id: None,
-        user_id,
-        mcp_service_id,
-        oauth_status: None,
-        status: None,
-        expires_at: None,
-        custom_name: None,
-    };
-    McpInstance::insert(conn, &new).unwrap().instance_id
-}
-
-pub(crate) fn insert_api_key(
-    conn: &mut PgConnection,
-    instance_id: InstanceId,
-    api_key: &str,
-) -> McpCredential {
-    let new = NewMcpCredential::api_key(&RING, instance_id, &SecretString::from(api_key)).unwrap();
-    McpCredential::insert(conn, &new).unwrap()
-}
-
-/// OAuth credentials of a new instance, pending, without a state.
-fn pending(conn: &mut PgConnection, user_id: UserId, service_id: ServiceId) -> McpCredential {
-    let instance_id = instance(conn, user_id, service_id);
-    let secret = SecretString::from("client secret");
-    let new = NewMcpCredential::oauth(&RING, instance_id, "client", &secret).unwrap();
-    McpCredential::insert(conn, &new).unwrap()
-}
-
-/// OAuth credentials of a new instance, completed with tokens that end then.
-pub(crate) fn completed(
-    conn: &mut PgConnection,
-    user_id: UserId,
-    service_id: ServiceId,
-    expires_at: DateTime<Utc>,
-) -> McpCredential {
-    let id = pending(conn, user_id, service_id).credential_id;
-    let tokens = OauthTokens {
-        expires_at: Some(expires_at),
-        ..tokens(id, "first")
-    };
-    McpCredential::complete_oauth(conn, id, &tokens)
-        .unwrap()
-        .credential
-}
-
-/// The tokens `access <name>` and `refresh <name>`.
-fn tokens(credential_id: CredentialId, name: &str) -> OauthTokens<'static> {
-    OauthTokens::seal(
-        &RING,
-        credential_id,
-        &SecretString::from(format!("access {name}")),
-        Some(&SecretString::from(format!("refresh {name}"))),
-        Some(in_minutes(60)),
-        Some("mail.read mail.send"),
-    )
-    .unwrap()
-}
-
-pub(crate) fn text(credential: &McpCredential, column: SecretColumn) -> String {
-    let secret = credential.open(&RING, column).unwrap().unwrap();
-    secret.expose_secret().to_owned()
-}
 
 fn state(name: &str) -> SecretText {
     SecretText::new(format!("state {name}"))
@@ -142,12 +28,6 @@ fn state(name: &str) -> SecretText {
 
 fn url(name: &str) -> SecretText {
     SecretText::new(format!("https://accounts.example/authorize?state={name}"))
-}
-
-/// To the microsecond, as the database keeps it.
-fn in_minutes(minutes: i64) -> DateTime<Utc> {
-    let micros = (Utc::now() + TimeDelta::minutes(minutes)).timestamp_micros();
-    DateTime::from_timestamp_micros(micros).unwrap()
 }
 
 fn find(conn: &mut PgConnection, credential: &McpCredential) -> McpCredential {
@@ -163,11 +43,11 @@ fn find_instance(conn: &mut PgConnection, credential: &McpCredential) -> McpInst
 }
 
 #[test]
-fn an_authorisation_from_first_to_last() {
+fn an_authorization_from_first_to_last() {
     let database = database();
     let conn = &mut database.connect();
-    let user_id = user(conn, "asha@example.in");
-    let service_id = service(conn);
+    let user_id = user(conn);
+    let service_id = service(conn, "gmail", 4001);
     let new = pending(conn, user_id, service_id);
     let id = new.credential_id;
     assert_eq!(new.oauth_status, OauthStatus::Pending);
@@ -176,7 +56,7 @@ fn an_authorisation_from_first_to_last() {
     assert_eq!(begun.oauth_state, Some(state("a")));
     assert_eq!(begun.oauth_authorization_url, Some(url("a")));
 
-    let taken = McpCredential::take_by_state(conn, &state("a")).unwrap();
+    let taken = McpCredential::consume_state(conn, &state("a")).unwrap();
     assert_eq!(taken.credential_id, id);
     assert_eq!(taken.oauth_status, OauthStatus::Pending);
     assert_eq!(
@@ -211,18 +91,17 @@ fn an_authorisation_from_first_to_last() {
         scope: None,
         ..tokens(id, "two")
     };
-    let version = done.credential.version;
-    let row = McpCredential::store_refreshed(conn, id, version, &refreshed).unwrap();
+    let row = McpCredential::store_refreshed(conn, &done.credential, &refreshed).unwrap();
     assert_eq!(text(&row, SecretColumn::AccessToken), "access two");
     assert_eq!(text(&row, SecretColumn::RefreshToken), "refresh one");
     assert_eq!(row.token_scope.as_deref(), Some("mail.read mail.send"));
     assert_eq!(row.token_expires_at, refreshed.expires_at);
     assert!(find_instance(conn, &new).credentials_updated_at.unwrap() > first_update);
 
-    let row = McpCredential::refresh_refused(conn, id, row.version).unwrap();
+    let row = McpCredential::refresh_refused(conn, &row).unwrap();
     assert_eq!(row.oauth_status, OauthStatus::Expired);
     assert_eq!(find_instance(conn, &new).oauth_status, OauthStatus::Expired);
-    let log = TokenAudit::list_by_instance(conn, new.instance_id, None, 10).unwrap();
+    let log = TokenAudit::list_by_instance(conn, new.instance_id, Page::first(10)).unwrap();
     let log: Vec<_> = log
         .iter()
         .map(|row| (row.status, row.error_type.as_deref()))
@@ -262,62 +141,80 @@ fn steps_out_of_place_are_refused() {
     let database = database();
     let conn = &mut database.connect();
     let user_id = pro_user(conn);
-    let service_id = service(conn);
+    let service_id = service(conn, "gmail", 4001);
     let one = pending(conn, user_id, service_id).credential_id;
     let other = pending(conn, user_id, service_id).credential_id;
-    let instance_id = instance(conn, user_id, service_id);
-    let api_key = insert_api_key(conn, instance_id, "key").credential_id;
+    let api_key = with_api_key(conn, user_id, service_id, "key").credential_id;
 
     for id in [api_key, CredentialId::new()] {
         let begun = McpCredential::begin_oauth(conn, id, &state("x"), &url("x"));
-        assert!(matches!(begun, Err(OauthError::NotOauth)), "{begun:?}");
+        assert!(matches!(begun, Err(CredentialError::NotFound)), "{begun:?}");
         let completed = McpCredential::complete_oauth(conn, id, &tokens(id, "x"));
         assert!(
-            matches!(completed, Err(OauthError::NotOauth)),
+            matches!(completed, Err(CredentialError::NotFound)),
             "{completed:?}"
         );
         let failed = McpCredential::fail_oauth(conn, id);
-        assert!(matches!(failed, Err(OauthError::NotOauth)), "{failed:?}");
+        assert!(
+            matches!(failed, Err(CredentialError::NotFound)),
+            "{failed:?}"
+        );
     }
 
     McpCredential::begin_oauth(conn, one, &state("a"), &url("a")).unwrap();
-    let taken = McpCredential::begin_oauth(conn, other, &state("a"), &url("a"));
-    assert!(matches!(taken, Err(OauthError::StateTaken)), "{taken:?}");
-    assert!(!format!("{taken:?}").contains("state a"), "{taken:?}");
+    // The caller's transaction survives the refusal.
+    conn.transaction(|conn| {
+        let taken = McpCredential::begin_oauth(conn, other, &state("a"), &url("a"));
+        assert!(
+            matches!(taken, Err(CredentialError::StateTaken)),
+            "{taken:?}"
+        );
+        assert!(!format!("{taken:?}").contains("state a"), "{taken:?}");
+        McpCredential::find(conn, other)
+    })
+    .unwrap();
 
-    // Begun again, the first state is unknown.
+    // A second authorization replaces the state of the first.
     McpCredential::begin_oauth(conn, one, &state("b"), &url("b")).unwrap();
-    let replaced = McpCredential::take_by_state(conn, &state("a"));
+    let replaced = McpCredential::consume_state(conn, &state("a"));
     assert!(
-        matches!(replaced, Err(OauthError::UnknownState)),
+        matches!(replaced, Err(CredentialError::UnknownState)),
         "{replaced:?}"
     );
-    McpCredential::take_by_state(conn, &state("b")).unwrap();
-    let used = McpCredential::take_by_state(conn, &state("b"));
-    assert!(matches!(used, Err(OauthError::UnknownState)), "{used:?}");
+    McpCredential::consume_state(conn, &state("b")).unwrap();
+    let used = McpCredential::consume_state(conn, &state("b"));
+    assert!(
+        matches!(used, Err(CredentialError::UnknownState)),
+        "{used:?}"
+    );
 
     McpCredential::complete_oauth(conn, one, &tokens(one, "x")).unwrap();
-    let twice = McpCredential::complete_oauth(conn, one, &tokens(one, "y"));
-    assert!(matches!(twice, Err(OauthError::NotPending)), "{twice:?}");
-    let late = McpCredential::fail_oauth(conn, one);
-    assert!(matches!(late, Err(OauthError::NotPending)), "{late:?}");
+    let current = McpCredential::find(conn, one).unwrap().unwrap();
+    let twice = McpCredential::complete_oauth(conn, one, &tokens(one, "y")).map(drop);
+    let late = McpCredential::fail_oauth(conn, one).map(drop);
+    for refused in [twice, late] {
+        let Err(CredentialError::Conflict(row)) = refused else {
+            panic!("{refused:?}");
+        };
+        assert_eq!(*row, current);
+    }
 }
 
 #[test]
 fn a_state_is_consumed_once() {
     let database = database();
     let conn = &mut database.connect();
-    let user_id = user(conn, "asha@example.in");
-    let service_id = service(conn);
+    let user_id = user(conn);
+    let service_id = service(conn, "gmail", 4001);
     let id = pending(conn, user_id, service_id).credential_id;
     McpCredential::begin_oauth(conn, id, &state("a"), &url("a")).unwrap();
 
-    let taken = at_once(&database, 32, |_, conn| match McpCredential::take_by_state(
+    let taken = at_once(&database, 32, |_, conn| match McpCredential::consume_state(
         conn,
         &state("a"),
     ) {
         Ok(row) => Some(row.credential_id),
-        Err(OauthError::UnknownState) => None,
+        Err(CredentialError::UnknownState) => None,
         Err(error) => panic!("{error:?}"),
     });
     let taken: Vec<_> = taken.into_iter().flatten().collect();
@@ -328,7 +225,7 @@ fn a_state_is_consumed_once() {
 fn completing_never_loses_the_tokens() {
     let database = database();
     let conn = &mut database.connect();
-    let service_id = service(conn);
+    let service_id = service(conn, "gmail", 4001);
     let complete = |conn: &mut PgConnection, credential: &McpCredential| {
         let id = credential.credential_id;
         let done = McpCredential::complete_oauth(conn, id, &tokens(id, "kept")).unwrap();
@@ -341,7 +238,7 @@ fn completing_never_loses_the_tokens() {
         (done.instance, instance.status)
     };
 
-    let asha = user(conn, "asha@example.in");
+    let asha = user(conn);
     let inactive = pending(conn, asha, service_id);
     McpInstance::deactivate(conn, inactive.instance_id, asha).unwrap();
     assert_eq!(
@@ -351,11 +248,10 @@ fn completing_never_loses_the_tokens() {
 
     let past_its_end = |conn: &mut PgConnection| {
         let credential = pending(conn, asha, service_id);
-        let ended = McpInstanceChangeset {
-            expires_at: Some(Some(in_minutes(-1))),
-            ..Default::default()
-        };
-        McpInstance::update(conn, credential.instance_id, &ended).unwrap();
+        diesel::update(mcp_service_table::table.find(credential.instance_id))
+            .set(mcp_service_table::expires_at.eq(in_minutes(-1)))
+            .execute(conn)
+            .unwrap();
         credential
     };
     let expired = past_its_end(conn);
@@ -364,7 +260,7 @@ fn completing_never_loses_the_tokens() {
         complete(conn, &expired),
         (CompletedInstance::NotActive, InstanceStatus::Expired)
     );
-    // One that nobody has marked yet.
+    // The monitor hasn't marked this one yet.
     let due = past_its_end(conn);
     assert_eq!(
         complete(conn, &due),
@@ -382,22 +278,17 @@ fn completing_never_loses_the_tokens() {
         (CompletedInstance::LimitReached, InstanceStatus::Inactive)
     );
 
-    let ravi = user(conn, "ravi@example.in");
+    let ravi = user(conn);
     let third = pending(conn, ravi, service_id);
-    let ended = UserPlanChangeset {
-        expires_at: Some(Some(in_minutes(-1))),
-        ..Default::default()
-    };
-    change_plan(conn, ravi, &ended);
+    upgrade(conn, ravi, Some(in_minutes(-1)));
     assert_eq!(
         complete(conn, &third),
         (CompletedInstance::PlanExpired, InstanceStatus::Inactive)
     );
 
-    let mina = user(conn, "mina@example.in");
+    let mina = user(conn);
     let fourth = pending(conn, mina, service_id);
-    let plan = UserPlan::find_by_user(conn, mina).unwrap().unwrap();
-    assert!(UserPlan::delete(conn, plan.plan_id).unwrap());
+    delete_plan(conn, mina);
     assert_eq!(
         complete(conn, &fourth),
         (CompletedInstance::PlanMissing, InstanceStatus::Inactive)
@@ -407,8 +298,8 @@ fn completing_never_loses_the_tokens() {
 fn one_of_32_completions_is_active(isolation: Isolation) {
     let database = database();
     let conn = &mut database.connect();
-    let user_id = user(conn, "asha@example.in");
-    let service_id = service(conn);
+    let user_id = user(conn);
+    let service_id = service(conn, "gmail", 4001);
     let rows: Vec<_> = (0..32)
         .map(|_| pending(conn, user_id, service_id))
         .collect();
@@ -417,7 +308,7 @@ fn one_of_32_completions_is_active(isolation: Isolation) {
         let id = rows[number].credential_id;
         let tokens = tokens(id, &number.to_string());
         let complete = |conn: &mut PgConnection| McpCredential::complete_oauth(conn, id, &tokens);
-        // So many contenders for one plan may use up all tries at SERIALIZABLE; nothing is lost by trying again.
+        // At SERIALIZABLE so many rivals may use up all attempts.
         loop {
             match retry_transaction(conn, isolation, complete) {
                 Ok(done) => return done.instance,
@@ -472,12 +363,11 @@ fn changes_are_guarded_by_the_version() {
     let database = database();
     let conn = &mut database.connect();
     let user_id = pro_user(conn);
-    let service_id = service(conn);
+    let service_id = service(conn, "gmail", 4001);
     let oauth = completed(conn, user_id, service_id, in_minutes(60));
-    let instance_id = instance(conn, user_id, service_id);
-    let api_key = insert_api_key(conn, instance_id, "old");
+    let api_key = with_api_key(conn, user_id, service_id, "old");
     let (oauth_id, key_id) = (oauth.credential_id, api_key.credential_id);
-    let seal = |text: &str, id, column| RING.seal(&SecretString::from(text), id, column).unwrap();
+    let seal = |text: &str, id, column| RING.seal(&SecretText::from(text), id, column).unwrap();
     let new_key = seal("new", key_id, SecretColumn::ApiKey);
     let new_secret = seal("new", oauth_id, SecretColumn::ClientSecret);
 
@@ -489,13 +379,13 @@ fn changes_are_guarded_by_the_version() {
     assert_eq!(text(&secret, SecretColumn::ClientSecret), "new");
     assert_eq!(secret.oauth_status, OauthStatus::Completed);
 
-    // With the versions read first, which have passed.
-    let (old, tokens) = (oauth.version, tokens(oauth_id, "late"));
+    // These versions are old.
+    let tokens = tokens(oauth_id, "late");
     let conflicts = [
         McpCredential::replace_api_key(conn, key_id, api_key.version, &new_key),
-        McpCredential::replace_client_secret(conn, oauth_id, old, &new_secret),
-        McpCredential::store_refreshed(conn, oauth_id, old, &tokens),
-        McpCredential::refresh_refused(conn, oauth_id, old),
+        McpCredential::replace_client_secret(conn, oauth_id, oauth.version, &new_secret),
+        McpCredential::store_refreshed(conn, &oauth, &tokens),
+        McpCredential::refresh_refused(conn, &oauth),
     ];
     for (conflict, current) in conflicts.iter().zip([&key, &secret, &secret, &secret]) {
         let Err(CredentialError::Conflict(row)) = conflict else {
@@ -506,15 +396,18 @@ fn changes_are_guarded_by_the_version() {
     assert_eq!(find(conn, &key), key);
     assert_eq!(find(conn, &secret), secret);
 
-    // Of the other sort, or of none.
-    let unknown = CredentialId::new();
+    // These are of the other kind or don't exist.
+    let unknown = McpCredential {
+        credential_id: CredentialId::new(),
+        ..oauth.clone()
+    };
     let misfits = [
         McpCredential::replace_api_key(conn, oauth_id, secret.version, &new_key),
         McpCredential::replace_client_secret(conn, key_id, key.version, &new_secret),
-        McpCredential::store_refreshed(conn, key_id, key.version, &tokens),
-        McpCredential::refresh_refused(conn, key_id, key.version),
-        McpCredential::replace_api_key(conn, unknown, 1, &new_key),
-        McpCredential::store_refreshed(conn, unknown, 1, &tokens),
+        McpCredential::store_refreshed(conn, &key, &tokens),
+        McpCredential::refresh_refused(conn, &key),
+        McpCredential::replace_api_key(conn, unknown.credential_id, 1, &new_key),
+        McpCredential::store_refreshed(conn, &unknown, &tokens),
     ];
     for misfit in misfits {
         assert!(
@@ -522,12 +415,12 @@ fn changes_are_guarded_by_the_version() {
             "{misfit:?}"
         );
     }
-    // Nothing of all that was refreshed.
-    let log = TokenAudit::list_by_instance(conn, oauth.instance_id, None, 10).unwrap();
+    // None of them was refreshed.
+    let log = TokenAudit::list_by_instance(conn, oauth.instance_id, Page::first(10)).unwrap();
     assert_eq!(log, []);
 }
 
-/// Each update adds one to a number under the seal, so a lost one would show in the sum.
+/// Each update increments a sealed number, so a lost one would show in the sum.
 #[test]
 fn of_10_000_guarded_updates_none_is_lost() {
     const ROWS: usize = 4;
@@ -537,12 +430,9 @@ fn of_10_000_guarded_updates_none_is_lost() {
     let database = database();
     let conn = &mut database.connect();
     let user_id = pro_user(conn);
-    let service_id = service(conn);
+    let service_id = service(conn, "gmail", 4001);
     let rows: Vec<_> = (0..ROWS)
-        .map(|_| {
-            let instance_id = instance(conn, user_id, service_id);
-            insert_api_key(conn, instance_id, "0")
-        })
+        .map(|_| with_api_key(conn, user_id, service_id, "0"))
         .collect();
 
     at_once(&database, THREADS, |number, conn| {
@@ -551,7 +441,7 @@ fn of_10_000_guarded_updates_none_is_lost() {
         let mut done = 0;
         while done < EACH {
             let count: usize = text(&row, SecretColumn::ApiKey).parse().unwrap();
-            let next = SecretString::from((count + 1).to_string());
+            let next = SecretText::from((count + 1).to_string());
             let next = RING.seal(&next, id, SecretColumn::ApiKey).unwrap();
             row = match McpCredential::replace_api_key(conn, id, row.version, &next) {
                 Ok(row) => {
@@ -579,27 +469,24 @@ fn a_refresh_that_failed_for_now_waits() {
     let database = database();
     let conn = &mut database.connect();
     let user_id = pro_user(conn);
-    let service_id = service(conn);
+    let service_id = service(conn, "gmail", 4001);
     let first = completed(conn, user_id, service_id, in_minutes(1));
     let second = completed(conn, user_id, service_id, in_minutes(2));
     completed(conn, user_id, service_id, in_minutes(60));
     let due = |conn: &mut PgConnection, not_failed_since| {
-        let rows = McpCredential::lock_due_for_refresh(conn, in_minutes(10), not_failed_since, 10)
-            .unwrap();
+        let rows = McpCredential::claim_due(conn, in_minutes(10), not_failed_since, 10).unwrap();
         let ids: Vec<_> = rows.iter().map(|row| row.credential_id).collect();
         ids
     };
     let (past, future) = (in_minutes(-5), in_minutes(5));
     assert_eq!(due(conn, past), [first.credential_id, second.credential_id]);
 
-    let audit =
-        McpCredential::refresh_failed(conn, first.instance_id, "network", Some("timed out"))
-            .unwrap();
+    let audit = McpCredential::refresh_failed(conn, &first, "network", Some("timed out")).unwrap();
     assert_eq!(audit.status, AuditStatus::Failure);
     assert_eq!(audit.operation, "token_refresh");
     assert_eq!(audit.error_type.as_deref(), Some("network"));
     assert_eq!(audit.error_message.as_deref(), Some("timed out"));
-    // Nothing happened to the authorisation; it is due again later.
+    // The row is unchanged and due again later.
     assert_eq!(find(conn, &first), first);
     assert_eq!(due(conn, past), [second.credential_id]);
     assert_eq!(
@@ -607,10 +494,10 @@ fn a_refresh_that_failed_for_now_waits() {
         [first.credential_id, second.credential_id]
     );
 
-    // What is refreshed is due no more, and neither is what the provider refused.
+    // Refreshed and refused rows are not due.
     let id = first.credential_id;
-    McpCredential::store_refreshed(conn, id, first.version, &tokens(id, "new")).unwrap();
-    McpCredential::refresh_refused(conn, second.credential_id, second.version).unwrap();
+    McpCredential::store_refreshed(conn, &first, &tokens(id, "new")).unwrap();
+    McpCredential::refresh_refused(conn, &second).unwrap();
     assert_eq!(due(conn, future), []);
 }
 
@@ -620,7 +507,7 @@ fn eight_workers_refresh_each_row_once() {
     let database = database();
     let conn = &mut database.connect();
     let user_id = pro_user(conn);
-    let service_id = service(conn);
+    let service_id = service(conn, "gmail", 4001);
     for number in 0..ROWS {
         let minutes = i64::try_from(number % 10).unwrap();
         completed(conn, user_id, service_id, in_minutes(minutes - 5));
@@ -632,16 +519,11 @@ fn eight_workers_refresh_each_row_once() {
             let batch = conn
                 .transaction(|conn| {
                     let due = in_minutes(10);
-                    let taken = McpCredential::lock_due_for_refresh(conn, due, in_minutes(-1), 3)?;
+                    let taken = McpCredential::claim_due(conn, due, in_minutes(-1), 3)?;
                     for row in &taken {
                         let id = row.credential_id;
                         assert_eq!(text(row, SecretColumn::RefreshToken), "refresh first");
-                        McpCredential::store_refreshed(
-                            conn,
-                            id,
-                            row.version,
-                            &tokens(id, "second"),
-                        )?;
+                        McpCredential::store_refreshed(conn, row, &tokens(id, "second"))?;
                     }
                     Ok::<_, CredentialError>(taken)
                 })
@@ -656,11 +538,84 @@ fn eight_workers_refresh_each_row_once() {
     assert_eq!(refreshed.len(), ROWS);
     let distinct: HashSet<_> = refreshed.iter().collect();
     assert_eq!(distinct.len(), ROWS);
-    let left = McpCredential::lock_due_for_refresh(conn, in_minutes(10), Utc::now(), 1).unwrap();
+    let left = McpCredential::claim_due(conn, in_minutes(10), Utc::now(), 1).unwrap();
     assert_eq!(left, []);
 }
 
-/// The plan of the operation's own statement can't be asked for; how often the index was scanned can.
+/// A transaction that has locked a user may change the user's instances and credentials in any order.
+#[test]
+fn a_locked_user_is_skipped_by_the_queue_and_waited_for_by_others() {
+    let database = database();
+    let conn = &mut database.connect();
+    let (one, other) = (pro_user(conn), pro_user(conn));
+    let service_id = service(conn, "gmail", 4001);
+    let mine = completed(conn, one, service_id, in_minutes(1));
+    let theirs = completed(conn, other, service_id, in_minutes(2));
+    let claim = |conn: &mut PgConnection| {
+        let claimed = McpCredential::claim_due(conn, in_minutes(10), in_minutes(-1), 10).unwrap();
+        claimed
+            .into_iter()
+            .map(|row| row.credential_id)
+            .collect::<Vec<_>>()
+    };
+    let lock = |conn: &mut PgConnection| {
+        conn.batch_execute(&format!("SELECT FROM users WHERE id = '{one}' FOR UPDATE"))
+    };
+
+    let begun = std::thread::scope(|scope| {
+        let waiting = conn
+            .transaction(|conn| {
+                lock(conn)?;
+                McpInstance::deactivate(conn, mine.instance_id, one)?;
+                assert_eq!(claim(&mut database.connect()), [theirs.credential_id]);
+
+                let begin = || {
+                    let conn = &mut database.connect();
+                    McpCredential::begin_oauth(conn, mine.credential_id, &state("a"), &url("a"))
+                };
+                let waiting = scope.spawn(begin);
+                let waits = "SELECT count(*) FROM pg_stat_activity
+                              WHERE datname = current_database() AND wait_event_type = 'Lock'";
+                while database.psql(waits).unwrap() == "0\n" {
+                    std::thread::yield_now();
+                }
+                // Locks the credentials, which the other would hold if it had not waited for the user.
+                let secret = mine.client_secret.clone().unwrap();
+                let (id, version) = (mine.credential_id, mine.version);
+                McpCredential::replace_client_secret(conn, id, version, &secret)?;
+                Ok::<_, CredentialError>(waiting)
+            })
+            .unwrap();
+        waiting.join().unwrap().unwrap()
+    });
+    assert_eq!(begun.oauth_status, OauthStatus::Pending);
+
+    // A claim makes `lock` wait, but neither calls nor changes of the user's other columns.
+    McpCredential::complete_oauth(
+        conn,
+        mine.credential_id,
+        &tokens(mine.credential_id, "first"),
+    )
+    .unwrap();
+    let soon = Some(in_minutes(1));
+    diesel::update(mcp_credentials::table.find(mine.credential_id))
+        .set(mcp_credentials::token_expires_at.eq(soon))
+        .execute(conn)
+        .unwrap();
+    conn.transaction(|conn| {
+        assert_eq!(claim(conn), [mine.credential_id, theirs.credential_id]);
+        let other = &mut database.connect();
+        other.batch_execute("SET lock_timeout = '50ms'")?;
+        assert!(McpInstance::record_call(other, mine.instance_id)?);
+        other.batch_execute("UPDATE users SET last_login_at = now()")?;
+        assert!(lock(other).is_err());
+        QueryResult::Ok(())
+    })
+    .unwrap();
+    lock(conn).unwrap();
+}
+
+/// The plan of the operation's statement isn't accessible; the number of index scans is.
 #[test]
 fn the_refresh_queue_reads_its_index() {
     let database = database();
@@ -693,13 +648,12 @@ fn the_refresh_queue_reads_its_index() {
     };
 
     let conn = &mut database.connect();
-    // The worst that a prepared statement may come to.
+    // The worst case of a prepared statement.
     diesel::sql_query("SET plan_cache_mode = force_generic_plan")
         .execute(conn)
         .unwrap();
     assert_eq!(scans(conn), "0\n");
-    let rows =
-        McpCredential::lock_due_for_refresh(conn, in_minutes(10), in_minutes(-1), 5).unwrap();
+    let rows = McpCredential::claim_due(conn, in_minutes(10), in_minutes(-1), 5).unwrap();
     assert_eq!(rows.len(), 5);
     assert!(rows.is_sorted_by_key(|row| row.token_expires_at));
     assert_eq!(scans(conn), "1\n");

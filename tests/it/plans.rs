@@ -6,7 +6,7 @@ use std::thread;
 
 use bruhmcp_db::enums::{InstanceStatus, PlanPaymentStatus, PlanType};
 use bruhmcp_db::ids::UserId;
-use bruhmcp_db::models::{McpInstance, ProPlan, UpgradeError, UserPlan};
+use bruhmcp_db::models::{McpInstance, PlanError, ProPlan, UserPlan};
 use chrono::{DateTime, TimeDelta, Utc};
 use diesel::connection::SimpleConnection;
 
@@ -68,24 +68,21 @@ fn an_upgrade_is_refused() {
     upgrade(first, Some("sub_1"), Some("cust_1")).unwrap();
     let refused = upgrade(second, Some("sub_1"), None);
     assert!(
-        matches!(refused, Err(UpgradeError::SubscriptionTaken)),
+        matches!(refused, Err(PlanError::SubscriptionTaken)),
         "{refused:?}"
     );
     let refused = upgrade(second, None, Some("cust_1"));
     assert!(
-        matches!(refused, Err(UpgradeError::CustomerTaken)),
+        matches!(refused, Err(PlanError::CustomerTaken)),
         "{refused:?}"
     );
     let refused = upgrade(second, Some(""), None);
     assert!(
-        matches!(refused, Err(UpgradeError::Database(_))),
+        matches!(refused, Err(PlanError::Database(_))),
         "{refused:?}"
     );
     let refused = upgrade(UserId::new(), None, None);
-    assert!(
-        matches!(refused, Err(UpgradeError::PlanMissing)),
-        "{refused:?}"
-    );
+    assert!(matches!(refused, Err(PlanError::NotFound)), "{refused:?}");
 }
 
 #[test]
@@ -160,12 +157,12 @@ fn a_plan_past_its_end_expires() {
     upgrade(conn, due, Some(Utc::now() - TimeDelta::seconds(1)));
     upgrade(conn, later, Some(Utc::now() + TimeDelta::days(1)));
 
-    let expired = UserPlan::expire_next(conn).unwrap().unwrap();
+    let expired = UserPlan::expire_due(conn).unwrap().unwrap();
     assert_eq!(expired.plan.user_id, due);
     assert_eq!(expired.plan.plan_type, PlanType::Free);
     assert_eq!(expired.plan.payment_status, PlanPaymentStatus::None);
     assert_eq!(expired.switched_off.len(), 2);
-    assert_eq!(UserPlan::expire_next(conn).unwrap(), None);
+    assert_eq!(UserPlan::expire_due(conn).unwrap(), None);
     assert_eq!(McpInstance::count_active(conn, later).unwrap(), 2);
     assert_eq!(McpInstance::count_active(conn, free).unwrap(), 1);
 }
@@ -194,7 +191,7 @@ fn eight_sweepers_take_each_plan_once() {
                     let conn = &mut database.connect();
                     start.wait();
                     let mut expired = Vec::new();
-                    while let Some(downgrade) = UserPlan::expire_next(conn).unwrap() {
+                    while let Some(downgrade) = UserPlan::expire_due(conn).unwrap() {
                         assert_eq!(downgrade.switched_off.len(), 2);
                         expired.push(downgrade.plan.user_id);
                     }
@@ -207,7 +204,7 @@ fn eight_sweepers_take_each_plan_once() {
             .flat_map(|sweeper| sweeper.join().unwrap())
             .collect()
     });
-    while let Some(downgrade) = UserPlan::expire_next(conn).unwrap() {
+    while let Some(downgrade) = UserPlan::expire_due(conn).unwrap() {
         expired.push(downgrade.plan.user_id);
     }
     assert_eq!(expired.len(), due.len());

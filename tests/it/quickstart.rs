@@ -24,12 +24,12 @@ fn the_quickstart_runs_and_leaves_nothing_behind() {
     let errors = String::from_utf8(output.stderr).unwrap();
     assert!(output.status.success(), "{printed}{errors}");
     for line in [
-        "first time: 9 new, 0 unchanged",
-        "second time: 0 new, 9 unchanged",
+        "first time: 9 new, 0 existing",
+        "second time: 0 new, 9 existing",
         "asha@example.in has the plan Free",
         "once more: the email address is taken",
         "3 calls counted, version still 2",
-        "refused: the plan allows no further active instance",
+        "refused: the plan allows no more active instances",
         "duplicate of evt_1: nothing to do",
         "completed: the instance is Active",
         "refused to worker 2: version 5",

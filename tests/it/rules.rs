@@ -44,9 +44,13 @@ pub(crate) fn database_with_rows() -> TestDatabase {
 /// A constraint, and a statement that violates it on the rows of `tests/fixtures/rows.sql`.
 #[rustfmt::skip]
 const VIOLATIONS: &[(&str, &str)] = &[
-    ("users_pkey", "INSERT INTO users (id, first_name, last_name, email) VALUES (:u1, 'a', '', 'new@example.in')"),
-    ("users_email_key", "INSERT INTO users (first_name, last_name, email) VALUES ('a', '', 'asha@example.in')"),
-    ("users_razorpay_customer_id_key", "UPDATE users SET razorpay_customer_id = 'cust_1' WHERE id = :u2"),
+    ("users_pkey",
+        "INSERT INTO users (id, first_name, last_name, email) VALUES
+            (:u1, 'a', '', 'new@example.in')"),
+    ("users_email_key",
+        "INSERT INTO users (first_name, last_name, email) VALUES ('a', '', 'asha@example.in')"),
+    ("users_razorpay_customer_id_key",
+        "UPDATE users SET razorpay_customer_id = 'cust_1' WHERE id = :u2"),
     ("users_first_name_check", "UPDATE users SET first_name = '' WHERE id = :u1"),
     ("users_first_name_check", "UPDATE users SET first_name = repeat('é', 256) WHERE id = :u1"),
     ("users_last_name_check", "UPDATE users SET last_name = repeat('é', 256) WHERE id = :u1"),
@@ -56,7 +60,8 @@ const VIOLATIONS: &[(&str, &str)] = &[
     ("users_email_canonical", "UPDATE users SET email = 'asha.example.in' WHERE id = :u1"),
     ("users_email_canonical", "UPDATE users SET email = 'a@b@example.in' WHERE id = :u1"),
     ("users_email_canonical", "UPDATE users SET email = 'a@' WHERE id = :u1"),
-    ("users_email_canonical", "UPDATE users SET email = repeat('a', 245) || '@example.in' WHERE id = :u1"),
+    ("users_email_canonical",
+        "UPDATE users SET email = repeat('a', 245) || '@example.in' WHERE id = :u1"),
     ("users_password_check", "UPDATE users SET password = 'hunter2' WHERE id = :u1"),
 
     ("auth_tokens_pkey", "INSERT INTO auth_tokens (id, user_id, token, type, expires_at)
@@ -65,61 +70,87 @@ const VIOLATIONS: &[(&str, &str)] = &[
         VALUES (:u9, decode(repeat('09', 32), 'hex'), 'refresh', now() + interval '1 day')"),
     ("auth_tokens_token_key", "INSERT INTO auth_tokens (user_id, token, type, expires_at)
         VALUES (:u2, decode(repeat('01', 32), 'hex'), 'refresh', now() + interval '1 day')"),
-    ("auth_tokens_token_check", "UPDATE auth_tokens SET token = decode(repeat('01', 31), 'hex') WHERE id = :t1"),
-    ("auth_tokens_token_check", "UPDATE auth_tokens SET token = decode(repeat('01', 33), 'hex') WHERE id = :t1"),
-    ("auth_tokens_expires_at_check", "UPDATE auth_tokens SET expires_at = created_at WHERE id = :t1"),
+    ("auth_tokens_token_check",
+        "UPDATE auth_tokens SET token = decode(repeat('01', 31), 'hex') WHERE id = :t1"),
+    ("auth_tokens_token_check",
+        "UPDATE auth_tokens SET token = decode(repeat('01', 33), 'hex') WHERE id = :t1"),
+    ("auth_tokens_expires_at_check",
+        "UPDATE auth_tokens SET expires_at = created_at WHERE id = :t1"),
     ("auth_tokens_attempts_check", "UPDATE auth_tokens SET attempts = -1 WHERE id = :t1"),
     ("auth_tokens_one_live_per_type", "INSERT INTO auth_tokens (user_id, token, type, expires_at)
         VALUES (:u1, decode(repeat('09', 32), 'hex'), 'email_otp', now() + interval '1 day')"),
 
     ("user_subscriptions_pkey", "INSERT INTO user_subscriptions (id, user_id) VALUES (:s1, :u2)"),
     ("user_subscriptions_user_id_fkey", "INSERT INTO user_subscriptions (user_id) VALUES (:u9)"),
-    ("user_subscriptions_user_id_fkey", "DELETE FROM subscription_transactions; DELETE FROM account_credits;
+    ("user_subscriptions_user_id_fkey",
+        "DELETE FROM subscription_transactions; DELETE FROM account_credits;
         DELETE FROM users WHERE id = :u1"),
     ("user_subscriptions_razorpay_subscription_id_key",
         "INSERT INTO user_subscriptions (user_id, razorpay_subscription_id) VALUES (:u2, 'sub_1')"),
-    ("user_subscriptions_one_live_per_user", "INSERT INTO user_subscriptions (user_id, status) VALUES (:u1, 'paused')"),
-    ("user_subscriptions_current_period_check", "UPDATE user_subscriptions SET current_period_end = current_period_start"),
+    ("user_subscriptions_one_live_per_user",
+        "INSERT INTO user_subscriptions (user_id, status) VALUES (:u1, 'paused')"),
+    ("user_subscriptions_current_period_check",
+        "UPDATE user_subscriptions SET current_period_end = current_period_start"),
     ("user_subscriptions_trial_check", "UPDATE user_subscriptions SET trial_end = now()"),
-    ("user_subscriptions_trial_check", "UPDATE user_subscriptions SET trial_start = now(), trial_end = now()"),
+    ("user_subscriptions_trial_check",
+        "UPDATE user_subscriptions SET trial_start = now(), trial_end = now()"),
     ("user_subscriptions_pause_count_check", "UPDATE user_subscriptions SET pause_count = -1"),
-    ("user_subscriptions_discount_amount_check", "UPDATE user_subscriptions SET discount_amount = -1"),
+    ("user_subscriptions_discount_amount_check",
+        "UPDATE user_subscriptions SET discount_amount = -1"),
     ("user_subscriptions_tax_amount_check", "UPDATE user_subscriptions SET tax_amount = -1"),
     ("user_subscriptions_total_amount_check", "UPDATE user_subscriptions SET total_amount = -1"),
-    ("user_subscriptions_grace_period_days_check", "UPDATE user_subscriptions SET grace_period_days = -1"),
-    ("user_subscriptions_failed_payment_count_check", "UPDATE user_subscriptions SET failed_payment_count = -1"),
+    ("user_subscriptions_grace_period_days_check",
+        "UPDATE user_subscriptions SET grace_period_days = -1"),
+    ("user_subscriptions_failed_payment_count_check",
+        "UPDATE user_subscriptions SET failed_payment_count = -1"),
 
-    ("subscription_transactions_pkey", "INSERT INTO subscription_transactions (id, user_id, amount, net_amount, status)
+    ("subscription_transactions_pkey",
+        "INSERT INTO subscription_transactions (id, user_id, amount, net_amount, status)
         VALUES (:x1, :u1, 1, 1, 'created')"),
-    ("subscription_transactions_user_id_fkey", "UPDATE subscription_transactions SET user_id = :u9"),
+    ("subscription_transactions_user_id_fkey",
+        "UPDATE subscription_transactions SET user_id = :u9"),
     ("subscription_transactions_user_id_fkey", "DELETE FROM account_credits;
         UPDATE subscription_transactions SET subscription_id = NULL; DELETE FROM user_subscriptions;
         DELETE FROM users WHERE id = :u1"),
-    ("subscription_transactions_subscription_id_fkey", "UPDATE subscription_transactions SET subscription_id = :s9"),
-    ("subscription_transactions_subscription_id_fkey", "DELETE FROM user_subscriptions WHERE id = :s1"),
+    ("subscription_transactions_subscription_id_fkey",
+        "UPDATE subscription_transactions SET subscription_id = :s9"),
+    ("subscription_transactions_subscription_id_fkey",
+        "DELETE FROM user_subscriptions WHERE id = :s1"),
     ("subscription_transactions_parent_transaction_id_fkey",
         "UPDATE subscription_transactions SET parent_transaction_id = :x9"),
     ("subscription_transactions_parent_transaction_id_check",
         "UPDATE subscription_transactions SET parent_transaction_id = id"),
     ("subscription_transactions_razorpay_payment_id_key",
-        "INSERT INTO subscription_transactions (user_id, amount, net_amount, status, razorpay_payment_id)
+        "INSERT INTO subscription_transactions
+            (user_id, amount, net_amount, status, razorpay_payment_id)
          VALUES (:u2, 1, 1, 'created', 'pay_1')"),
     ("subscription_transactions_receipt_number_key",
         "INSERT INTO subscription_transactions (user_id, amount, net_amount, status, receipt_number)
          VALUES (:u2, 1, 1, 'created', 'receipt_1')"),
     ("subscription_transactions_amount_check", "UPDATE subscription_transactions SET amount = -1"),
-    ("subscription_transactions_tax_amount_check", "UPDATE subscription_transactions SET tax_amount = -1"),
-    ("subscription_transactions_discount_amount_check", "UPDATE subscription_transactions SET discount_amount = -1"),
-    ("subscription_transactions_fee_amount_check", "UPDATE subscription_transactions SET fee_amount = -1"),
-    ("subscription_transactions_net_amount_check", "UPDATE subscription_transactions SET net_amount = -1"),
-    ("subscription_transactions_currency_check", "UPDATE subscription_transactions SET currency = 'inr'"),
-    ("subscription_transactions_currency_check", "UPDATE subscription_transactions SET currency = 'INRX'"),
-    ("subscription_transactions_exchange_rate_check", "UPDATE subscription_transactions SET exchange_rate = 0"),
-    ("subscription_transactions_retry_count_check", "UPDATE subscription_transactions SET retry_count = -1"),
+    ("subscription_transactions_tax_amount_check",
+        "UPDATE subscription_transactions SET tax_amount = -1"),
+    ("subscription_transactions_discount_amount_check",
+        "UPDATE subscription_transactions SET discount_amount = -1"),
+    ("subscription_transactions_fee_amount_check",
+        "UPDATE subscription_transactions SET fee_amount = -1"),
+    ("subscription_transactions_net_amount_check",
+        "UPDATE subscription_transactions SET net_amount = -1"),
+    ("subscription_transactions_currency_check",
+        "UPDATE subscription_transactions SET currency = 'inr'"),
+    ("subscription_transactions_currency_check",
+        "UPDATE subscription_transactions SET currency = 'INRX'"),
+    ("subscription_transactions_exchange_rate_check",
+        "UPDATE subscription_transactions SET exchange_rate = 0"),
+    ("subscription_transactions_retry_count_check",
+        "UPDATE subscription_transactions SET retry_count = -1"),
 
-    ("account_credits_pkey", "INSERT INTO account_credits (id, user_id, amount) VALUES (:c1, :u1, 1)"),
-    ("account_credits_user_id_fkey", "INSERT INTO account_credits (user_id, amount) VALUES (:u9, 1)"),
-    ("account_credits_user_id_fkey", "DELETE FROM subscription_transactions; DELETE FROM user_subscriptions;
+    ("account_credits_pkey",
+        "INSERT INTO account_credits (id, user_id, amount) VALUES (:c1, :u1, 1)"),
+    ("account_credits_user_id_fkey",
+        "INSERT INTO account_credits (user_id, amount) VALUES (:u9, 1)"),
+    ("account_credits_user_id_fkey",
+        "DELETE FROM subscription_transactions; DELETE FROM user_subscriptions;
         DELETE FROM users WHERE id = :u1"),
     ("account_credits_amount_check", "UPDATE account_credits SET amount = 0"),
     ("account_credits_currency_check", "UPDATE account_credits SET currency = 'rs'"),
@@ -127,66 +158,98 @@ const VIOLATIONS: &[(&str, &str)] = &[
     ("account_credits_is_used_check", "UPDATE account_credits SET used_at = now()"),
     ("account_credits_source_id_check", "INSERT INTO account_credits (user_id, amount, source_type)
         VALUES (:u1, 1, 'downgrade')"),
-    ("account_credits_source_type_source_id_key", "INSERT INTO account_credits (user_id, amount, source_type, source_id)
+    ("account_credits_source_type_source_id_key",
+        "INSERT INTO account_credits (user_id, amount, source_type, source_id)
         VALUES (:u2, 5000, 'refund', 'rfnd_1')"),
 
-    ("mcp_table_pkey", "INSERT INTO mcp_table (mcp_service_id, mcp_service_name, display_name, port, type)
+    ("mcp_table_pkey",
+        "INSERT INTO mcp_table (mcp_service_id, mcp_service_name, display_name, port, type)
         VALUES (:m1, 'x', 'X', 1, 'oauth')"),
-    ("mcp_table_mcp_service_name_key", "UPDATE mcp_table SET mcp_service_name = 'figma' WHERE mcp_service_id = :m2"),
+    ("mcp_table_mcp_service_name_key",
+        "UPDATE mcp_table SET mcp_service_name = 'figma' WHERE mcp_service_id = :m2"),
     ("mcp_table_port_key", "UPDATE mcp_table SET port = 49280 WHERE mcp_service_id = :m2"),
-    ("mcp_table_mcp_service_name_check", "UPDATE mcp_table SET mcp_service_name = 'Figma' WHERE mcp_service_id = :m1"),
-    ("mcp_table_mcp_service_name_check", "UPDATE mcp_table SET mcp_service_name = '-x' WHERE mcp_service_id = :m1"),
-    ("mcp_table_mcp_service_name_check", "UPDATE mcp_table SET mcp_service_name = repeat('x', 51) WHERE mcp_service_id = :m1"),
+    ("mcp_table_mcp_service_name_check",
+        "UPDATE mcp_table SET mcp_service_name = 'Figma' WHERE mcp_service_id = :m1"),
+    ("mcp_table_mcp_service_name_check",
+        "UPDATE mcp_table SET mcp_service_name = '-x' WHERE mcp_service_id = :m1"),
+    ("mcp_table_mcp_service_name_check",
+        "UPDATE mcp_table SET mcp_service_name = repeat('x', 51) WHERE mcp_service_id = :m1"),
     ("mcp_table_display_name_check", "UPDATE mcp_table SET display_name = ''"),
     ("mcp_table_display_name_check", "UPDATE mcp_table SET display_name = repeat('x', 101)"),
     ("mcp_table_port_check", "UPDATE mcp_table SET port = 0 WHERE mcp_service_id = :m1"),
     ("mcp_table_port_check", "UPDATE mcp_table SET port = 65536 WHERE mcp_service_id = :m1"),
-    ("mcp_table_total_instances_created_check", "UPDATE mcp_table SET total_instances_created = -1"),
+    ("mcp_table_total_instances_created_check",
+        "UPDATE mcp_table SET total_instances_created = -1"),
     ("mcp_table_active_instances_count_check", "UPDATE mcp_table SET active_instances_count = -1"),
 
-    ("mcp_service_table_pkey", "INSERT INTO mcp_service_table (instance_id, user_id, mcp_service_id) VALUES (:i1, :u2, :m1)"),
-    ("mcp_service_table_user_id_fkey", "INSERT INTO mcp_service_table (user_id, mcp_service_id) VALUES (:u9, :m1)"),
-    ("mcp_service_table_mcp_service_id_fkey", "INSERT INTO mcp_service_table (user_id, mcp_service_id) VALUES (:u1, :m9)"),
+    ("mcp_service_table_pkey",
+        "INSERT INTO mcp_service_table (instance_id, user_id, mcp_service_id) VALUES
+            (:i1, :u2, :m1)"),
+    ("mcp_service_table_user_id_fkey",
+        "INSERT INTO mcp_service_table (user_id, mcp_service_id) VALUES (:u9, :m1)"),
+    ("mcp_service_table_mcp_service_id_fkey",
+        "INSERT INTO mcp_service_table (user_id, mcp_service_id) VALUES (:u1, :m9)"),
     ("mcp_service_table_mcp_service_id_fkey", "DELETE FROM mcp_table WHERE mcp_service_id = :m1"),
     ("mcp_service_table_usage_count_check", "UPDATE mcp_service_table SET usage_count = -1"),
-    ("mcp_service_table_custom_name_check", "UPDATE mcp_service_table SET custom_name = repeat('x', 256)"),
+    ("mcp_service_table_custom_name_check",
+        "UPDATE mcp_service_table SET custom_name = repeat('x', 256)"),
     ("mcp_service_table_renewed_count_check", "UPDATE mcp_service_table SET renewed_count = -1"),
     ("mcp_service_table_oauth_status_synced",
         "UPDATE mcp_service_table SET oauth_status = 'completed' WHERE instance_id = :i2"),
-    ("mcp_service_table_service_fixed", "UPDATE mcp_service_table SET mcp_service_id = :m2 WHERE instance_id = :i1"),
-    ("mcp_table_service_disabled", "INSERT INTO mcp_service_table (user_id, mcp_service_id) VALUES (:u2, :m3)"),
+    ("mcp_service_table_service_fixed",
+        "UPDATE mcp_service_table SET mcp_service_id = :m2 WHERE instance_id = :i1"),
+    ("mcp_table_service_disabled",
+        "INSERT INTO mcp_service_table (user_id, mcp_service_id) VALUES (:u2, :m3)"),
 
-    ("mcp_credentials_pkey", "UPDATE mcp_credentials SET credential_id = :k1 WHERE credential_id = :k2"),
+    ("mcp_credentials_pkey",
+        "UPDATE mcp_credentials SET credential_id = :k1 WHERE credential_id = :k2"),
     ("mcp_credentials_instance_id_key", "INSERT INTO mcp_credentials (instance_id, api_key)
         VALUES (:i1, decode(repeat('aa', 40), 'hex'))"),
     ("mcp_credentials_instance_id_fkey", "INSERT INTO mcp_credentials (instance_id, api_key)
         VALUES (:i9, decode(repeat('aa', 40), 'hex'))"),
-    ("mcp_credentials_oauth_state_key", "UPDATE mcp_credentials SET oauth_state = 'state_1' WHERE credential_id = :k1"),
-    ("mcp_credentials_api_key_check", "UPDATE mcp_credentials SET api_key = decode(repeat('aa', 28), 'hex')
+    ("mcp_credentials_oauth_state_key",
+        "UPDATE mcp_credentials SET oauth_state = 'state_1' WHERE credential_id = :k1"),
+    ("mcp_credentials_api_key_check",
+        "UPDATE mcp_credentials SET api_key = decode(repeat('aa', 28), 'hex')
         WHERE credential_id = :k1"),
-    ("mcp_credentials_api_key_check", "UPDATE mcp_credentials SET api_key = decode(repeat('aa', 16385), 'hex')
+    ("mcp_credentials_api_key_check",
+        "UPDATE mcp_credentials SET api_key = decode(repeat('aa', 16385), 'hex')
         WHERE credential_id = :k1"),
-    ("mcp_credentials_client_secret_check", "UPDATE mcp_credentials SET client_secret = 'short' WHERE credential_id = :k2"),
-    ("mcp_credentials_access_token_check", "UPDATE mcp_credentials SET access_token = 'short' WHERE credential_id = :k2"),
-    ("mcp_credentials_refresh_token_check", "UPDATE mcp_credentials SET refresh_token = 'short' WHERE credential_id = :k2"),
-    ("check_credential_type", "UPDATE mcp_credentials SET client_id = 'both' WHERE credential_id = :k1"),
-    ("check_credential_type", "UPDATE mcp_credentials SET api_key = NULL WHERE credential_id = :k1"),
-    ("check_credential_type", "UPDATE mcp_credentials SET client_secret = NULL WHERE credential_id = :k2"),
-    ("check_oauth_tokens", "UPDATE mcp_credentials SET access_token = api_key WHERE credential_id = :k1"),
-    ("check_oauth_tokens", "UPDATE mcp_credentials SET refresh_token = api_key WHERE credential_id = :k1"),
-    ("check_oauth_status_consistency", "UPDATE mcp_credentials SET oauth_status = 'completed' WHERE credential_id = :k2"),
-    ("check_oauth_status_consistency", "UPDATE mcp_credentials SET oauth_completed_at = now() WHERE credential_id = :k2"),
-    ("check_oauth_status_consistency", "UPDATE mcp_credentials SET oauth_status = 'pending' WHERE credential_id = :k1"),
+    ("mcp_credentials_client_secret_check",
+        "UPDATE mcp_credentials SET client_secret = 'short' WHERE credential_id = :k2"),
+    ("mcp_credentials_access_token_check",
+        "UPDATE mcp_credentials SET access_token = 'short' WHERE credential_id = :k2"),
+    ("mcp_credentials_refresh_token_check",
+        "UPDATE mcp_credentials SET refresh_token = 'short' WHERE credential_id = :k2"),
+    ("check_credential_type",
+        "UPDATE mcp_credentials SET client_id = 'both' WHERE credential_id = :k1"),
+    ("check_credential_type",
+        "UPDATE mcp_credentials SET api_key = NULL WHERE credential_id = :k1"),
+    ("check_credential_type",
+        "UPDATE mcp_credentials SET client_secret = NULL WHERE credential_id = :k2"),
+    ("check_oauth_tokens",
+        "UPDATE mcp_credentials SET access_token = api_key WHERE credential_id = :k1"),
+    ("check_oauth_tokens",
+        "UPDATE mcp_credentials SET refresh_token = api_key WHERE credential_id = :k1"),
+    ("check_oauth_status_consistency",
+        "UPDATE mcp_credentials SET oauth_status = 'completed' WHERE credential_id = :k2"),
+    ("check_oauth_status_consistency",
+        "UPDATE mcp_credentials SET oauth_completed_at = now() WHERE credential_id = :k2"),
+    ("check_oauth_status_consistency",
+        "UPDATE mcp_credentials SET oauth_status = 'pending' WHERE credential_id = :k1"),
 
     ("token_audit_log_pkey", "INSERT INTO token_audit_log (audit_id, instance_id, operation, status)
         OVERRIDING SYSTEM VALUE VALUES (1, :i1, 'x', 'success')"),
-    ("token_audit_log_operation_check", "INSERT INTO token_audit_log (instance_id, operation, status)
+    ("token_audit_log_operation_check",
+        "INSERT INTO token_audit_log (instance_id, operation, status)
         VALUES (:i1, '', 'success')"),
     ("token_audit_log_append_only", "UPDATE token_audit_log SET operation = 'y'"),
     ("token_audit_log_append_only", "TRUNCATE token_audit_log"),
-    ("token_audit_log_append_only", "DELETE FROM token_audit_log WHERE created_at > now() - interval '89 days'"),
+    ("token_audit_log_append_only",
+        "DELETE FROM token_audit_log WHERE created_at > now() - interval '89 days'"),
 
-    ("user_plans_pkey", "UPDATE user_plans SET plan_id = (SELECT plan_id FROM user_plans WHERE user_id = :u1)
+    ("user_plans_pkey",
+        "UPDATE user_plans SET plan_id = (SELECT plan_id FROM user_plans WHERE user_id = :u1)
         WHERE user_id = :u2"),
     ("user_plans_user_id_fkey", "INSERT INTO user_plans (user_id, plan_type) VALUES (:u9, 'pro')"),
     ("unique_user_plan", "INSERT INTO user_plans (user_id, plan_type) VALUES (:u1, 'pro')"),
@@ -194,23 +257,35 @@ const VIOLATIONS: &[(&str, &str)] = &[
     ("check_max_instances_for_plan", "UPDATE user_plans SET max_instances = NULL"),
     ("check_max_instances_for_plan", "UPDATE user_plans SET plan_type = 'pro'"),
     ("user_plans_features_check", "UPDATE user_plans SET features = '[]'"),
-    ("user_plans_subscription_id_key", "UPDATE user_plans SET subscription_id = 'sub_plan_1' WHERE user_id = :u2"),
-    ("user_plans_customer_id_key", "UPDATE user_plans SET customer_id = 'cust_plan_1' WHERE user_id = :u2"),
-    ("user_plans_subscription_id_check", "UPDATE user_plans SET subscription_id = '' WHERE user_id = :u1"),
+    ("user_plans_subscription_id_key",
+        "UPDATE user_plans SET subscription_id = 'sub_plan_1' WHERE user_id = :u2"),
+    ("user_plans_customer_id_key",
+        "UPDATE user_plans SET customer_id = 'cust_plan_1' WHERE user_id = :u2"),
+    ("user_plans_subscription_id_check",
+        "UPDATE user_plans SET subscription_id = '' WHERE user_id = :u1"),
     ("user_plans_customer_id_check", "UPDATE user_plans SET customer_id = '' WHERE user_id = :u1"),
-    ("user_plan_active_limit", "UPDATE mcp_service_table SET status = 'active' WHERE instance_id = :i3"),
-    ("user_plan_active_limit", "INSERT INTO mcp_service_table (user_id, mcp_service_id, oauth_status)
+    ("user_plan_active_limit",
+        "UPDATE mcp_service_table SET status = 'active' WHERE instance_id = :i3"),
+    ("user_plan_active_limit",
+        "INSERT INTO mcp_service_table (user_id, mcp_service_id, oauth_status)
         VALUES (:u1, :m1, 'completed')"),
-    ("user_plan_active_limit", "UPDATE mcp_credentials SET oauth_status = 'completed', oauth_completed_at = now()
-        WHERE credential_id = :k2; UPDATE mcp_service_table SET user_id = :u1 WHERE instance_id = :i2"),
+    ("user_plan_active_limit",
+        "UPDATE mcp_credentials SET oauth_status = 'completed', oauth_completed_at = now()
+        WHERE credential_id = :k2; UPDATE mcp_service_table SET user_id = :u1
+            WHERE instance_id = :i2"),
     ("user_plan_active_limit", "UPDATE mcp_service_table SET user_id = :u1 WHERE instance_id = :i2;
-        UPDATE mcp_credentials SET oauth_status = 'completed', oauth_completed_at = now() WHERE credential_id = :k2"),
+        UPDATE mcp_credentials SET oauth_status = 'completed', oauth_completed_at = now()
+            WHERE credential_id = :k2"),
     ("user_plan_expired", "UPDATE user_plans SET expires_at = now() WHERE user_id = :u2;
-        UPDATE mcp_credentials SET oauth_status = 'completed', oauth_completed_at = now() WHERE credential_id = :k2"),
+        UPDATE mcp_credentials SET oauth_status = 'completed', oauth_completed_at = now()
+            WHERE credential_id = :k2"),
     ("user_plan_missing", "DELETE FROM user_plans WHERE user_id = :u2;
-        UPDATE mcp_credentials SET oauth_status = 'completed', oauth_completed_at = now() WHERE credential_id = :k2"),
+        UPDATE mcp_credentials SET oauth_status = 'completed', oauth_completed_at = now()
+            WHERE credential_id = :k2"),
 
-    ("webhook_events_pkey", "INSERT INTO webhook_events (event_id, external_event_id, event_type, payment_gateway, payload)
+    ("webhook_events_pkey",
+        "INSERT
+            INTO webhook_events (event_id, external_event_id, event_type, payment_gateway, payload)
         VALUES (:w1, 'evt_2', 'x', 'stripe', '{}')"),
     ("webhook_events_payment_gateway_external_event_id_key",
         "INSERT INTO webhook_events (external_event_id, event_type, payment_gateway, payload)
@@ -220,21 +295,30 @@ const VIOLATIONS: &[(&str, &str)] = &[
     ("webhook_events_processed_at_check", "UPDATE webhook_events SET processing_status = 'failed'"),
 
     ("user_billing_details_pkey", "INSERT INTO user_billing_details
-        (billing_id, user_id, address_line1, city, state, country, zip_code) VALUES (:b1, :u2, 'a', 'b', 'c', 'd', 'e')"),
+        (billing_id, user_id, address_line1, city, state, country, zip_code) VALUES
+            (:b1, :u2, 'a', 'b', 'c', 'd', 'e')"),
     ("user_billing_details_user_id_fkey", "UPDATE user_billing_details SET user_id = :u9"),
     ("unique_user_billing", "INSERT INTO user_billing_details
-        (user_id, address_line1, city, state, country, zip_code) VALUES (:u1, 'a', 'b', 'c', 'd', 'e')"),
-    ("user_billing_details_address_line1_check", "UPDATE user_billing_details SET address_line1 = ''"),
-    ("user_billing_details_address_line1_check", "UPDATE user_billing_details SET address_line1 = repeat('x', 256)"),
-    ("user_billing_details_address_line2_check", "UPDATE user_billing_details SET address_line2 = repeat('x', 256)"),
+        (user_id, address_line1, city, state, country, zip_code) VALUES
+            (:u1, 'a', 'b', 'c', 'd', 'e')"),
+    ("user_billing_details_address_line1_check",
+        "UPDATE user_billing_details SET address_line1 = ''"),
+    ("user_billing_details_address_line1_check",
+        "UPDATE user_billing_details SET address_line1 = repeat('x', 256)"),
+    ("user_billing_details_address_line2_check",
+        "UPDATE user_billing_details SET address_line2 = repeat('x', 256)"),
     ("user_billing_details_city_check", "UPDATE user_billing_details SET city = repeat('x', 101)"),
     ("user_billing_details_state_check", "UPDATE user_billing_details SET state = ''"),
     ("user_billing_details_country_check", "UPDATE user_billing_details SET country = ''"),
-    ("user_billing_details_zip_code_check", "UPDATE user_billing_details SET zip_code = repeat('1', 21)"),
+    ("user_billing_details_zip_code_check",
+        "UPDATE user_billing_details SET zip_code = repeat('1', 21)"),
     ("user_billing_details_cards_check", "UPDATE user_billing_details SET cards = '{}'"),
-    ("user_billing_details_no_card_secrets", r#"UPDATE user_billing_details SET cards = '[{"number": "4111"}]'"#),
-    ("user_billing_details_no_card_secrets", r#"UPDATE user_billing_details SET cards = '[{"a": [[{"CVV": 1}]]}]'"#),
-    ("user_billing_details_no_card_secrets", r#"UPDATE user_billing_details SET cards = '[[{"a": {"cvc": null}}]]'"#),
+    ("user_billing_details_no_card_secrets",
+        r#"UPDATE user_billing_details SET cards = '[{"number": "4111"}]'"#),
+    ("user_billing_details_no_card_secrets",
+        r#"UPDATE user_billing_details SET cards = '[{"a": [[{"CVV": 1}]]}]'"#),
+    ("user_billing_details_no_card_secrets",
+        r#"UPDATE user_billing_details SET cards = '[[{"a": {"cvc": null}}]]'"#),
 ];
 
 /// Runs the statements in a transaction that is rolled back, and returns what they violated.
@@ -303,8 +387,8 @@ fn violated() -> BTreeSet<String> {
     names.collect()
 }
 
-/// A new constraint needs no case here if its name follows the pattern and PostgreSQL enforces it. It
-/// needs one if a trigger raises it, or if it has a name of its own for callers to match on.
+/// A new constraint needs a case if a trigger raises it, or if it has a name of its own for callers
+/// to match on. It needs none if its name follows the pattern: PostgreSQL enforces it.
 #[test]
 fn each_named_constraint_is_violated_once() {
     let mut expected = names(RAISED);
@@ -334,29 +418,39 @@ fn what_is_allowed_is_allowed() {
     let database = database_with_rows();
     let conn = &mut database.connect();
     for sql in [
-        "UPDATE users SET last_name = '', password = '$argon2id$v=19$x', email = 'é@example.in' WHERE id = :u1",
+        "UPDATE users SET last_name = '', password = '$argon2id$v=19$x', email = 'é@example.in'
+            WHERE id = :u1",
         "DELETE FROM users WHERE id = :u2",
         "INSERT INTO auth_tokens (user_id, token, type, expires_at)
-         SELECT :u1, decode(repeat(n, 32), 'hex'), 'refresh', now() + interval '1 day' FROM unnest('{07,08}'::text[]) n",
+         SELECT :u1, decode(repeat(n, 32), 'hex'), 'refresh', now() + interval '1 day'
+             FROM unnest('{07,08}'::text[]) n",
         "INSERT INTO auth_tokens (user_id, token, type, expires_at)
          VALUES (:u2, decode(repeat('02', 32), 'hex'), 'email_otp', now() + interval '1 day')",
         "UPDATE auth_tokens SET is_used = true;
          INSERT INTO auth_tokens (user_id, token, type, expires_at)
          VALUES (:u1, decode(repeat('02', 32), 'hex'), 'email_otp', now() + interval '1 day')",
-        "INSERT INTO user_subscriptions (user_id, status) VALUES (:u1, 'cancelled'), (:u1, 'halted')",
-        "UPDATE user_subscriptions SET proration_amount = -100, trial_start = now(), trial_end = now() + interval '1 day'",
-        "INSERT INTO subscription_transactions (user_id, transaction_type, amount, tax_amount, net_amount, status,
+        "INSERT INTO user_subscriptions (user_id, status) VALUES (:u1, 'cancelled'),
+            (:u1, 'halted')",
+        "UPDATE user_subscriptions
+            SET proration_amount = -100, trial_start = now(), trial_end = now() + interval '1 day'",
+        "INSERT INTO subscription_transactions
+            (user_id, transaction_type, amount, tax_amount, net_amount, status,
              parent_transaction_id) VALUES (:u1, 'refund', -49900, -100, -49800, 'captured', :x1)",
-        "INSERT INTO account_credits (user_id, amount, source_type) VALUES (:u1, -1, 'promotion'), (:u1, 1, 'promotion')",
+        "INSERT INTO account_credits (user_id, amount, source_type) VALUES (:u1, -1, 'promotion'),
+            (:u1, 1, 'promotion')",
         "UPDATE account_credits SET is_used = true, used_at = now()",
         "UPDATE mcp_table SET is_active = false;
-         UPDATE mcp_service_table SET status = 'inactive'; UPDATE mcp_service_table SET status = 'active' WHERE instance_id = :i1",
-        "UPDATE mcp_credentials SET api_key = decode(repeat('aa', 16384), 'hex') WHERE credential_id = :k1;
-         UPDATE mcp_credentials SET api_key = decode(repeat('aa', 29), 'hex') WHERE credential_id = :k1",
+         UPDATE mcp_service_table SET status = 'inactive'; UPDATE mcp_service_table
+             SET status = 'active' WHERE instance_id = :i1",
+        "UPDATE mcp_credentials SET api_key = decode(repeat('aa', 16384), 'hex')
+            WHERE credential_id = :k1;
+         UPDATE mcp_credentials SET api_key = decode(repeat('aa', 29), 'hex')
+             WHERE credential_id = :k1",
         "DELETE FROM token_audit_log WHERE created_at < now() - interval '90 days'",
         "INSERT INTO webhook_events (external_event_id, event_type, payment_gateway, payload)
          VALUES ('evt_1', 'x', 'stripe', '{}')",
-        r#"UPDATE user_billing_details SET cards = '[{"id": "number", "last4": "4242", "token": "cvv"}]'"#,
+        r#"UPDATE user_billing_details
+            SET cards = '[{"id": "number", "last4": "4242", "token": "cvv"}]'"#,
     ] {
         conn.test_transaction::<_, diesel::result::Error, _>(|conn| {
             conn.batch_execute(&with_keys(sql))

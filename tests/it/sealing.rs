@@ -4,25 +4,25 @@ use std::error::Error;
 
 use aes_gcm::aead::{Aead, KeyInit, Payload};
 use aes_gcm::{Aes256Gcm, Nonce};
-use bruhmcp_db::crypto::{KeyRing, KeyRingError, OpenError, SealError, SecretColumn};
+use bruhmcp_db::crypto::{KeyError, KeyRing, OpenError, SealError, SecretColumn};
 use bruhmcp_db::enums::OauthStatus;
 use bruhmcp_db::ids::CredentialId;
 use bruhmcp_db::models::{
-    CredentialError, InstanceFilter, McpCredential, McpCredentialChangeset, McpInstance,
-    NewMcpCredential, OauthTokens, Resealed,
+    CredentialError, InstanceFilter, McpCredential, McpInstance, NewMcpCredential, NewMcpInstance,
+    OauthTokens, Resealed,
 };
-use bruhmcp_db::{ConstraintViolation, Sealed};
+use bruhmcp_db::schema::mcp_credentials;
+use bruhmcp_db::{ConstraintViolation, Page, Sealed, SecretText};
 use chrono::Utc;
 use diesel::prelude::*;
 use diesel::result::Error::DatabaseError;
 use proptest::prelude::*;
-use secrecy::{ExposeSecret, SecretString};
 use uuid::Uuid;
 
-use crate::oauth::{RING, completed, insert_api_key, instance, pro_user, service, text};
+use crate::fixtures::{RING, completed, pro_user, service, text, with_api_key};
 use crate::support::{at_once, database};
 
-/// Of each id a key of 32 octets, the same ones for the same `seed`.
+/// A key of 32 bytes for each id, derived from `seed`.
 fn ring(seed: u8, ids: &[u8]) -> KeyRing {
     let keys: Vec<_> = ids.iter().map(|&id| (id, [seed ^ id; 32])).collect();
     KeyRing::new(keys.iter().map(|(id, key)| (*id, &key[..]))).unwrap()
@@ -42,10 +42,10 @@ proptest! {
         secret in ".{0,200}", row in any_row(), other_row in any_row(), column in any_column(), other_column in any_column(),
     ) {
         let ring = ring(7, &[3, 2]);
-        let sealed = ring.seal(&SecretString::from(secret.as_str()), row, column).unwrap();
+        let sealed = ring.seal(&SecretText::from(secret.as_str()), row, column).unwrap();
         prop_assert_eq!(sealed.as_ciphertext().len(), secret.len() + 30);
         let opened = ring.open(&sealed, row, column).unwrap();
-        prop_assert_eq!(opened.expose_secret(), &secret);
+        prop_assert_eq!(opened.expose(), &secret);
 
         if row != other_row {
             prop_assert_eq!(ring.open(&sealed, other_row, column).unwrap_err(), OpenError::Altered);
@@ -53,17 +53,17 @@ proptest! {
         if column != other_column {
             prop_assert_eq!(ring.open(&sealed, row, other_column).unwrap_err(), OpenError::Altered);
         }
-        // The same ids, other keys; and no such id.
+        // A ring with other keys of the same ids, and one without the id.
         let other = self::ring(8, &[3, 2]);
         prop_assert_eq!(other.open(&sealed, row, column).unwrap_err(), OpenError::Altered);
         let without = self::ring(7, &[2]);
         prop_assert_eq!(without.open(&sealed, row, column).unwrap_err(), OpenError::UnknownKey { key_id: 3 });
 
-        // The ring after a rotation; and nonces differ.
+        // The ring after a rotation. Nonces differ.
         let rotated = self::ring(7, &[4, 3]);
         let opened = rotated.open(&sealed, row, column).unwrap();
-        prop_assert_eq!(opened.expose_secret(), &secret);
-        let again = ring.seal(&SecretString::from(secret), row, column).unwrap();
+        prop_assert_eq!(opened.expose(), &secret);
+        let again = ring.seal(&SecretText::from(secret), row, column).unwrap();
         prop_assert_ne!(&again.as_ciphertext()[2..14], &sealed.as_ciphertext()[2..14]);
     }
 
@@ -72,16 +72,16 @@ proptest! {
         secret in ".{0,50}", row in any_row(), column in any_column(), bit in any::<proptest::sample::Index>(), more in any::<u8>(),
     ) {
         let ring = ring(7, &[3, 2]);
-        let sealed = ring.seal(&SecretString::from(secret), row, column).unwrap();
+        let sealed = ring.seal(&SecretText::from(secret), row, column).unwrap();
         let sealed = sealed.as_ciphertext();
-        let open = |octets: Vec<u8>| ring.open(&Sealed::from_ciphertext(octets), row, column).unwrap_err();
+        let open = |bytes: Vec<u8>| ring.open(&Sealed::from_ciphertext(bytes), row, column).unwrap_err();
 
         let bit = bit.index(sealed.len() * 8);
         let mut flipped = sealed.to_vec();
         flipped[bit / 8] ^= 1 << (bit % 8);
         let expected = match (bit / 8, flipped[1]) {
             (0, _) => OpenError::UnknownFormat,
-            // Another key of the ring, which isn't the one.
+            // The ring has this key, but the value was sealed with another.
             (1, 2) => OpenError::Altered,
             (1, key_id) => OpenError::UnknownKey { key_id },
             _ => OpenError::Altered,
@@ -98,7 +98,7 @@ proptest! {
     #[test]
     fn nothing_shows_a_secret(secret in "[a-z]{12,40}", row in any_row(), column in any_column()) {
         let ring = ring(7, &[3]);
-        let sealed = ring.seal(&SecretString::from(secret.as_str()), row, column).unwrap();
+        let sealed = ring.seal(&SecretText::from(secret.as_str()), row, column).unwrap();
         prop_assert!(!sealed.as_ciphertext().windows(secret.len()).any(|part| part == secret.as_bytes()));
         let opened = ring.open(&sealed, row, column).unwrap();
         let tokens = OauthTokens::seal(&ring, row, &opened, Some(&opened), None, None).unwrap();
@@ -108,7 +108,7 @@ proptest! {
     }
 }
 
-/// A value made without the crate, from what the documentation says.
+/// A value that was made without the crate, by the documented format.
 #[test]
 fn the_format_is_as_documented() {
     let row = CredentialId(Uuid::from_u128(5));
@@ -133,25 +133,22 @@ fn the_format_is_as_documented() {
     };
     let ring = KeyRing::new([(9, &[7; 32][..])]).unwrap();
     let open = |sealed| ring.open(&sealed, row, SecretColumn::RefreshToken);
-    assert_eq!(open(seal(b"1//abc")).unwrap().expose_secret(), "1//abc");
+    assert_eq!(open(seal(b"1//abc")).unwrap().expose(), "1//abc");
     assert_eq!(open(seal(b"\xff\xfe")).unwrap_err(), OpenError::NotText);
 }
 
 #[test]
-fn a_ring_needs_keys_of_32_octets_with_an_id_each() {
+fn a_ring_needs_keys_of_32_bytes_with_different_ids() {
     let ring = |keys: &[(u8, usize)]| {
         let key = |&(id, length): &(u8, usize)| (id, &[0; 40][..length]);
         KeyRing::new(keys.iter().map(key)).unwrap_err()
     };
-    assert_eq!(ring(&[]), KeyRingError::Empty);
-    assert_eq!(
-        ring(&[(1, 32), (2, 31)]),
-        KeyRingError::Length { key_id: 2 }
-    );
-    assert_eq!(ring(&[(1, 33)]), KeyRingError::Length { key_id: 1 });
+    assert_eq!(ring(&[]), KeyError::Empty);
+    assert_eq!(ring(&[(1, 32), (2, 31)]), KeyError::Length { key_id: 2 });
+    assert_eq!(ring(&[(1, 33)]), KeyError::Length { key_id: 1 });
     assert_eq!(
         ring(&[(1, 32), (2, 32), (1, 32)]),
-        KeyRingError::Duplicate { key_id: 1 }
+        KeyError::Duplicate { key_id: 1 }
     );
 }
 
@@ -159,23 +156,21 @@ fn a_ring_needs_keys_of_32_octets_with_an_id_each() {
 fn the_longest_and_the_shortest_secret_fit_the_database() {
     let database = database();
     let conn = &mut database.connect();
-    let (user_id, service_id) = (pro_user(conn), service(conn));
+    let (user_id, service_id) = (pro_user(conn), service(conn, "gmail", 4001));
     for length in [0, KeyRing::MAX_LEN] {
-        let instance_id = instance(conn, user_id, service_id);
-        let row = insert_api_key(conn, instance_id, &"k".repeat(length));
+        let row = with_api_key(conn, user_id, service_id, &"k".repeat(length));
         assert_eq!(text(&row, SecretColumn::ApiKey).len(), length);
         assert_eq!(row.oauth_status, OauthStatus::Completed);
-        let instance = McpInstance::find(conn, instance_id).unwrap().unwrap();
+        let instance = McpInstance::find(conn, row.instance_id).unwrap().unwrap();
         assert_eq!(instance.oauth_status, OauthStatus::Completed);
     }
-    let too_long = SecretString::from("k".repeat(KeyRing::MAX_LEN + 1));
+    let too_long = SecretText::from("k".repeat(KeyRing::MAX_LEN + 1));
     let id = CredentialId::new();
     assert_eq!(
         RING.seal(&too_long, id, SecretColumn::ApiKey).unwrap_err(),
         SealError::TooLong
     );
-    let instance_id = instance(conn, user_id, service_id);
-    let new = NewMcpCredential::oauth(&RING, instance_id, "client", &too_long);
+    let new = NewMcpCredential::oauth(&RING, "client", &too_long);
     assert_eq!(new.unwrap_err(), SealError::TooLong);
 }
 
@@ -183,29 +178,20 @@ fn the_longest_and_the_shortest_secret_fit_the_database() {
 fn a_value_copied_in_the_database_does_not_open() {
     let database = database();
     let conn = &mut database.connect();
-    let (user_id, service_id) = (pro_user(conn), service(conn));
+    let (user_id, service_id) = (pro_user(conn), service(conn, "gmail", 4001));
     let oauth = completed(conn, user_id, service_id, Utc::now());
-    let [from, to] = ["one", "other"].map(|key| {
-        let instance_id = instance(conn, user_id, service_id);
-        insert_api_key(conn, instance_id, key)
-    });
-    let copy = McpCredentialChangeset {
-        api_key: Some(from.api_key.clone()),
-        ..Default::default()
-    };
-    let to = McpCredential::update(conn, to.credential_id, &copy)
-        .unwrap()
+    let [from, to] = ["one", "other"].map(|key| with_api_key(conn, user_id, service_id, key));
+    let to: McpCredential = diesel::update(&to)
+        .set(mcp_credentials::api_key.eq(&from.api_key))
+        .get_result(conn)
         .unwrap();
     let opened = to.open(&RING, SecretColumn::ApiKey);
     assert_eq!(opened.unwrap_err(), OpenError::Altered);
     assert!(to.open(&RING, SecretColumn::AccessToken).unwrap().is_none());
 
-    let copy = McpCredentialChangeset {
-        access_token: Some(oauth.refresh_token.clone()),
-        ..Default::default()
-    };
-    let oauth = McpCredential::update(conn, oauth.credential_id, &copy)
-        .unwrap()
+    let oauth: McpCredential = diesel::update(&oauth)
+        .set(mcp_credentials::access_token.eq(&oauth.refresh_token))
+        .get_result(conn)
         .unwrap();
     let opened = oauth.open(&RING, SecretColumn::AccessToken);
     assert_eq!(opened.unwrap_err(), OpenError::Altered);
@@ -213,7 +199,7 @@ fn a_value_copied_in_the_database_does_not_open() {
 }
 
 /// All batches of a pass.
-fn reseal_all(conn: &mut PgConnection, ring: &KeyRing, limit: i64) -> Vec<Resealed> {
+fn reseal_all(conn: &mut PgConnection, ring: &KeyRing, limit: u16) -> Vec<Resealed> {
     let mut batches: Vec<Resealed> = Vec::new();
     loop {
         let after = batches.last().and_then(|batch| batch.next);
@@ -231,7 +217,7 @@ fn rotated() -> KeyRing {
     KeyRing::new([(2, &[2; 32][..]), (1, &[1; 32][..])]).unwrap()
 }
 
-/// The ring when key 1 is gone.
+/// The ring without key 1.
 fn retired() -> KeyRing {
     KeyRing::new([(2, &[2; 32][..])]).unwrap()
 }
@@ -240,30 +226,26 @@ fn retired() -> KeyRing {
 fn a_rotation_leaves_nothing_under_the_old_key() {
     let database = database();
     let conn = &mut database.connect();
-    let (user_id, service_id) = (pro_user(conn), service(conn));
+    let (user_id, service_id) = (pro_user(conn), service(conn, "gmail", 4001));
     for number in 0..7 {
-        let instance_id = instance(conn, user_id, service_id);
-        insert_api_key(conn, instance_id, &format!("key {number}"));
+        with_api_key(conn, user_id, service_id, &format!("key {number}"));
     }
     let oauth = completed(conn, user_id, service_id, Utc::now());
     let broken = {
-        let instance_id = instance(conn, user_id, service_id);
-        let new = NewMcpCredential {
-            // The least there is, so that it stands in the way of all others if it does.
-            credential_id: Some(CredentialId(Uuid::from_u128(1))),
-            api_key: Some(Sealed::from_ciphertext(vec![1; 40])),
-            ..NewMcpCredential::api_key(&RING, instance_id, &SecretString::from("")).unwrap()
-        };
-        McpCredential::insert(conn, &new).unwrap().credential_id
+        // The smallest key, so that it would block all others.
+        let id = CredentialId(Uuid::from_u128(1));
+        let key = NewMcpCredential::sealed_api_key(id, Sealed::from_ciphertext(vec![1; 40]));
+        McpInstance::create(conn, &NewMcpInstance::new(user_id, service_id), &key).unwrap();
+        id
     };
     let ring = rotated();
     assert_eq!(McpCredential::count_to_reseal(conn, &RING).unwrap(), 0);
     assert_eq!(McpCredential::count_to_reseal(conn, &ring).unwrap(), 9);
 
-    // Somebody is at work on one of them.
+    // Another transaction changes one of them.
     let (id, version) = (oauth.credential_id, oauth.version);
     let fresh = RING
-        .seal(&SecretString::from("fresh"), id, SecretColumn::ClientSecret)
+        .seal(&SecretText::from("fresh"), id, SecretColumn::ClientSecret)
         .unwrap();
     let at_work = |other: &mut PgConnection| {
         McpCredential::replace_client_secret(other, id, version, &fresh)?;
@@ -279,17 +261,19 @@ fn a_rotation_leaves_nothing_under_the_old_key() {
     let batches = reseal_all(conn, &ring, 3);
     assert_eq!(batches[0].resealed, 1);
     assert_eq!(McpCredential::count_to_reseal(conn, &ring).unwrap(), 1);
-    McpCredential::delete(conn, broken).unwrap();
+    diesel::delete(mcp_credentials::table.find(broken))
+        .execute(conn)
+        .unwrap();
     assert_eq!(McpCredential::count_to_reseal(conn, &ring).unwrap(), 0);
 
-    // All of it opens without the old key, the four columns of one row included.
+    // Everything opens without the old key.
     let ring = retired();
     let oauth = McpCredential::find(conn, oauth.credential_id)
         .unwrap()
         .unwrap();
     let open = |row: &McpCredential, column| {
         let secret = row.open(&ring, column).unwrap();
-        secret.map(|secret| secret.expose_secret().to_owned())
+        secret.map(|secret| secret.expose().to_owned())
     };
     assert_eq!(
         SecretColumn::ALL.map(|column| open(&oauth, column)),
@@ -301,7 +285,8 @@ fn a_rotation_leaves_nothing_under_the_old_key() {
         ]
     );
     let instances =
-        McpInstance::list_by_user(conn, user_id, InstanceFilter::default(), None, 100).unwrap();
+        McpInstance::list_by_user(conn, user_id, InstanceFilter::default(), Page::first(100))
+            .unwrap();
     let mut keys: Vec<_> = instances
         .iter()
         .filter_map(|details| {
@@ -316,19 +301,16 @@ fn a_rotation_leaves_nothing_under_the_old_key() {
     );
 }
 
-/// Four threads count up under the seal, with the new ring, while two others seal anew.
+/// Four threads increment sealed numbers with the new ring, while two others reseal.
 #[test]
-fn sealing_anew_loses_no_change() {
+fn resealing_loses_no_change() {
     const ROWS: usize = 10;
     const WRITERS: usize = 4;
     let database = database();
     let conn = &mut database.connect();
-    let (user_id, service_id) = (pro_user(conn), service(conn));
+    let (user_id, service_id) = (pro_user(conn), service(conn, "gmail", 4001));
     let rows: Vec<_> = (0..ROWS)
-        .map(|_| {
-            let instance_id = instance(conn, user_id, service_id);
-            insert_api_key(conn, instance_id, "0")
-        })
+        .map(|_| with_api_key(conn, user_id, service_id, "0"))
         .collect();
 
     let ring = rotated();
@@ -341,8 +323,8 @@ fn sealing_anew_loses_no_change() {
             let (id, mut row) = (row.credential_id, row.clone());
             loop {
                 let count = row.open(&ring, SecretColumn::ApiKey).unwrap().unwrap();
-                let count: usize = count.expose_secret().parse().unwrap();
-                let next = SecretString::from((count + 1).to_string());
+                let count: usize = count.expose().parse().unwrap();
+                let next = SecretText::from((count + 1).to_string());
                 let next = ring.seal(&next, id, SecretColumn::ApiKey).unwrap();
                 match McpCredential::replace_api_key(conn, id, row.version, &next) {
                     Ok(_) => break,
@@ -358,20 +340,18 @@ fn sealing_anew_loses_no_change() {
             .unwrap()
             .unwrap();
         let count = row.open(&retired(), SecretColumn::ApiKey).unwrap().unwrap();
-        assert_eq!(count.expose_secret(), WRITERS.to_string());
+        assert_eq!(count.expose(), WRITERS.to_string());
     }
 }
 
 /// The server's DETAIL prints the whole row.
 #[test]
-fn a_broken_rule_shows_nothing_of_the_row() {
+fn a_violated_constraint_shows_nothing_of_the_row() {
     let database = database();
     let conn = &mut database.connect();
-    let (user_id, service_id) = (pro_user(conn), service(conn));
+    let (user_id, service_id) = (pro_user(conn), service(conn, "gmail", 4001));
     let row = completed(conn, user_id, service_id, Utc::now());
-    let id = row.credential_id;
-
-    let hex = |octets: &[u8]| -> String { octets.iter().map(|o| format!("{o:02x}")).collect() };
+    let hex = |bytes: &[u8]| -> String { bytes.iter().map(|b| format!("{b:02x}")).collect() };
     let sealed = row.refresh_token.as_ref().unwrap().as_ciphertext();
     let secrets = [hex(b"whisper"), hex(&sealed[..16])];
     let short = OauthTokens {
@@ -380,16 +360,19 @@ fn a_broken_rule_shows_nothing_of_the_row() {
         expires_at: None,
         scope: None,
     };
-    let error = McpCredential::store_refreshed(conn, id, row.version, &short).unwrap_err();
+    let error = McpCredential::store_refreshed(conn, &row, &short).unwrap_err();
     let CredentialError::Database(cause @ DatabaseError(_, info)) = &error else {
         panic!("{error:?}");
     };
     for secret in &secrets {
         assert!(info.details().unwrap().contains(secret));
     }
-    let rule = ConstraintViolation::of(cause).unwrap();
-    assert!(rule.is("mcp_credentials_access_token_check"), "{rule}");
-    let mut shown = format!("{error:?} {rule:?} {rule}");
+    let violation = ConstraintViolation::of(cause).unwrap();
+    assert!(
+        violation.is("mcp_credentials_access_token_check"),
+        "{violation}"
+    );
+    let mut shown = format!("{error:?} {violation:?} {violation}");
     let mut cause: Option<&dyn Error> = Some(&error);
     while let Some(error) = cause {
         shown += &format!(" {error}");

@@ -1,11 +1,11 @@
 //! One-time codes, links and refresh tokens.
 
-use bruhmcp_db::TokenDigest;
 use bruhmcp_db::enums::AuthTokenType::{
     self, EmailChangePending, EmailOtp, EmailVerification, PasswordReset, Refresh,
 };
 use bruhmcp_db::ids::UserId;
-use bruhmcp_db::models::{AuthToken, CodeCheck, ConsumeError, MAX_CODE_ATTEMPTS, Rotation, User};
+use bruhmcp_db::models::{AuthToken, CodeCheck, MAX_CODE_ATTEMPTS, Rotation, TokenError, User};
+use bruhmcp_db::{HashedToken, Page};
 use chrono::{TimeDelta, Utc};
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
@@ -13,10 +13,10 @@ use diesel::prelude::*;
 use crate::support::{self, TestDatabase};
 use crate::users::user;
 
-fn digest(number: usize) -> TokenDigest {
+fn hashed(type_: AuthTokenType, number: usize) -> HashedToken {
     let mut digest = [0; 32];
     digest[..8].copy_from_slice(&number.to_be_bytes());
-    TokenDigest::new(digest)
+    HashedToken::new(type_, digest)
 }
 
 fn hour() -> TimeDelta {
@@ -24,7 +24,7 @@ fn hour() -> TimeDelta {
 }
 
 fn issue(conn: &mut PgConnection, user: UserId, type_: AuthTokenType, number: usize) -> AuthToken {
-    AuthToken::issue(conn, user, type_, &digest(number), hour())
+    AuthToken::issue(conn, user, &hashed(type_, number), hour())
         .unwrap()
         .unwrap()
 }
@@ -37,7 +37,7 @@ fn let_two_hours_pass(database: &TestDatabase) {
 }
 
 fn live(conn: &mut PgConnection, user: UserId, type_: AuthTokenType) -> Vec<AuthToken> {
-    let tokens = AuthToken::list_by_user(conn, user, type_).unwrap();
+    let tokens = AuthToken::list_by_user(conn, user, type_, Page::first(100)).unwrap();
     tokens.into_iter().filter(|token| !token.is_used).collect()
 }
 
@@ -63,7 +63,7 @@ fn a_new_token_replaces_the_live_one_of_its_type() {
 
     User::deactivate(conn, ada).unwrap();
     for user in [ada, UserId::new()] {
-        let issued = AuthToken::issue(conn, user, EmailOtp, &digest(7), hour()).unwrap();
+        let issued = AuthToken::issue(conn, user, &hashed(EmailOtp, 7), hour()).unwrap();
         assert_eq!(issued, None);
     }
 }
@@ -120,7 +120,7 @@ fn a_live_token_is_found_and_stays_live() {
     let ada = user(conn, "ada@example.org");
     let session = issue(conn, ada, Refresh, 1);
     issue(conn, ada, EmailOtp, 2);
-    let mut find = |type_, number| AuthToken::find_live(conn, type_, &digest(number)).unwrap();
+    let mut find = |type_, number| AuthToken::find_live(conn, &hashed(type_, number)).unwrap();
     for _ in 0..2 {
         assert_eq!(find(Refresh, 1).as_ref(), Some(&session));
     }
@@ -132,9 +132,9 @@ fn a_live_token_is_found_and_stays_live() {
     assert_eq!(find(Refresh, 1), None, "expired");
     let conn = &mut database.connect();
     issue(conn, ada, Refresh, 3);
-    AuthToken::revoke(conn, Refresh, &digest(3)).unwrap();
+    AuthToken::revoke(conn, &hashed(Refresh, 3)).unwrap();
     assert_eq!(
-        AuthToken::find_live(conn, Refresh, &digest(3)).unwrap(),
+        AuthToken::find_live(conn, &hashed(Refresh, 3)).unwrap(),
         None,
         "revoked"
     );
@@ -144,7 +144,7 @@ fn a_live_token_is_found_and_stays_live() {
         .execute(conn)
         .unwrap();
     assert_eq!(
-        AuthToken::find_live(conn, Refresh, &digest(4)).unwrap(),
+        AuthToken::find_live(conn, &hashed(Refresh, 4)).unwrap(),
         None,
         "not active"
     );
@@ -156,31 +156,31 @@ fn a_link_is_consumed_once() {
     let conn = &mut database.connect();
     let ada = user(conn, "ada@example.org");
     let token = issue(conn, ada, PasswordReset, 1);
-    let consumed = AuthToken::consume(conn, PasswordReset, &digest(1)).unwrap();
+    let consumed = AuthToken::consume(conn, &hashed(PasswordReset, 1)).unwrap();
     assert_eq!((consumed.id, consumed.user_id), (token.id, ada));
 
-    let mut error = |type_, number| AuthToken::consume(conn, type_, &digest(number)).unwrap_err();
-    assert!(matches!(error(PasswordReset, 1), ConsumeError::Used));
-    assert!(matches!(error(PasswordReset, 2), ConsumeError::Unknown));
+    let mut error = |type_, number| AuthToken::consume(conn, &hashed(type_, number)).unwrap_err();
+    assert!(matches!(error(PasswordReset, 1), TokenError::Used));
+    assert!(matches!(error(PasswordReset, 2), TokenError::NotFound));
     // As another type, or a type that has a way of its own.
-    assert!(matches!(error(EmailVerification, 1), ConsumeError::Unknown));
+    assert!(matches!(error(EmailVerification, 1), TokenError::NotFound));
     for type_ in [Refresh, EmailOtp, EmailChangePending] {
         issue(&mut database.connect(), ada, type_, 3);
-        assert!(matches!(error(type_, 3), ConsumeError::Unknown));
+        assert!(matches!(error(type_, 3), TokenError::NotFound));
     }
     // Replaced.
     for number in [4, 5] {
         issue(&mut database.connect(), ada, EmailVerification, number);
     }
-    assert!(matches!(error(EmailVerification, 4), ConsumeError::Used));
+    assert!(matches!(error(EmailVerification, 4), TokenError::Used));
     // Expired.
     let_two_hours_pass(&database);
-    assert!(matches!(error(EmailVerification, 5), ConsumeError::Expired));
+    assert!(matches!(error(EmailVerification, 5), TokenError::Expired));
     // Of somebody who isn't active: even if the token were live.
     let token = issue(&mut database.connect(), ada, EmailVerification, 6);
     database.psql("UPDATE users SET is_active = false").unwrap();
-    assert!(matches!(error(EmailVerification, 6), ConsumeError::Unknown));
-    assert_eq!(AuthToken::find(conn, token.id).unwrap(), Some(token));
+    assert!(matches!(error(EmailVerification, 6), TokenError::NotFound));
+    assert_eq!(live(conn, ada, EmailVerification), [token]);
 }
 
 #[test]
@@ -189,9 +189,9 @@ fn of_32_who_present_a_link_one_gets_it() {
     let ada = user(&mut database.connect(), "ada@example.org");
     issue(&mut database.connect(), ada, EmailVerification, 1);
     let outcomes = support::at_once(&database, 32, |_, conn| {
-        AuthToken::consume(conn, EmailVerification, &digest(1))
+        AuthToken::consume(conn, &hashed(EmailVerification, 1))
     });
-    let used = |outcome: &&Result<_, _>| matches!(outcome, Err(ConsumeError::Used));
+    let used = |outcome: &&Result<_, _>| matches!(outcome, Err(TokenError::Used));
     assert_eq!(outcomes.iter().filter(used).count(), 31);
     assert_eq!(outcomes.iter().flatten().count(), 1);
 }
@@ -206,8 +206,8 @@ fn consuming_and_replacing_do_not_deadlock() {
             let number = thread * 1000 + round;
             issue(conn, ada, PasswordReset, number);
             conn.transaction(|conn| {
-                match AuthToken::consume(conn, PasswordReset, &digest(number)) {
-                    Ok(_) | Err(ConsumeError::Used) => {}
+                match AuthToken::consume(conn, &hashed(PasswordReset, number)) {
+                    Ok(_) | Err(TokenError::Used) => {}
                     Err(error) => panic!("{error:?}"),
                 }
                 AuthToken::revoke_all(conn, ada, None)
@@ -224,17 +224,17 @@ fn a_code_survives_a_few_wrong_guesses() {
     let ada = user(conn, "ada@example.org");
     let grace = user(conn, "grace@example.org");
     let mut check =
-        |user, type_, number| AuthToken::check_code(conn, user, type_, &digest(number)).unwrap();
+        |user, type_, number| AuthToken::check_code(conn, user, &hashed(type_, number)).unwrap();
     let issue = |type_, number| issue(&mut database.connect(), ada, type_, number);
 
-    assert_eq!(check(ada, EmailOtp, 1), CodeCheck::Unknown);
+    assert_eq!(check(ada, EmailOtp, 1), CodeCheck::NotFound);
     issue(EmailOtp, 1);
     for attempts_left in (1..MAX_CODE_ATTEMPTS).rev() {
         assert_eq!(check(ada, EmailOtp, 2), CodeCheck::Wrong { attempts_left });
     }
     // Neither another user nor another type counts.
-    assert_eq!(check(grace, EmailOtp, 1), CodeCheck::Unknown);
-    assert_eq!(check(ada, EmailChangePending, 1), CodeCheck::Unknown);
+    assert_eq!(check(grace, EmailOtp, 1), CodeCheck::NotFound);
+    assert_eq!(check(ada, EmailChangePending, 1), CodeCheck::NotFound);
     let CodeCheck::Right(token) = check(ada, EmailOtp, 1) else {
         panic!("the right code was refused")
     };
@@ -268,10 +268,10 @@ fn a_code_survives_a_few_wrong_guesses() {
 
     // Guesses at links and refresh tokens are not taken here.
     issue(Refresh, 4);
-    assert_eq!(check(ada, Refresh, 4), CodeCheck::Unknown);
+    assert_eq!(check(ada, Refresh, 4), CodeCheck::NotFound);
     issue(EmailOtp, 5);
     database.psql("UPDATE users SET is_active = false").unwrap();
-    assert_eq!(check(ada, EmailOtp, 5), CodeCheck::Unknown);
+    assert_eq!(check(ada, EmailOtp, 5), CodeCheck::NotFound);
 }
 
 #[test]
@@ -281,7 +281,7 @@ fn parallel_guesses_do_not_pass_the_limit() {
     let ada = user(conn, "ada@example.org");
     issue(conn, ada, EmailOtp, 100);
     let outcomes = support::at_once(&database, 32, |thread, conn| {
-        AuthToken::check_code(conn, ada, EmailOtp, &digest(thread)).unwrap()
+        AuthToken::check_code(conn, ada, &hashed(EmailOtp, thread)).unwrap()
     });
     let mut left: Vec<i16> = Vec::new();
     for outcome in outcomes {
@@ -292,7 +292,7 @@ fn parallel_guesses_do_not_pass_the_limit() {
     }
     left.sort_unstable();
     assert_eq!(left, (0..MAX_CODE_ATTEMPTS).collect::<Vec<_>>());
-    let right = AuthToken::check_code(conn, ada, EmailOtp, &digest(100)).unwrap();
+    let right = AuthToken::check_code(conn, ada, &hashed(EmailOtp, 100)).unwrap();
     assert_eq!(right, CodeCheck::TooManyAttempts);
     assert_eq!(live(conn, ada, EmailOtp)[0].attempts, MAX_CODE_ATTEMPTS);
 }
@@ -303,7 +303,7 @@ fn of_32_right_guesses_one_counts() {
     let ada = user(&mut database.connect(), "ada@example.org");
     issue(&mut database.connect(), ada, EmailOtp, 1);
     let outcomes = support::at_once(&database, 32, |_, conn| {
-        AuthToken::check_code(conn, ada, EmailOtp, &digest(1)).unwrap()
+        AuthToken::check_code(conn, ada, &hashed(EmailOtp, 1)).unwrap()
     });
     let right = |outcome: &&_| matches!(outcome, CodeCheck::Right(_));
     assert_eq!(outcomes.iter().filter(right).count(), 1);
@@ -312,7 +312,13 @@ fn of_32_right_guesses_one_counts() {
 }
 
 fn rotate(conn: &mut PgConnection, presented: usize, successor: usize) -> Rotation {
-    AuthToken::rotate(conn, &digest(presented), &digest(successor), hour()).unwrap()
+    AuthToken::rotate(
+        conn,
+        &hashed(Refresh, presented),
+        &hashed(Refresh, successor),
+        hour(),
+    )
+    .unwrap()
 }
 
 #[test]
@@ -329,7 +335,10 @@ fn a_refresh_token_has_one_successor() {
     let Rotation::Rotated(successor) = rotate(conn, 1, 2) else {
         panic!("a live token was refused")
     };
-    assert_eq!((successor.user_id, &successor.token), (ada, &digest(2)));
+    assert_eq!(
+        (successor.user_id, &successor.token),
+        (ada, &hashed(Refresh, 2).digest)
+    );
     assert!(matches!(rotate(conn, 2, 3), Rotation::Rotated(_)));
     assert_eq!(live(conn, ada, Refresh).len(), 2);
 
@@ -349,14 +358,14 @@ fn a_refresh_token_has_one_successor() {
     }
     assert_eq!(live(conn, ada, Refresh).len(), 1);
 
-    assert_eq!(rotate(conn, 99, 7), Rotation::Unknown);
+    assert_eq!(rotate(conn, 99, 7), Rotation::NotFound);
     // Not a refresh token.
-    assert_eq!(rotate(conn, 30, 7), Rotation::Unknown);
+    assert_eq!(rotate(conn, 30, 7), Rotation::NotFound);
     let_two_hours_pass(&database);
     assert_eq!(rotate(conn, 6, 7), Rotation::Expired);
     issue(conn, ada, Refresh, 8);
     database.psql("UPDATE users SET is_active = false").unwrap();
-    assert_eq!(rotate(conn, 8, 9), Rotation::Unknown);
+    assert_eq!(rotate(conn, 8, 9), Rotation::NotFound);
 }
 
 #[test]
@@ -414,9 +423,9 @@ fn revoking_is_not_using() {
     rotate(conn, 3, 4);
     issue(conn, ada, EmailOtp, 5);
 
-    assert!(AuthToken::revoke(conn, Refresh, &digest(1)).unwrap());
-    assert!(!AuthToken::revoke(conn, Refresh, &digest(1)).unwrap());
-    assert!(!AuthToken::revoke(conn, Refresh, &digest(9)).unwrap());
+    assert!(AuthToken::revoke(conn, &hashed(Refresh, 1)).unwrap());
+    assert!(!AuthToken::revoke(conn, &hashed(Refresh, 1)).unwrap());
+    assert!(!AuthToken::revoke(conn, &hashed(Refresh, 9)).unwrap());
     // Another device stays signed in, though the first presents what it had.
     assert_eq!(rotate(conn, 1, 9), Rotation::Expired);
     assert_eq!(live(conn, ada, Refresh).len(), 2);
@@ -451,36 +460,35 @@ fn the_purge_takes_what_expired_long_enough_ago() {
         issue(conn, ada, Refresh, number);
     }
     rotate(conn, 0, 40);
-    assert_eq!(
-        AuthToken::purge_expired(conn, TimeDelta::zero(), 100).unwrap(),
-        0
-    );
+    assert_eq!(AuthToken::purge(conn, TimeDelta::zero(), 100).unwrap(), 0);
     // An hour of life, and an hour since.
     let_two_hours_pass(&database);
     issue(conn, ada, Refresh, 50);
     assert_eq!(
-        AuthToken::purge_expired(conn, TimeDelta::minutes(61), 100).unwrap(),
+        AuthToken::purge(conn, TimeDelta::minutes(61), 100).unwrap(),
         0
     );
 
     database
         .psql("UPDATE auth_tokens SET expires_at = expires_at - interval '1 minute' WHERE is_used")
         .unwrap();
-    assert_eq!(AuthToken::purge_expired(conn, hour(), 1).unwrap(), 1);
+    assert_eq!(AuthToken::purge(conn, hour(), 1).unwrap(), 1);
     assert_eq!(
         rotate(conn, 0, 60),
-        Rotation::Unknown,
+        Rotation::NotFound,
         "the oldest went first"
     );
 
     // Each row once, though four purge at a time.
     let purged = support::at_once(&database, 4, |_, conn| {
-        let batches = std::iter::repeat_with(|| AuthToken::purge_expired(conn, hour(), 7).unwrap());
+        let batches = std::iter::repeat_with(|| AuthToken::purge(conn, hour(), 7).unwrap());
         batches.take_while(|&rows| rows > 0).sum::<usize>()
     });
     assert_eq!(purged.iter().sum::<usize>(), 40);
     assert_eq!(
-        AuthToken::list_by_user(conn, ada, Refresh).unwrap().len(),
+        AuthToken::list_by_user(conn, ada, Refresh, Page::first(100))
+            .unwrap()
+            .len(),
         1
     );
 }
@@ -489,7 +497,6 @@ fn the_purge_takes_what_expired_long_enough_ago() {
 #[test]
 fn a_secret_is_known_by_its_digest() {
     use bruhmcp_db::crypto::{TokenKey, TokenPurpose, new_code, new_secret};
-    use secrecy::ExposeSecret;
 
     let database = support::database();
     let conn = &mut database.connect();
@@ -498,23 +505,18 @@ fn a_secret_is_known_by_its_digest() {
     let key = TokenKey::new(&[7; 32]).unwrap();
 
     let secret = new_secret();
-    let digest = key.digest(TokenPurpose::PasswordReset, &secret);
-    AuthToken::issue(conn, ada, PasswordReset, &digest, hour()).unwrap();
-    let from_link = secret.expose_secret().to_owned().into();
-    let digest = key.digest(TokenPurpose::PasswordReset, &from_link);
-    assert_eq!(
-        AuthToken::consume(conn, PasswordReset, &digest)
-            .unwrap()
-            .user_id,
-        ada
-    );
+    let token = key.hash(TokenPurpose::PasswordReset, &secret);
+    AuthToken::issue(conn, ada, &token, hour()).unwrap();
+    let from_link = secret.expose().into();
+    let token = key.hash(TokenPurpose::PasswordReset, &from_link);
+    assert_eq!(AuthToken::consume(conn, &token).unwrap().user_id, ada);
 
-    // A code copied into another user's row doesn't sign her in.
+    // A code that was copied into another user's row is not that user's code.
     let code = new_code();
-    let of = |user_id| key.digest(TokenPurpose::EmailOtp { user_id }, &code);
-    AuthToken::issue(conn, ada, EmailOtp, &of(ada), hour()).unwrap();
-    AuthToken::issue(conn, grace, EmailOtp, &of(ada), hour()).unwrap();
-    let mut check = |user| AuthToken::check_code(conn, user, EmailOtp, &of(user)).unwrap();
+    let of = |user_id| key.hash(TokenPurpose::EmailOtp { user_id }, &code);
+    AuthToken::issue(conn, ada, &of(ada), hour()).unwrap();
+    AuthToken::issue(conn, grace, &of(ada), hour()).unwrap();
+    let mut check = |user| AuthToken::check_code(conn, user, &of(user)).unwrap();
     assert!(matches!(check(grace), CodeCheck::Wrong { .. }));
     assert!(matches!(check(ada), CodeCheck::Right(_)));
 }

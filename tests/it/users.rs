@@ -5,9 +5,10 @@ use std::cell::RefCell;
 use bruhmcp_db::enums::{AuthTokenType, PlanType};
 use bruhmcp_db::ids::{SubscriptionId, UserId};
 use bruhmcp_db::models::{
-    AuthToken, EmailError, InvalidEmail, NewUser, User, UserPlan, canonical_email,
+    AuthToken, InvalidEmail, NewUser, User, UserError, UserPlan, canonical_email,
 };
-use bruhmcp_db::{ConstraintViolation, SecretText, TokenDigest};
+use bruhmcp_db::schema::users;
+use bruhmcp_db::{ConstraintViolation, HashedToken, Page, SecretText};
 use chrono::TimeDelta;
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
@@ -17,16 +18,7 @@ use proptest::test_runner::{Config, TestRunner};
 use crate::support::{self, TestDatabase};
 
 fn ada(email: &str) -> NewUser<'_> {
-    NewUser {
-        id: None,
-        first_name: "Ada",
-        last_name: "",
-        email,
-        password: None,
-        email_verified: None,
-        razorpay_customer_id: None,
-        is_active: None,
-    }
+    NewUser::new("Ada", "", email)
 }
 
 /// An active user with this address.
@@ -34,12 +26,9 @@ pub(crate) fn user(conn: &mut PgConnection, email: &str) -> UserId {
     User::sign_up(conn, &ada(email)).unwrap().id
 }
 
-fn digest(octet: u8) -> TokenDigest {
-    TokenDigest::new([octet; 32])
-}
-
-fn issue(conn: &mut PgConnection, user: UserId, type_: AuthTokenType, octet: u8) -> AuthToken {
-    AuthToken::issue(conn, user, type_, &digest(octet), TimeDelta::hours(1))
+fn issue(conn: &mut PgConnection, user: UserId, type_: AuthTokenType, byte: u8) -> AuthToken {
+    let token = HashedToken::new(type_, [byte; 32]);
+    AuthToken::issue(conn, user, &token, TimeDelta::hours(1))
         .unwrap()
         .unwrap()
 }
@@ -63,10 +52,10 @@ fn sign_up_takes_any_spelling_of_an_address_once() {
     // Neither outcome aborts a transaction around it.
     conn.transaction(|conn| {
         let taken = User::sign_up(conn, &ada("ADA@example.org")).unwrap_err();
-        assert!(matches!(taken, EmailError::EmailTaken), "{taken:?}");
+        assert!(matches!(taken, UserError::EmailTaken), "{taken:?}");
         let invalid = User::sign_up(conn, &ada("ada")).unwrap_err();
         assert!(
-            matches!(invalid, EmailError::InvalidEmail(InvalidEmail)),
+            matches!(invalid, UserError::InvalidEmail(InvalidEmail)),
             "{invalid:?}"
         );
         User::sign_up(conn, &ada("grace@example.org"))
@@ -78,7 +67,7 @@ fn sign_up_takes_any_spelling_of_an_address_once() {
         ..ada("nameless@example.org")
     };
     let error = User::sign_up(conn, &nameless).unwrap_err();
-    let EmailError::Database(error) = error else {
+    let UserError::Database(error) = error else {
         panic!("{error:?}")
     };
     assert!(
@@ -99,13 +88,13 @@ fn of_32_sign_ups_with_one_address_one_wins() {
         };
         User::sign_up(conn, &ada(spelling))
     });
-    let taken = |outcome: &&Result<_, _>| matches!(outcome, Err(EmailError::EmailTaken));
+    let taken = |outcome: &&Result<_, _>| matches!(outcome, Err(UserError::EmailTaken));
     assert_eq!(outcomes.iter().filter(taken).count(), 31);
     let winner = outcomes.into_iter().find_map(Result::ok).unwrap();
 
     let conn = &mut database.connect();
     assert!(UserPlan::find_by_user(conn, winner.id).unwrap().is_some());
-    assert_eq!(User::list(conn, None, 10).unwrap(), [winner]);
+    assert_eq!(User::list(conn, Page::first(10)).unwrap(), [winner]);
 }
 
 #[test]
@@ -181,17 +170,11 @@ fn a_new_address_takes_nothing_over_from_the_old_one() {
     // Neither outcome aborts a transaction around it, or revokes a token.
     conn.transaction(|conn| {
         let taken = User::change_email(conn, id, "Grace@example.org", true).unwrap_err();
-        assert!(matches!(taken, EmailError::EmailTaken), "{taken:?}");
+        assert!(matches!(taken, UserError::EmailTaken), "{taken:?}");
         let invalid = User::change_email(conn, id, "ada@", true).unwrap_err();
-        assert!(
-            matches!(invalid, EmailError::InvalidEmail(_)),
-            "{invalid:?}"
-        );
-        assert!(AuthToken::revoke(
-            conn,
-            AuthTokenType::EmailOtp,
-            &digest(4)
-        )?);
+        assert!(matches!(invalid, UserError::InvalidEmail(_)), "{invalid:?}");
+        let code = HashedToken::new(AuthTokenType::EmailOtp, [4; 32]);
+        assert!(AuthToken::revoke(conn, &code)?);
         QueryResult::Ok(())
     })
     .unwrap();
@@ -228,7 +211,7 @@ fn of_8_changes_to_one_address_one_wins() {
     let outcomes = support::at_once(&database, 8, |thread, conn| {
         User::change_email(conn, ids[thread], "wanted@example.org", true)
     });
-    let taken = |outcome: &&Result<_, _>| matches!(outcome, Err(EmailError::EmailTaken));
+    let taken = |outcome: &&Result<_, _>| matches!(outcome, Err(UserError::EmailTaken));
     assert_eq!(outcomes.iter().filter(taken).count(), 7);
     assert_eq!(outcomes.into_iter().flatten().flatten().count(), 1);
 }
@@ -254,7 +237,9 @@ fn canonical_emails_are_those_of_the_database() {
     let conn = RefCell::new(database.connect());
     let accepted_by_database = |email: &str| {
         let outcome = conn.borrow_mut().transaction(|conn| {
-            User::insert(conn, &ada(email))?;
+            diesel::insert_into(users::table)
+                .values(ada(email))
+                .execute(conn)?;
             Err::<(), _>(diesel::result::Error::RollbackTransaction)
         });
         outcome == Err(diesel::result::Error::RollbackTransaction)
@@ -368,7 +353,7 @@ fn anonymising_keeps_the_money_and_nothing_of_the_person() {
     // Nobody comes back as her, and once more changes nothing.
     assert_eq!(User::reactivate(conn, marie).unwrap(), None);
     let error = User::sign_up(conn, &ada(&anonymised.email)).unwrap_err();
-    assert!(matches!(error, EmailError::InvalidEmail(_)), "{error:?}");
+    assert!(matches!(error, UserError::InvalidEmail(_)), "{error:?}");
     assert_eq!(User::anonymise(conn, marie).unwrap(), Some(anonymised));
     assert!(User::sign_up(conn, &ada("marie@radium.example")).is_ok());
 }

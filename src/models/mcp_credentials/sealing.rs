@@ -1,92 +1,59 @@
-//! What needs the keys: rows made with secrets sealed, secrets opened, and sealed anew when keys are rotated.
+//! Operations that need the keys: sealing new credentials, opening secrets, and key rotation.
 
 use chrono::{DateTime, Utc};
 use diesel::pg::Pg;
 use diesel::prelude::*;
 use diesel::result::Error::SerializationError;
 use diesel::sql_types::{Binary, Bool, Integer, Nullable};
-use secrecy::SecretString;
 use uuid::Uuid;
 
-use super::{McpCredential, McpCredentialChangeset, NewMcpCredential, OauthTokens};
+use super::{McpCredential, NewMcpCredential, OauthTokens};
 use crate::crypto::{KeyRing, OpenError, SealError, SecretColumn};
-use crate::enums::OauthStatus;
-use crate::ids::{CredentialId, InstanceId};
+use crate::ids::CredentialId;
 use crate::schema::mcp_credentials;
-use crate::secret::Sealed;
+use crate::secret::{Sealed, SecretText};
 
 #[diesel::declare_sql_function]
 extern "SQL" {
-    fn substr(octets: Nullable<Binary>, from: Integer, count: Integer) -> Nullable<Binary>;
+    fn substr(bytes: Nullable<Binary>, from: Integer, count: Integer) -> Nullable<Binary>;
 }
 
 impl<'a> NewMcpCredential<'a> {
-    /// Credentials that are an API key: completed at once, by this machine's clock.
+    /// An API key. It is completed, now by this machine's clock.
     ///
     /// # Errors
-    /// The key is too long.
-    pub fn api_key(
-        ring: &KeyRing,
-        instance_id: InstanceId,
-        api_key: &SecretString,
-    ) -> Result<Self, SealError> {
-        let credential_id = CredentialId::new();
-        Ok(Self {
-            api_key: Some(ring.seal(api_key, credential_id, SecretColumn::ApiKey)?),
-            oauth_status: Some(OauthStatus::Completed),
-            oauth_completed_at: Some(Utc::now()),
-            ..Self::empty(credential_id, instance_id)
-        })
+    /// `TooLong`.
+    pub fn api_key(ring: &KeyRing, api_key: &SecretText) -> Result<Self, SealError> {
+        let id = CredentialId::new();
+        let api_key = ring.seal(api_key, id, SecretColumn::ApiKey)?;
+        Ok(Self::sealed_api_key(id, api_key))
     }
 
-    /// Credentials that are an OAuth client, pending. [`McpCredential::begin_oauth`] follows once the row is there.
+    /// An OAuth client. It is pending; [`McpCredential::begin_oauth`] comes next.
     ///
     /// # Errors
-    /// The secret is too long.
+    /// `TooLong`.
     pub fn oauth(
         ring: &KeyRing,
-        instance_id: InstanceId,
         client_id: &'a str,
-        client_secret: &SecretString,
+        client_secret: &SecretText,
     ) -> Result<Self, SealError> {
-        let credential_id = CredentialId::new();
-        let client_secret = ring.seal(client_secret, credential_id, SecretColumn::ClientSecret)?;
-        Ok(Self {
-            client_id: Some(client_id),
-            client_secret: Some(client_secret),
-            ..Self::empty(credential_id, instance_id)
-        })
-    }
-
-    fn empty(credential_id: CredentialId, instance_id: InstanceId) -> Self {
-        Self {
-            credential_id: Some(credential_id),
-            instance_id,
-            api_key: None,
-            client_id: None,
-            client_secret: None,
-            access_token: None,
-            refresh_token: None,
-            token_expires_at: None,
-            token_scope: None,
-            oauth_status: None,
-            oauth_completed_at: None,
-            oauth_authorization_url: None,
-            oauth_state: None,
-        }
+        let id = CredentialId::new();
+        let client_secret = ring.seal(client_secret, id, SecretColumn::ClientSecret)?;
+        Ok(Self::sealed_oauth(id, client_id, client_secret))
     }
 }
 
 impl<'a> OauthTokens<'a> {
-    /// Seals the tokens for this row.
+    /// Seals tokens for the row `credential_id`.
     ///
     /// # Errors
-    /// A token is too long.
+    /// `TooLong`.
     pub fn seal(
         ring: &KeyRing,
         credential_id: CredentialId,
-        access_token: &SecretString,
-        refresh_token: Option<&SecretString>,
+        access_token: &SecretText,
+        refresh_token: Option<&SecretText>,
         expires_at: Option<DateTime<Utc>>,
         scope: Option<&'a str>,
     ) -> Result<Self, SealError> {
@@ -102,38 +69,37 @@ impl<'a> OauthTokens<'a> {
     }
 }
 
-/// What became of one batch of [`McpCredential::reseal`].
+/// The result of one batch of [`McpCredential::reseal`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Resealed {
-    /// Rows with values that are sealed under the newest key now, and weren't.
+    /// The number of rows with newly sealed values.
     pub resealed: usize,
-    /// Rows with a value that doesn't open, which is left as it is: its key isn't on the ring, or it was altered.
+    /// Rows with a value that doesn't open: the ring lacks its key, or it was altered. The value is unchanged.
     pub unopened: Vec<CredentialId>,
-    /// After which row the next batch begins; `None`: this was the last.
+    /// The `after` of the next batch; `None` after the last one.
     pub next: Option<CredentialId>,
 }
 
 impl McpCredential {
-    /// Opens the secret in a column; `None` where the column is `NULL`.
+    /// Opens the secret in a column; `None` if the column is `NULL`.
     ///
     /// # Errors
-    /// See [`OpenError`]; none says anything of the secret.
+    /// [`OpenError`], which contains nothing of the secret.
     pub fn open(
         &self,
         ring: &KeyRing,
         column: SecretColumn,
-    ) -> Result<Option<SecretString>, OpenError> {
+    ) -> Result<Option<SecretText>, OpenError> {
         self.sealed(column)
             .map(|sealed| ring.open(sealed, self.credential_id, column))
             .transpose()
     }
 
-    /// Seals values anew that aren't sealed under the newest key of the ring: `limit` rows at most, in the order of
-    /// their keys, after the row `after`. `version` goes up, as with each change; `credentials_updated_at` doesn't.
+    /// Seals old values again under the newest key: up to `limit` rows in the order of their keys, after the row
+    /// `after`. Increments `version`, but leaves `credentials_updated_at`.
     ///
-    /// In one transaction, which locks the rows it changes and leaves out those that others have locked; so nobody's
-    /// change is lost, and a pass may leave rows behind. To retire a key, when every process
-    /// seals with the newest:
+    /// One transaction. Skips rows that others have locked, so no change is lost, and a pass may leave rows behind. To
+    /// retire a key once every process seals with the newest:
     ///
     /// ```no_run
     /// # use bruhmcp_db::{crypto::KeyRing, models::McpCredential};
@@ -141,27 +107,26 @@ impl McpCredential {
     /// let mut after = None;
     /// loop {
     ///     let batch = McpCredential::reseal(conn, ring, after, 500)?;
-    ///     // batch.unopened: look into these.
+    ///     // Investigate batch.unopened.
     ///     after = batch.next;
     ///     if after.is_none() {
     ///         break;
     ///     }
     /// }
     /// if McpCredential::count_to_reseal(conn, ring)? == 0 {
-    ///     // Nothing needs the older keys any more.
+    ///     // Nothing needs the older keys.
     /// }
     /// # Ok(())
     /// # }
     /// ```
     ///
     /// # Errors
-    /// Only those of the connection; above READ COMMITTED also a serialization failure, where a row was changed
-    /// meanwhile; `SerializationError` with a [`SealError`] in it, where the operating system gives no random octets.
+    /// `SerializationError` with a [`SealError`] if the operating system provides no random bytes.
     pub fn reseal(
         conn: &mut PgConnection,
         ring: &KeyRing,
         after: Option<CredentialId>,
-        limit: i64,
+        limit: u16,
     ) -> QueryResult<Resealed> {
         conn.transaction(|conn| {
             let after = after.unwrap_or(CredentialId(Uuid::nil()));
@@ -169,7 +134,7 @@ impl McpCredential {
                 .filter(mcp_credentials::credential_id.gt(after))
                 .filter(sealed_otherwise(ring))
                 .order(mcp_credentials::credential_id)
-                .limit(limit)
+                .limit(limit.into())
                 .select(Self::as_select())
                 .for_no_key_update()
                 .skip_locked()
@@ -181,7 +146,7 @@ impl McpCredential {
                 next: None,
             };
             for row in &rows {
-                let mut changes = McpCredentialChangeset::default();
+                let mut changes = NewlySealed::default();
                 let (mut changed, mut unopened) = (false, false);
                 for column in SecretColumn::ALL {
                     let Some(sealed) = row.sealed(column) else {
@@ -195,32 +160,32 @@ impl McpCredential {
                             let sealed = ring
                                 .seal(&secret, row.credential_id, column)
                                 .map_err(|error| SerializationError(Box::new(error)))?;
-                            *changes.sealed_mut(column) = Some(Some(sealed));
+                            *changes.column(column) = Some(sealed);
                             changed = true;
                         }
                         Err(_) => unopened = true,
                     }
                 }
                 if changed {
-                    Self::update(conn, row.credential_id, &changes)?;
+                    diesel::update(mcp_credentials::table.find(row.credential_id))
+                        .set(&changes)
+                        .execute(conn)?;
                     batch.resealed += 1;
                 }
                 if unopened {
                     batch.unopened.push(row.credential_id);
                 }
             }
-            if i64::try_from(rows.len()) == Ok(limit) {
+            if rows.len() == usize::from(limit) {
                 batch.next = rows.last().map(|row| row.credential_id);
             }
             Ok(batch)
         })
     }
 
-    /// How many rows hold a value that isn't sealed under the newest key of the ring, those that don't open included.
-    /// Reads the whole table.
+    /// Counts the rows with a value that isn't sealed under the newest key, including values that don't open.
     ///
-    /// # Errors
-    /// Only those of the connection.
+    /// Reads the whole table.
     pub fn count_to_reseal(conn: &mut PgConnection, ring: &KeyRing) -> QueryResult<i64> {
         mcp_credentials::table
             .filter(sealed_otherwise(ring))
@@ -238,8 +203,18 @@ impl McpCredential {
     }
 }
 
-impl McpCredentialChangeset<'_> {
-    fn sealed_mut(&mut self, column: SecretColumn) -> &mut Option<Option<Sealed>> {
+/// The sealed columns; `None` keeps the value.
+#[derive(Default, AsChangeset)]
+#[diesel(table_name = mcp_credentials)]
+struct NewlySealed {
+    api_key: Option<Sealed>,
+    client_secret: Option<Sealed>,
+    access_token: Option<Sealed>,
+    refresh_token: Option<Sealed>,
+}
+
+impl NewlySealed {
+    fn column(&mut self, column: SecretColumn) -> &mut Option<Sealed> {
         match column {
             SecretColumn::ApiKey => &mut self.api_key,
             SecretColumn::ClientSecret => &mut self.client_secret,
@@ -249,7 +224,7 @@ impl McpCredentialChangeset<'_> {
     }
 }
 
-/// Rows that hold a value that isn't sealed under the newest key: its first octets tell.
+/// Rows with a value whose first bytes name another key than the newest.
 fn sealed_otherwise(
     ring: &KeyRing,
 ) -> Box<dyn BoxableExpression<mcp_credentials::table, Pg, SqlType = Nullable<Bool>>> {

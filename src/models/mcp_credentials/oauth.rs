@@ -1,0 +1,231 @@
+//! The authorization flow: `begin_oauth`, `consume_state`, then `complete_oauth` or `fail_oauth`.
+
+use chrono::{DateTime, Utc};
+use diesel::dsl::{case_when, now};
+use diesel::prelude::*;
+
+use super::{CredentialError, McpCredential, OauthTokens, lock_user};
+use crate::enums::{InstanceStatus, OauthStatus};
+use crate::error::violates;
+use crate::ids::{CredentialId, UserId};
+use crate::models::UserPlan;
+use crate::schema::sql_types::McpInstanceStatus;
+use crate::schema::{mcp_credentials, mcp_service_table};
+use crate::secret::SecretText;
+
+/// A completed authorization. The tokens are stored in any case.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the fields need no more than their name")]
+pub struct OauthCompletion {
+    pub credential: McpCredential,
+    pub instance: CompletedInstance,
+}
+
+/// Whether an instance can be called after its authorization.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum CompletedInstance {
+    /// It can.
+    Active,
+    /// It was inactive or expired before, and still is.
+    NotActive,
+    /// It was deactivated, because the plan allows no more active instances.
+    LimitReached,
+    /// It was deactivated, because the plan has expired.
+    PlanExpired,
+    /// It was deactivated, because the user has no plan.
+    PlanMissing,
+}
+
+impl McpCredential {
+    /// Begins an authorization, also a second one. The credentials become pending, so the instance can't be called.
+    ///
+    /// Replaces the state of an authorization that is under way. Old tokens stay until new ones are stored. `state` must
+    /// have at least 128 random bits.
+    ///
+    /// One transaction. Locks the user (`FOR KEY SHARE`), the credentials, then the instance.
+    ///
+    /// # Errors
+    /// `NotFound`, `StateTaken`.
+    pub fn begin_oauth(
+        conn: &mut PgConnection,
+        credential_id: CredentialId,
+        state: &SecretText,
+        authorization_url: &SecretText,
+    ) -> Result<Self, CredentialError> {
+        conn.transaction(|conn| {
+            lock_user(conn, credential_id)?;
+            diesel::update(mcp_credentials::table.find(credential_id))
+                .filter(mcp_credentials::client_id.is_not_null())
+                .set((
+                    mcp_credentials::oauth_status.eq(OauthStatus::Pending),
+                    mcp_credentials::oauth_completed_at.eq(None::<DateTime<Utc>>),
+                    mcp_credentials::oauth_authorization_url.eq(authorization_url),
+                    mcp_credentials::oauth_state.eq(state),
+                ))
+                .returning(Self::as_returning())
+                .get_result(conn)
+                .optional()?
+                .ok_or(CredentialError::NotFound)
+        })
+    }
+
+    /// Consumes the state of a pending authorization and removes the URL. Only one caller succeeds.
+    ///
+    /// Commit before you ask the provider for the tokens. Then call [`complete_oauth`](Self::complete_oauth) or
+    /// [`fail_oauth`](Self::fail_oauth): the credentials are still pending.
+    ///
+    /// # Errors
+    /// `UnknownState`.
+    pub fn consume_state(
+        conn: &mut PgConnection,
+        state: &SecretText,
+    ) -> Result<Self, CredentialError> {
+        diesel::update(mcp_credentials::table)
+            .filter(mcp_credentials::oauth_state.eq(state))
+            .filter(mcp_credentials::oauth_status.eq(OauthStatus::Pending))
+            .set((
+                mcp_credentials::oauth_authorization_url.eq(None::<&SecretText>),
+                mcp_credentials::oauth_state.eq(None::<&SecretText>),
+            ))
+            .returning(Self::as_returning())
+            .get_result(conn)
+            .optional()?
+            .ok_or(CredentialError::UnknownState)
+    }
+
+    /// Completes a pending authorization and replaces all tokens.
+    ///
+    /// An active instance can be called from now on. If the plan refuses that, the instance becomes inactive and the
+    /// tokens are stored all the same. An instance past its end becomes expired.
+    ///
+    /// One transaction. Locks the plan, the credentials, then the instance. The caller must not defer the constraint
+    /// `mcp_service_table_active_limit_update`, or a refusal fails the commit.
+    ///
+    /// # Errors
+    /// `NotFound`; `Conflict` if the credentials are not pending.
+    pub fn complete_oauth(
+        conn: &mut PgConnection,
+        credential_id: CredentialId,
+        tokens: &OauthTokens<'_>,
+    ) -> Result<OauthCompletion, CredentialError> {
+        conn.transaction(|conn| {
+            let user_id: UserId = mcp_credentials::table
+                .inner_join(mcp_service_table::table)
+                .filter(mcp_credentials::credential_id.eq(credential_id))
+                .select(mcp_service_table::user_id)
+                .first(conn)
+                .optional()?
+                .ok_or(CredentialError::NotFound)?;
+            UserPlan::lock_by_user(conn, user_id)?;
+            let pending = mcp_credentials::table
+                .find(credential_id)
+                .filter(mcp_credentials::client_id.is_not_null())
+                .select(Self::as_select())
+                .for_no_key_update()
+                .first(conn)
+                .optional()?
+                .ok_or(CredentialError::NotFound)?;
+            if pending.oauth_status != OauthStatus::Pending {
+                return Err(CredentialError::Conflict(Box::new(pending)));
+            }
+            let instance = mcp_service_table::table.find(pending.instance_id);
+            let expired = InstanceStatus::Expired.into_sql::<McpInstanceStatus>();
+            let status: InstanceStatus = diesel::update(instance)
+                .set((
+                    mcp_service_table::credentials_updated_at.eq(now),
+                    mcp_service_table::status.eq(case_when(
+                        mcp_service_table::expires_at.le(now),
+                        expired,
+                    )
+                    .otherwise(mcp_service_table::status)),
+                ))
+                .returning(mcp_service_table::status)
+                .get_result(conn)?;
+
+            // The database decides whether the plan allows it. A refusal loses only the savepoint.
+            match conn.transaction(|conn| Self::store_tokens(conn, credential_id, tokens)) {
+                Ok(credential) => Ok(OauthCompletion {
+                    credential,
+                    instance: match status {
+                        InstanceStatus::Active => CompletedInstance::Active,
+                        InstanceStatus::Inactive | InstanceStatus::Expired => {
+                            CompletedInstance::NotActive
+                        }
+                    },
+                }),
+                Err(error) => {
+                    let refused = CompletedInstance::refused_by(&error).ok_or(error)?;
+                    diesel::update(instance)
+                        .set(mcp_service_table::status.eq(InstanceStatus::Inactive))
+                        .execute(conn)?;
+                    Ok(OauthCompletion {
+                        credential: Self::store_tokens(conn, credential_id, tokens)?,
+                        instance: refused,
+                    })
+                }
+            }
+        })
+    }
+
+    fn store_tokens(
+        conn: &mut PgConnection,
+        credential_id: CredentialId,
+        tokens: &OauthTokens<'_>,
+    ) -> QueryResult<Self> {
+        diesel::update(mcp_credentials::table.find(credential_id))
+            .set((
+                mcp_credentials::access_token.eq(&tokens.access_token),
+                mcp_credentials::refresh_token.eq(tokens.refresh_token.as_ref()),
+                mcp_credentials::token_expires_at.eq(tokens.expires_at),
+                mcp_credentials::token_scope.eq(tokens.scope),
+                mcp_credentials::oauth_status.eq(OauthStatus::Completed),
+                mcp_credentials::oauth_completed_at.eq(now),
+                mcp_credentials::oauth_authorization_url.eq(None::<&SecretText>),
+                mcp_credentials::oauth_state.eq(None::<&SecretText>),
+            ))
+            .returning(Self::as_returning())
+            .get_result(conn)
+    }
+
+    /// Marks a pending authorization as failed, because the user or the provider refused. Removes state and URL.
+    ///
+    /// Don't call it for a network error: the user can try again.
+    ///
+    /// One transaction. Locks the user (`FOR KEY SHARE`), the credentials, then the instance.
+    ///
+    /// # Errors
+    /// `NotFound`; `Conflict` if the credentials are not pending.
+    pub fn fail_oauth(
+        conn: &mut PgConnection,
+        credential_id: CredentialId,
+    ) -> Result<Self, CredentialError> {
+        conn.transaction(|conn| {
+            lock_user(conn, credential_id)?;
+            let failed = diesel::update(mcp_credentials::table.find(credential_id))
+                .filter(mcp_credentials::client_id.is_not_null())
+                .filter(mcp_credentials::oauth_status.eq(OauthStatus::Pending))
+                .set((
+                    mcp_credentials::oauth_status.eq(OauthStatus::Failed),
+                    mcp_credentials::oauth_completed_at.eq(now),
+                    mcp_credentials::oauth_authorization_url.eq(None::<&SecretText>),
+                    mcp_credentials::oauth_state.eq(None::<&SecretText>),
+                ))
+                .returning(Self::as_returning())
+                .get_result(conn)
+                .optional()?;
+            Self::or_oauth_conflict(conn, failed, credential_id)
+        })
+    }
+}
+
+impl CompletedInstance {
+    fn refused_by(error: &diesel::result::Error) -> Option<Self> {
+        [
+            ("user_plan_active_limit", Self::LimitReached),
+            ("user_plan_expired", Self::PlanExpired),
+            ("user_plan_missing", Self::PlanMissing),
+        ]
+        .into_iter()
+        .find_map(|(constraint, refused)| violates(error, constraint).then_some(refused))
+    }
+}

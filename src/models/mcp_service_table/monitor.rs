@@ -1,0 +1,107 @@
+//! The monitor's sweeps: expired instances, and instances that were never authorized.
+//!
+//! A sweep takes no plan's lock. It locks all its rows at once and skips those that others have locked, so it waits for
+//! nobody while it holds a lock.
+
+use chrono::TimeDelta;
+use diesel::dsl::{now, sql};
+use diesel::expression::SqlLiteral;
+use diesel::prelude::*;
+use diesel::sql_types::{BigInt, Bool, Interval};
+
+use super::McpInstance;
+use crate::ids::InstanceId;
+use crate::schema::{mcp_credentials, mcp_service_table};
+
+impl McpInstance {
+    /// Marks up to `limit` instances past their `expires_at` as expired and returns them. All are of one service.
+    ///
+    /// Returns none when nothing is due or every due row of the first service is locked. Repeat it until then, each time
+    /// in a transaction of its own. Several sweepers may run.
+    pub fn expire_due(conn: &mut PgConnection, limit: u16) -> QueryResult<Vec<Self>> {
+        // The query builder has no CTE. Without MATERIALIZED, the planner may run LIMIT with SKIP LOCKED twice. One
+        // service, because the UPDATE meets its rows in any order and the counters are locked in that order at commit.
+        diesel::sql_query(
+            "WITH service AS MATERIALIZED (
+                 SELECT mcp_service_id
+                   FROM mcp_service_table
+                  WHERE expires_at <= now() AND status <> 'expired'
+                  ORDER BY mcp_service_id, instance_id
+                  LIMIT 1
+                    FOR NO KEY UPDATE SKIP LOCKED
+             ), due AS MATERIALIZED (
+                 SELECT instance_id
+                   FROM mcp_service_table
+                  WHERE expires_at <= now() AND status <> 'expired'
+                    AND mcp_service_id = (SELECT mcp_service_id FROM service)
+                  ORDER BY instance_id
+                  LIMIT $1
+                    FOR NO KEY UPDATE SKIP LOCKED
+             )
+             UPDATE mcp_service_table AS instance
+                SET status = 'expired'
+               FROM due
+              WHERE instance.instance_id = due.instance_id
+             RETURNING instance.*",
+        )
+        .bind::<BigInt, _>(i64::from(limit))
+        .load(conn)
+    }
+
+    /// Lists up to `limit` instances, oldest first, that were never authorized: pending or failed, without an access
+    /// token, and with credentials that didn't change for `idle`.
+    ///
+    /// An instance that waits for a second authorization has a token and is not listed.
+    pub fn list_abandoned(
+        conn: &mut PgConnection,
+        idle: TimeDelta,
+        limit: u16,
+    ) -> QueryResult<Vec<Self>> {
+        mcp_service_table::table
+            .inner_join(mcp_credentials::table)
+            .filter(unauthorized())
+            .filter(mcp_credentials::access_token.is_null())
+            .filter((mcp_credentials::updated_at + idle.into_sql::<Interval>()).le(now))
+            .order((
+                mcp_service_table::created_at,
+                mcp_service_table::instance_id,
+            ))
+            .limit(limit.into())
+            .select(Self::as_select())
+            .load(conn)
+    }
+
+    /// Deletes those of these instances that [`list_abandoned`](Self::list_abandoned) would still list, and returns
+    /// them.
+    ///
+    /// One transaction. Skips instances whose row or credentials are locked, for example by an authorization that is
+    /// being completed.
+    pub fn purge_abandoned(
+        conn: &mut PgConnection,
+        instance_ids: &[InstanceId],
+        idle: TimeDelta,
+    ) -> QueryResult<Vec<Self>> {
+        conn.transaction(|conn| {
+            let abandoned = mcp_credentials::table
+                .inner_join(mcp_service_table::table)
+                .filter(mcp_credentials::instance_id.eq_any(instance_ids))
+                .filter(unauthorized())
+                .filter(mcp_credentials::access_token.is_null())
+                .filter((mcp_credentials::updated_at + idle.into_sql::<Interval>()).le(now))
+                .select(mcp_credentials::instance_id)
+                .for_update()
+                .skip_locked()
+                .load::<InstanceId>(conn)?;
+            diesel::delete(
+                mcp_service_table::table.filter(mcp_service_table::instance_id.eq_any(abandoned)),
+            )
+            .returning(Self::as_returning())
+            .get_results(conn)
+        })
+    }
+}
+
+/// A literal, because a bind can't match the predicate of `mcp_service_table_created_at_idx` in a generic plan.
+fn unauthorized() -> SqlLiteral<Bool> {
+    sql("mcp_service_table.oauth_status IN ('pending', 'failed')")
+}

@@ -1,0 +1,183 @@
+//! `retry_transaction`: what it retries, whatever error type the caller uses.
+
+use std::error::Error as StdError;
+use std::fmt::Debug;
+
+use bruhmcp_db::ids::UserId;
+use bruhmcp_db::models::{User, UserChangeset};
+use bruhmcp_db::schema::users;
+use bruhmcp_db::{Isolation, MAX_ATTEMPTS, is_transient, retry_transaction};
+use diesel::connection::SimpleConnection;
+use diesel::pg::PgConnection;
+use diesel::prelude::*;
+use diesel::result::Error;
+
+use crate::fixtures::user;
+use crate::support::{self, TestDatabase};
+
+#[derive(Debug, thiserror::Error)]
+enum Transparent {
+    #[error(transparent)]
+    Db(#[from] Error),
+    #[error("refused")]
+    Refused,
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("the sign-up failed")]
+struct Nested(#[source] Transparent);
+
+impl From<Error> for Nested {
+    fn from(error: Error) -> Self {
+        Self(error.into())
+    }
+}
+
+/// Keeps nothing of the database's error.
+#[derive(Debug)]
+struct Opaque;
+
+impl From<Error> for Opaque {
+    fn from(_: Error) -> Self {
+        Self
+    }
+}
+
+fn rename(conn: &mut PgConnection, id: UserId, first_name: &str) -> QueryResult<Option<User>> {
+    let changes = UserChangeset {
+        first_name: Some(first_name),
+        ..Default::default()
+    };
+    User::update(conn, id, &changes)
+}
+
+/// Lets another connection change a row between the snapshot and the update of the first two attempts. Returns the number
+/// of attempts.
+fn attempts_after_conflicts<E: From<Error> + Debug>(database: &TestDatabase) -> u32 {
+    let (conn, other) = (&mut database.connect(), &mut database.connect());
+    let id = user(conn);
+    let mut attempts = 0;
+    let renamed = retry_transaction(conn, Isolation::RepeatableRead, |conn| {
+        attempts += 1;
+        User::find(conn, id)?;
+        if attempts < 3 {
+            rename(other, id, "Other")?;
+        }
+        Ok::<_, E>(rename(conn, id, "Mine")?)
+    });
+    assert_eq!(renamed.unwrap().unwrap().first_name, "Mine");
+    attempts
+}
+
+#[test]
+fn a_serialization_failure_is_retried_whatever_wraps_it() {
+    let database = support::database();
+    assert_eq!(attempts_after_conflicts::<Error>(&database), 3);
+    assert_eq!(attempts_after_conflicts::<Transparent>(&database), 3);
+    assert_eq!(attempts_after_conflicts::<Nested>(&database), 3);
+    assert_eq!(attempts_after_conflicts::<anyhow::Error>(&database), 3);
+    assert_eq!(attempts_after_conflicts::<Box<dyn StdError>>(&database), 3);
+    assert_eq!(
+        attempts_after_conflicts::<Box<dyn StdError + Send + Sync>>(&database),
+        3
+    );
+    assert_eq!(attempts_after_conflicts::<Opaque>(&database), 3);
+}
+
+#[test]
+fn a_failure_at_commit_is_retried() {
+    let database = support::database();
+    let (conn, other) = (&mut database.connect(), &mut database.connect());
+    let (one, two) = (user(conn), user(conn));
+    let mut attempts = 0;
+    // Each reads the row that the other writes. The other one commits first.
+    retry_transaction(conn, Isolation::Serializable, |conn| {
+        attempts += 1;
+        rename(conn, one, "Mine")?;
+        User::find(conn, two)?;
+        if attempts == 1 {
+            other.build_transaction().serializable().run(|other| {
+                User::find(other, one)?;
+                rename(other, two, "Other")
+            })?;
+        }
+        Ok::<_, Transparent>(())
+    })
+    .unwrap();
+    assert_eq!(attempts, 2);
+}
+
+#[test]
+fn a_deadlock_is_retried() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let ids = [user(conn), user(conn)];
+    let attempts: u32 = support::at_once(&database, 2, |thread, conn| {
+        conn.batch_execute("SET deadlock_timeout = '50ms'").unwrap();
+        let [first, second] = if thread == 0 { ids } else { [ids[1], ids[0]] };
+        let mut attempts = 0;
+        retry_transaction(conn, Isolation::ReadCommitted, |conn| {
+            attempts += 1;
+            rename(conn, first, "First")?;
+            if attempts == 1 {
+                conn.batch_execute("SELECT pg_sleep(0.2)")?;
+            }
+            rename(conn, second, "Second")?;
+            Ok::<_, anyhow::Error>(())
+        })
+        .unwrap();
+        attempts
+    })
+    .into_iter()
+    .sum();
+    assert_eq!(attempts, 3, "one of both is the victim, once");
+}
+
+#[test]
+fn other_errors_are_not_retried() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let id = user(conn);
+    let mut attempts = 0;
+    let refused = retry_transaction(conn, Isolation::Serializable, |conn| {
+        attempts += 1;
+        rename(conn, id, "Mine")?;
+        Err::<(), _>(Transparent::Refused)
+    });
+    assert!(matches!(refused, Err(Transparent::Refused)));
+    let violated = retry_transaction(conn, Isolation::Serializable, |conn| {
+        attempts += 1;
+        Ok::<_, anyhow::Error>(rename(conn, id, "")?)
+    });
+    assert!(!is_transient(violated.unwrap_err().as_ref()));
+    assert_eq!(attempts, 2);
+    assert_eq!(User::find(conn, id).unwrap().unwrap().first_name, "Asha");
+}
+
+#[test]
+fn it_gives_up_in_the_end() {
+    let database = support::database();
+    let (conn, other) = (&mut database.connect(), &mut database.connect());
+    let id = user(conn);
+    let mut attempts = 0;
+    let given_up = retry_transaction(conn, Isolation::RepeatableRead, |conn| {
+        attempts += 1;
+        User::find(conn, id)?;
+        rename(other, id, &attempts.to_string())?;
+        Ok::<_, anyhow::Error>(rename(conn, id, "Mine")?)
+    });
+    assert!(is_transient(given_up.unwrap_err().as_ref()));
+    assert_eq!(attempts, MAX_ATTEMPTS);
+    let names = users::table.select(users::first_name);
+    assert_eq!(names.first::<String>(conn).unwrap(), attempts.to_string());
+}
+
+#[test]
+fn inside_another_transaction_it_refuses() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let refused = conn.transaction(|conn| {
+        retry_transaction(conn, Isolation::Serializable, |_| Ok::<_, Error>(()))
+    });
+    assert_eq!(refused, Err(Error::AlreadyInTransaction));
+}
