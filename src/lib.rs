@@ -7,14 +7,15 @@
 //!   helps.
 //! - [`migrations`] applies the migrations, and checks that a database has the schema this version expects.
 //!
-//! ```no_run
-//! use bruhmcp_db::migrations::Runner;
+#![cfg_attr(feature = "migrator", doc = "```no_run")]
+#![cfg_attr(not(feature = "migrator"), doc = "```ignore")]
+//! use bruhmcp_db::migrations;
 //! use bruhmcp_db::models::{NewUser, User};
 //! use diesel::prelude::*;
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let url = std::env::var("DATABASE_URL")?;
-//! Runner::new(&url)?.run()?;
+//! migrations::runner(&url)?.run()?; // feature `migrator`
 //!
 //! let conn = &mut PgConnection::establish(&url)?;
 //! let user = User::sign_up(

@@ -11,14 +11,15 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use bruhmcp_db::migrations::{MIGRATIONS, Runner};
+use bruhmcp_db::migrations::MIGRATIONS;
 use bruhmcp_devdb::{Database, Server};
 use diesel::connection::SimpleConnection;
 use diesel::prelude::*;
-use diesel_migrations::{FileBasedMigrations, MigrationHarness};
+use diesel_migrations::MigrationHarness;
 
 use crate::cli::{Outcome, bruhmcp, start};
-use crate::runner::{Folder, check_generated};
+use crate::difference::check_generated;
+use crate::runner::Folder;
 
 const VERSIONS: [&str; 8] = ["000", "001", "002", "003", "004", "005", "006", "007"];
 const USER: &str = "INSERT INTO users (first_name, last_name, email) VALUES ('A', 'B', 'a@b.c')";
@@ -224,7 +225,7 @@ fn finish(database: &Database) -> String {
 fn said(outcome: &Outcome) -> String {
     let mut text = outcome.err.clone();
     for (before, after) in [
-        ("backend ", ""),
+        ("server process ", ""),
         ("process ", ""),
         ("since ", " UTC"),
         ("up after ", " s"),
@@ -232,7 +233,7 @@ fn said(outcome: &Outcome) -> String {
         ("on socket \"", "\""),
         ("extend file \"", "\""),
         ("was lost (", ")\n"),
-        ("be asked (", "): look"),
+        ("be reached (", "). Run"),
         ("database \"bruhmcp_dev", "\""),
     ] {
         let mut rest = text.as_str();
@@ -467,8 +468,7 @@ fn server_restarted(_: &Server) -> Row {
 
 /// Migrations of the test's own through the library: what the binary prints is the error's text.
 fn custom(database: &Database, folder: &Folder) -> Outcome {
-    let source = FileBasedMigrations::from_path(folder.path()).unwrap();
-    match Runner::with_source(&database.url(), &source).unwrap().run() {
+    match folder.runner_at(&database.url()).run() {
         Ok(_) => Outcome {
             code: Some(0),
             out: String::new(),
