@@ -52,7 +52,8 @@ fn ratio(other: i64, taken: i64) -> f64 {
 fn database(server: &Server) -> Result<(Database, PgConnection)> {
     let database = server.create_database()?;
     let mut conn = PgConnection::establish(&database.url())?;
-    conn.run_pending_migrations(MIGRATIONS)?;
+    conn.run_pending_migrations(MIGRATIONS)
+        .map_err(|error| error.to_string())?;
     conn.batch_execute(&format!(
         "INSERT INTO users (first_name, last_name, email)
          SELECT 'a', '', n || '@example.in' FROM generate_series(1, {USERS}) AS n;

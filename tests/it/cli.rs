@@ -129,7 +129,10 @@ fn pairs_and_service_files() {
         Outcome::from(output.unwrap())
     };
     let refused = service("-cdefault_transaction_read_only=on");
-    assert!(refused.err.contains("the session is read-only"), "{refused:?}");
+    assert!(
+        refused.err.contains("the session is read-only"),
+        "{refused:?}"
+    );
     let run = service("");
     std::fs::remove_file(&file).unwrap();
     assert_eq!(run.code, Some(0), "{run:?}");
@@ -171,12 +174,18 @@ fn each_command_and_its_exit_code() {
     let run = bruhmcp(&url, &["run", "--to", before_last]);
     assert_eq!(run.code, Some(0), "{run:?}");
     let run = bruhmcp(&url, &["run"]);
-    assert!(run.out.starts_with(&format!("applied   {last} ")), "{run:?}");
+    assert!(
+        run.out.starts_with(&format!("applied   {last} ")),
+        "{run:?}"
+    );
     assert_eq!(bruhmcp(&url, &["run"]).out, "Nothing to do.\n");
     assert_eq!(bruhmcp(&url, &["verify"]).code, Some(0));
     assert_eq!(bruhmcp(&url, &["status"]).code, Some(0));
     assert_eq!(bruhmcp(&url, &["plan"]).out, "Nothing is pending.\n");
-    assert_eq!(bruhmcp(&url, &["run", "--to", &next_version()]).code, Some(5));
+    assert_eq!(
+        bruhmcp(&url, &["run", "--to", &next_version()]).code,
+        Some(5)
+    );
 
     // Nothing is in the tables: nothing to confirm.
     let redo = bruhmcp(&url, &["redo", "--all"]);
@@ -193,7 +202,7 @@ fn each_command_and_its_exit_code() {
         refused.err,
         "This deletes:\n  public.user_plans: 1 row\n  public.users: 1 row\n\
          There is no terminal to ask at. Add --yes to confirm.\n\
-         error: refused, nothing was changed: the revert was not confirmed\n"
+         error: refused, nothing was changed: the revert was not confirmed.\n"
     );
     assert_eq!(database.psql("SELECT count(*) FROM users").unwrap(), "1\n");
     let reverted = bruhmcp(&url, &["revert", "--to", "000", "--yes"]);
@@ -241,7 +250,10 @@ fn json_of_each_command() {
         redo["lost"][1],
         serde_json::json!({ "table": "public.users", "column": null, "rows": 1 })
     );
-    let revert = json(&bruhmcp(&url, &["revert", "--to", "006", "--yes", "--json"]));
+    let revert = json(&bruhmcp(
+        &url,
+        &["revert", "--to", "006", "--yes", "--json"],
+    ));
     let newest = &revert["steps"][0]["name"];
     assert_eq!(newest, names().last().unwrap());
     database
@@ -286,10 +298,7 @@ fn asks_at_a_terminal() {
             .unwrap();
         let outcome: Outcome = child.wait_with_output().unwrap().into();
         assert_eq!(outcome.code, Some(code), "{outcome:?}");
-        assert!(
-            outcome.out.contains("public.users: 1 row"),
-            "{outcome:?}"
-        );
+        assert!(outcome.out.contains("public.users: 1 row"), "{outcome:?}");
         assert!(outcome.out.contains("Type yes to confirm: "), "{outcome:?}");
     }
 }

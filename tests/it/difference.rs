@@ -31,7 +31,9 @@ pub(crate) fn check_generated(test: &str, path: &str, text: &str) {
 /// Lines only in `expected` with `-`, lines only in `found` with `+`.
 fn difference(expected: &str, found: &str) -> String {
     let only = |sign, one: &str, other: &str| -> String {
-        let lines = one.lines().filter(|&line| !other.lines().any(|same| same == line));
+        let lines = one
+            .lines()
+            .filter(|&line| !other.lines().any(|same| same == line));
         lines.map(|line| format!("{sign} {line}\n")).collect()
     };
     let lines = only('-', expected, found) + &only('+', found, expected);

@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bruhmcp_db::migrations::{
-    Direction, Error, Event, Extent, Loss, MIGRATIONS, Note, Refusal, Report, Reversal,
-    Runner, StateAfter, Verification, runner,
+    Direction, Error, Event, Extent, Loss, MIGRATIONS, Note, Refusal, Report, Reversal, Runner,
+    StateAfter, Verification, runner,
 };
 use diesel::migration::MigrationSource;
 use diesel::pg::Pg;
@@ -139,7 +139,11 @@ fn generated_hashes() {
 #[test]
 fn generated_catalogue() {
     let catalogue = runner(&database().url()).unwrap().catalogue().unwrap();
-    check_generated("generated_catalogue", "migrations/catalogue.txt", &catalogue);
+    check_generated(
+        "generated_catalogue",
+        "migrations/catalogue.txt",
+        &catalogue,
+    );
 }
 
 #[test]
@@ -148,15 +152,13 @@ fn runs_reverts_and_redoes_what_it_reports() {
     let before = database.dump(&["--exclude-table=__diesel_schema_migrations"]);
     let log = Arc::new(Mutex::new(Vec::new()));
     let writer = Arc::clone(&log);
-    let mut runner = runner(&database.url())
-        .unwrap()
-        .on_event(move |event| {
-            writer.lock().unwrap().push(match event {
-                Event::Started(name, direction) => format!("{direction} {name}"),
-                Event::Finished(step) => format!("{} {} done", step.direction, step.name),
-                other => panic!("{other:?}"),
-            });
+    let mut runner = runner(&database.url()).unwrap().on_event(move |event| {
+        writer.lock().unwrap().push(match event {
+            Event::Started(name, direction) => format!("{direction} {name}"),
+            Event::Finished(step) => format!("{} {} done", step.direction, step.name),
+            other => panic!("{other:?}"),
         });
+    });
 
     let versions = versions();
     let steps = |report: Report| -> Vec<String> {
@@ -173,7 +175,12 @@ fn runs_reverts_and_redoes_what_it_reports() {
     };
 
     let report = runner.run_to(Some(&versions[2])).unwrap();
-    assert!(report.steps.iter().all(|step| step.duration > Duration::ZERO));
+    assert!(
+        report
+            .steps
+            .iter()
+            .all(|step| step.duration > Duration::ZERO)
+    );
     assert_eq!(steps(report), expected("up", &versions[..3]));
     let first = &names()[0];
     assert_eq!(
@@ -226,7 +233,9 @@ fn says_what_went_to_the_archive() {
     let mut runner = runner(&database.url()).unwrap();
     let note = Note {
         title: "Moved to the schema bruhmcp_archive".into(),
-        items: ["sequence users_a_seq", "table users", "type plan_type"].map(Into::into).into(),
+        items: ["sequence users_a_seq", "table users", "type plan_type"]
+            .map(Into::into)
+            .into(),
     };
     assert_eq!(runner.run_to(Some(&versions()[0])).unwrap().notes, [note]);
     assert_eq!(runner.run().unwrap().notes, []);
@@ -333,7 +342,9 @@ fn outside_a_transaction_a_failure_says_so() {
     .without_transaction("002_index");
     let error = folder.runner(&database).run().unwrap_err().to_string();
     assert!(
-        error.contains("The migration does not run in a transaction: some of its changes may remain."),
+        error.contains(
+            "The migration does not run in a transaction: some of its changes may remain."
+        ),
         "{error}"
     );
     database.psql("DROP INDEX a_b_idx; DELETE FROM a").unwrap();
@@ -384,7 +395,7 @@ fn says_which_rows_a_revert_loses() {
             loss("public.webhook_events", None, 1),
         ]
     );
-    assert_eq!(database.dump(&[]), before);
+    assert_same(&before, &database.dump(&[]));
 
     let folder = Folder::new(&[(
         "001_a",
@@ -610,7 +621,10 @@ fn verify_needs_an_expected_catalogue() {
     let mut runner = folder.runner(&database);
     runner.run().unwrap();
     let refused = runner.verify().unwrap_err();
-    assert!(matches!(refused, Error::Refused(Refusal::NoCatalogue)), "{refused}");
+    assert!(
+        matches!(refused, Error::Refused(Refusal::NoCatalogue)),
+        "{refused}"
+    );
     let catalogue = runner.catalogue().unwrap();
     assert!(catalogue.contains("column a.b integer\n"), "{catalogue}");
     let mut runner = runner.expect_catalogue(&catalogue);
@@ -635,7 +649,8 @@ fn another_schema_has_its_own_migrations_and_lock() {
     assert_eq!(other.status().unwrap().pending().count(), 0);
     let catalogue = other.catalogue().unwrap();
     assert!(catalogue.contains("column a.objid oid\n"), "{catalogue}");
-    let locks = "SELECT count(DISTINCT objid) FROM (TABLE public.a UNION ALL TABLE \"Other 1\".a) a";
+    let locks =
+        "SELECT count(DISTINCT objid) FROM (TABLE public.a UNION ALL TABLE \"Other 1\".a) a";
     assert_eq!(database.psql(locks).unwrap(), "2\n");
 }
 

@@ -7,7 +7,10 @@
 use std::ffi::CString;
 use std::fmt::Write;
 
-#[expect(unsafe_code, reason = "libpq is a C library; Diesel doesn't wrap these functions")]
+#[expect(
+    unsafe_code,
+    reason = "libpq is a C library; Diesel doesn't wrap these functions"
+)]
 mod libpq;
 
 /// A connection string, taken apart.
@@ -213,7 +216,11 @@ mod tests {
         let conninfo = Conninfo::parse("postgres://u:secret@h/d?sslpassword=hush")?;
         assert_eq!(conninfo.conceal("no route to h\n"), "no route to h");
         for text in ["role \"secret\"", "hush!"] {
-            assert!(conninfo.conceal(text).starts_with("the message is withheld"));
+            assert!(
+                conninfo
+                    .conceal(text)
+                    .starts_with("the message is withheld")
+            );
         }
         Ok(())
     }
@@ -221,7 +228,10 @@ mod tests {
     #[test]
     fn the_effective_value_is_found_without_connecting() -> Result<(), &'static str> {
         let conninfo = Conninfo::parse("host=/nowhere options=-cwork_mem=1MB")?;
-        assert_eq!(conninfo.effective("options").as_deref(), Some("-cwork_mem=1MB"));
+        assert_eq!(
+            conninfo.effective("options").as_deref(),
+            Some("-cwork_mem=1MB")
+        );
         assert_eq!(conninfo.effective("port").as_deref(), Some("5432"));
         Ok(())
     }

@@ -154,7 +154,10 @@ fn usage(error: &clap::Error) -> u8 {
         let mut letters = argument.chars();
         letters.all(|letter| letter.is_ascii_alphanumeric() || "-_.".contains(letter))
     };
-    if env::args_os().skip(1).all(|argument| argument.into_string().is_ok_and(is_word)) {
+    if env::args_os()
+        .skip(1)
+        .all(|argument| argument.into_string().is_ok_and(is_word))
+    {
         tell(error.to_string().trim_end());
     } else {
         tell(format!("error: {}. See --help.", error.kind()));

@@ -24,7 +24,7 @@ pub enum Error {
     /// Another runner held the lock until `lock_wait` was over.
     #[error(
         "another runner holds the lock ({holder}); gave up after {:.1} s. Nothing was changed. \
-         Retry when it has finished",
+         Retry when it has finished.",
         waited.as_secs_f64()
     )]
     LockBusy {
@@ -42,7 +42,7 @@ pub enum Error {
     /// The migrations ran, but one of them released the lock.
     #[error(
         "the migrations were applied or reverted, but one of them released the lock, so another \
-         runner may have worked at the same time. Run `{program} status`"
+         runner may have worked at the same time. Run `{program} status`."
     )]
     LockLost {
         /// Name of this program.
@@ -75,12 +75,12 @@ impl Error {
 #[non_exhaustive]
 pub enum Refusal {
     /// Two migrations have the same version.
-    #[error("{0} and {1} have the same version. Rename the one that is not released")]
+    #[error("{0} and {1} have the same version. Rename the one that is not released.")]
     DuplicateVersion(String, String),
     /// A pending migration is older than an applied one.
     #[error(
         "{pending} is pending, but the newer {applied} is applied. Give {pending} a version after \
-         {applied}, or first revert to the version before it"
+         {applied}, or first revert to the version before it."
     )]
     OutOfOrder {
         /// The pending migration.
@@ -92,21 +92,21 @@ pub enum Refusal {
     #[error(
         "the database has {}, which this program does not know. Use the program that applied it. \
          If that migration was abandoned and undone by hand, delete its row from \
-         __diesel_schema_migrations",
+         __diesel_schema_migrations.",
         .0.join(", ")
     )]
     Unknown(Vec<String>),
     /// This program has no migration of the requested version.
-    #[error("this program has no migration {0}. The status lists the ones it has")]
+    #[error("this program has no migration {0}. The status lists the ones it has.")]
     NoSuchVersion(String),
     /// A migration to revert has no `down.sql`.
-    #[error("{0} can't be reverted: it has no down.sql")]
+    #[error("{0} can't be reverted: it has no down.sql.")]
     NoDown(String),
     /// Unqualified names would not be created in the schema of the migrations.
     #[error(
         "the role's search_path begins with {}, but the migrations belong to the schema {schema}. \
          Set the search_path for the role, for the database or in the URL \
-         (?options=-csearch_path%3D{schema})",
+         (?options=-csearch_path%3D{schema}).",
         found.as_ref().map_or_else(|| "no schema".to_owned(), |found| format!("the schema {found}"))
     )]
     SearchPath {
@@ -116,12 +116,12 @@ pub enum Refusal {
         schema: String,
     },
     /// The server is a replica, or `default_transaction_read_only` is on.
-    #[error("the session is read-only. Connect to the primary, with a role that may write")]
+    #[error("the session is read-only. Connect to the primary, with a role that may write.")]
     ReadOnly,
     /// The role may not create objects in the schema.
     #[error(
         "the role {role} may not create objects in the schema {schema}. Use the owner's role, or \
-         GRANT CREATE ON SCHEMA {schema}"
+         GRANT CREATE ON SCHEMA {schema}."
     )]
     NoRights {
         /// The role.
@@ -133,14 +133,14 @@ pub enum Refusal {
     /// clients use.
     #[error(
         "a connection pooler is between this program and the server. Give the server's own \
-         address. With nothing pending, the pooler's address works too"
+         address. With nothing pending, the pooler's address works too."
     )]
     Pooler,
     /// The program was built without an expected catalogue.
-    #[error("this program has no expected catalogue to verify against")]
+    #[error("this program has no expected catalogue to verify against.")]
     NoCatalogue,
     /// `confirm` returned `false`.
-    #[error("the revert was not confirmed")]
+    #[error("the revert was not confirmed.")]
     NotConfirmed,
 }
 
@@ -281,11 +281,7 @@ pub struct ServerReport {
 }
 
 impl ServerReport {
-    pub(crate) fn new(
-        error: &diesel::result::Error,
-        sql: &str,
-        secret_tables: &[String],
-    ) -> Self {
+    pub(crate) fn new(error: &diesel::result::Error, sql: &str, secret_tables: &[String]) -> Self {
         let diesel::result::Error::DatabaseError(kind, information) = error else {
             return Self::from_text(error);
         };

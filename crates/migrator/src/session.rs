@@ -65,7 +65,10 @@ fn establish(mut conninfo: Conninfo, wait: Duration) -> Result<PgConnection, Err
 
 /// Reads the applied versions of `schema`, whatever the search_path is.
 pub(crate) fn ledger(connection: &mut PgConnection, schema: &str) -> Result<Ledger, Error> {
-    let table = format!("\"{}\".__diesel_schema_migrations", schema.replace('"', "\"\""));
+    let table = format!(
+        "\"{}\".__diesel_schema_migrations",
+        schema.replace('"', "\"\"")
+    );
     let read = |connection: &mut PgConnection| {
         let exists = sql::<Bool>("to_regclass(")
             .bind::<Text, _>(&table)
