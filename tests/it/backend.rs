@@ -135,10 +135,7 @@ impl Service {
         let mut mac = Hmac::<Sha256>::new_from_slice(secret.as_bytes()).unwrap();
         mac.update(body.as_bytes());
         let signature = mac.finalize().into_bytes();
-        let signature: String = signature
-            .iter()
-            .map(|octet| format!("{octet:02x}"))
-            .collect();
+        let signature: String = signature.iter().map(|byte| format!("{byte:02x}")).collect();
         let headers =
             format!("X-Razorpay-Signature: {signature}\r\nX-Razorpay-Event-Id: {event_id}\r\n");
         self.send("POST", "/webhooks/razorpay", &headers, body)

@@ -91,7 +91,8 @@ fn yes(_: &Reversal) -> bool {
     true
 }
 
-/// An applied migration is never edited. `BRUHMCP_WRITE=1` adds what is new and leaves the lines that are there.
+/// An applied migration is never edited. `BRUHMCP_WRITE=1` adds what is new and leaves the lines
+/// that are there.
 #[test]
 fn generated_hashes() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));

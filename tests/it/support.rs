@@ -112,8 +112,9 @@ impl TestDatabase {
         lines.collect()
     }
 
-    /// Runs statements in one `psql`, each in a transaction of its own, up to the first that fails. Rows come without
-    /// header and alignment, fields separated by `|`; the error is what `psql` prints, SQLSTATE, DETAIL and HINT included.
+    /// Runs statements in one `psql`, each in a transaction of its own, up to the first that fails.
+    /// Rows come without header and alignment, fields separated by `|`; the error is what `psql`
+    /// prints, SQLSTATE, DETAIL and HINT included.
     pub(crate) fn psql(&self, sql: &str) -> Result<String, String> {
         let mut psql = self.psql_command("-");
         let mut child = psql
@@ -172,7 +173,8 @@ pub(crate) fn assert_same_set<T: Ord + Debug>(
     );
 }
 
-/// What `work` returns in `threads` threads that begin together, each with its number and a connection of its own.
+/// What `work` returns in `threads` threads that begin together, each with its number and a
+/// connection of its own.
 pub(crate) fn at_once<T: Send>(
     database: &TestDatabase,
     threads: usize,

@@ -30,7 +30,8 @@ fn query(database: &Database, sql: &str) -> String {
 
 fn runs(pid: u32) -> bool {
     match fs::read_to_string(format!("/proc/{pid}/stat")) {
-        // An orphan that has ended stays a zombie where process 1 collects none, as in many containers.
+        // An orphan that has ended stays a zombie where process 1 collects none, as in many
+        // containers.
         Ok(stat) => !stat.contains(") Z "),
         Err(_) if Path::new("/proc/self").exists() => false,
         Err(_) => Command::new("kill")
@@ -50,7 +51,8 @@ fn eventually(what: &str, condition: impl Fn() -> bool) {
     }
 }
 
-/// `with-database` around a shell that tells the server's folder or the database's name, then waits to be killed.
+/// `with-database` around a shell that tells the server's folder or the database's name, then waits
+/// to be killed.
 fn start_with_database(database_url: &str, query: &str) -> (Child, String) {
     let script = format!(r#""$PSQL" -XAtqd "$DATABASE_URL" -c "{query}" && exec sleep 60"#);
     let mut child = Command::new(WITH_DATABASE)
@@ -190,7 +192,8 @@ fn the_command_gets_a_database_and_its_exit_code_is_passed_on() {
     assert_eq!(status.code(), Some(7));
 }
 
-/// A server as somebody else's: with a role that may only create databases, and a password with odd characters.
+/// A server as somebody else's: with a role that may only create databases, and a password with odd
+/// characters.
 fn somebody_elses_server() -> (Server, Database, String) {
     let server = Server::private(&[]).unwrap();
     let home = server.create_database().unwrap();

@@ -1,5 +1,5 @@
-//! Runs a command with `DATABASE_URL` set to a new, empty database, and removes that database afterwards:
-//! `cargo run -p bruhmcp-devdb --bin with-database -- diesel migration run`.
+//! Runs a command with `DATABASE_URL` set to a new, empty database, and removes that database
+//! afterwards: `cargo run -p bruhmcp-devdb --bin with-database -- diesel migration run`.
 
 use std::env;
 use std::os::unix::process::ExitStatusExt;
