@@ -8,8 +8,8 @@ use std::error::Error;
 use bruhmcp_db::enums::TransactionStatus;
 use bruhmcp_db::ids::{InstanceId, TransactionId, UserId};
 use bruhmcp_db::migrations::Runner;
-use bruhmcp_db::models::{McpInstance, NewSubscriptionTransaction, SubscriptionTransaction, User};
-use bruhmcp_db::schema::mcp_service_table;
+use bruhmcp_db::models::{McpInstance, NewSubscriptionTransaction, User};
+use bruhmcp_db::schema::{mcp_service_table, subscription_transactions};
 use bruhmcp_devdb::{Database, Server};
 use diesel::connection::SimpleConnection;
 use diesel::dsl::sql;
@@ -135,7 +135,9 @@ fn inserts(server: &Server, name: &str, new_key: fn() -> Uuid) -> Result<i64> {
                 id: Some(TransactionId(new_key())),
                 ..NewSubscriptionTransaction::new(user_id, 1, 1, TransactionStatus::Captured)
             };
-            SubscriptionTransaction::insert(conn, &payment)?;
+            diesel::insert_into(subscription_transactions::table)
+                .values(&payment)
+                .execute(conn)?;
         }
         Ok(())
     })?;

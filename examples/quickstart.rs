@@ -6,14 +6,14 @@
 use std::error::Error;
 
 use bruhmcp_db::crypto::{KeyRing, SecretColumn};
-use bruhmcp_db::enums::{AuditStatus, AuthType, PaymentGateway};
+use bruhmcp_db::enums::{AuditStatus, AuthType, PaymentGateway, WebhookStatus};
 use bruhmcp_db::ids::{InstanceId, ServiceId, UserId};
 use bruhmcp_db::migrations::{Event, Runner};
 use bruhmcp_db::models::{
     CredentialError, InstanceError, InstanceFilter, McpCredential, McpInstance, McpService,
     NewMcpCredential, NewMcpInstance, NewMcpService, NewSubscriptionTransaction, NewTokenAudit,
-    NewUser, NewWebhookEvent, OauthTokens, ProPlan, Recorded, RecordedWebhook,
-    SubscriptionTransaction, TokenAudit, User, UserPlan, WebhookEvent,
+    NewUser, NewWebhookEvent, OauthTokens, ProPlan, Recorded, SubscriptionTransaction, TokenAudit,
+    User, UserPlan, WebhookEvent,
 };
 use bruhmcp_db::views::TokenAuditSummary;
 use bruhmcp_db::{Page, SecretText, enums::TransactionStatus};
@@ -195,14 +195,15 @@ fn upgrade_once(conn: &mut PgConnection, user_id: UserId) -> Result {
     };
     for _ in 0..2 {
         let event = match WebhookEvent::record(conn, &webhook)? {
-            RecordedWebhook::New(event) | RecordedWebhook::FailedEarlier(event) => event,
-            RecordedWebhook::Duplicate(event) => {
+            Recorded::New(event) => event,
+            Recorded::Existing(event) if event.processing_status == WebhookStatus::Failed => event,
+            Recorded::Existing(event) => {
                 println!("  duplicate of {}: nothing to do", event.external_event_id);
                 continue;
             }
         };
         conn.transaction(|conn| -> Result {
-            let Some(event) = WebhookEvent::take(conn, event.event_id)? else {
+            let Some(event) = WebhookEvent::claim(conn, event.event_id)? else {
                 return Ok(()); // Another worker has it.
             };
             User::lock(conn, user_id)?;

@@ -59,7 +59,8 @@ joined_with! {
     webhook_events
 }
 
-/// A row of the view `token_audit_summary`: the last 30 days of the audit log by instance, operation, status and method.
+/// A row of the view `token_audit_summary`: the last 30 days of the audit log by instance,
+/// operation, status and method.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Queryable, Selectable)]
 #[diesel(table_name = token_audit_summary, check_for_backend(Pg))]
 #[expect(missing_docs, reason = "the other columns are those of `TokenAudit`")]

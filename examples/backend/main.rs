@@ -22,7 +22,6 @@ use diesel::pg::PgConnection;
 use diesel::r2d2::{ConnectionManager, Pool, PooledConnection};
 use oxhttp::model::{Body, Request};
 use oxhttp::{ListeningServer, Server};
-use secrecy::SecretString;
 
 use crate::http::{Answer, Error, NOT_FOUND, json, response};
 
@@ -36,7 +35,7 @@ struct App {
     pool: Pool<ConnectionManager<PgConnection>>,
     token_key: TokenKey,
     key_ring: KeyRing,
-    webhook_secret: SecretString,
+    webhook_secret: SecretText,
     /// The hash of a password that nobody has.
     nobodys_password: SecretText,
 }

@@ -3,8 +3,8 @@
 use bruhmcp_db::enums::{PaymentGateway, TransactionStatus};
 use bruhmcp_db::ids::{TransactionId, UserId, WebhookEventId};
 use bruhmcp_db::models::{
-    NewSubscriptionTransaction, NewWebhookEvent, ProPlan, RecordedPayment, RecordedWebhook,
-    SubscriptionTransaction, User, UserPlan, WebhookEvent,
+    NewSubscriptionTransaction, NewWebhookEvent, ProPlan, Recorded, SubscriptionTransaction, User,
+    UserPlan, WebhookEvent,
 };
 use bruhmcp_db::{Isolation, retry_transaction};
 use chrono::{TimeDelta, Utc};
@@ -12,7 +12,6 @@ use diesel::Connection;
 use diesel::pg::PgConnection;
 use hmac::{Hmac, KeyInit, Mac};
 use oxhttp::model::{Body, Request};
-use secrecy::ExposeSecret;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use sha2::Sha256;
@@ -26,7 +25,7 @@ const PAID: TimeDelta = TimeDelta::days(31);
 pub(crate) fn razorpay(app: &App, request: &mut Request<Body>) -> Answer {
     let body = body(request)?;
     let signature = header(request, "x-razorpay-signature").and_then(from_hex);
-    let mut mac = Hmac::<Sha256>::new_from_slice(app.webhook_secret.expose_secret().as_bytes())
+    let mut mac = Hmac::<Sha256>::new_from_slice(app.webhook_secret.expose().as_bytes())
         .map_err(|_| Error::Internal("no HMAC"))?;
     mac.update(&body);
     // Compares in constant time.
@@ -45,11 +44,9 @@ pub(crate) fn razorpay(app: &App, request: &mut Request<Body>) -> Answer {
         payment_gateway: PaymentGateway::Razorpay,
         payload: &payload,
     };
-    let (RecordedWebhook::New(event)
-    | RecordedWebhook::Duplicate(event)
-    | RecordedWebhook::FailedEarlier(event)) = WebhookEvent::record(conn, &event)?;
+    let event = WebhookEvent::record(conn, &event)?.into_inner();
     // Now it isn't lost any more. If what follows fails, it stays open: the gateway is told and delivers it again, or a
-    // worker finds it by `WebhookEvent::take_open`.
+    // worker finds it by `WebhookEvent::claim_due`.
     let status = retry_transaction(conn, Isolation::ReadCommitted, |conn| {
         process(conn, event.event_id)
     })?;
@@ -57,7 +54,7 @@ pub(crate) fn razorpay(app: &App, request: &mut Request<Body>) -> Answer {
 }
 
 fn process(conn: &mut PgConnection, event_id: WebhookEventId) -> Result<&'static str, Error> {
-    let Some(event) = WebhookEvent::take(conn, event_id)? else {
+    let Some(event) = WebhookEvent::claim(conn, event_id)? else {
         return Ok("duplicate");
     };
     if event.event_type != "payment.captured" {
@@ -116,7 +113,7 @@ fn record_payment(conn: &mut PgConnection, payload: &Value) -> Result<(), Error>
         )
     };
     match SubscriptionTransaction::record_payment(conn, &new)? {
-        RecordedPayment::Recorded(_) => {
+        Recorded::New(_) => {
             // Who pays early loses nothing.
             let begin = plan.expires_at.unwrap_or_default().max(Utc::now());
             let pro = ProPlan {
@@ -127,7 +124,7 @@ fn record_payment(conn: &mut PgConnection, payload: &Value) -> Result<(), Error>
             UserPlan::upgrade(conn, user_id, &pro)?;
         }
         // Told of by another event.
-        RecordedPayment::Existing(_) => {}
+        Recorded::Existing(_) => {}
     }
     Ok(())
 }

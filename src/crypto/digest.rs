@@ -14,8 +14,8 @@ use crate::secret::{HashedToken, SecretText};
 
 /// What a one-time secret is for, and for whom.
 ///
-/// All of it is part of the digest. So a digest is useless as another type, and the digest of a code is useless in another
-/// user's row.
+/// All of it is part of the digest. So a digest is useless as another type, and the digest of a
+/// code is useless in another user's row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TokenPurpose<'a> {
     /// A six-digit code to sign in.
@@ -52,9 +52,11 @@ impl TokenPurpose<'_> {
     }
 }
 
-/// The key of the digests. Keep it outside the database: with a digest and the key, a six-digit code is quickly guessed.
+/// The key of the digests. Keep it outside the database: with a digest and the key, a six-digit
+/// code is quickly guessed.
 ///
-/// Another key invalidates all codes, links and refresh tokens. The key is wiped from memory when it is dropped.
+/// Another key invalidates all codes, links and refresh tokens. The key is wiped from memory when
+/// it is dropped.
 ///
 /// ```
 /// use bruhmcp_db::crypto::{TokenKey, TokenPurpose, new_secret};
@@ -87,7 +89,8 @@ impl TokenKey {
     pub fn hash(&self, purpose: TokenPurpose<'_>, secret: &SecretText) -> HashedToken {
         let mut mac =
             Hmac::<Sha256>::new_from_slice(&self.0).expect("HMAC takes a key of any length");
-        // No two inputs give the same bytes: the name ends with a zero, an id has 16 bytes, and a length precedes the text.
+        // No two inputs give the same bytes: the name ends with a zero, an id has 16 bytes, and a
+        // length precedes the text.
         match purpose {
             TokenPurpose::EmailOtp { user_id } => {
                 mac.update(b"email_otp\0");
@@ -114,7 +117,8 @@ impl fmt::Debug for TokenKey {
     }
 }
 
-/// Returns a secret for a link or a refresh token: 32 bytes of the operating system's generator in hexadecimal.
+/// Returns a secret for a link or a refresh token: 32 bytes of the operating system's generator in
+/// hexadecimal.
 ///
 /// # Panics
 /// If the operating system has no random bytes.

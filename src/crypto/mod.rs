@@ -1,4 +1,5 @@
-//! Digests of one-time secrets, and encryption of credentials. Needs the feature `crypto`, which is on by default.
+//! Digests of one-time secrets, and encryption of credentials. Needs the feature `crypto`, which is
+//! on by default.
 
 mod digest;
 mod seal;

@@ -6,8 +6,8 @@
 //! 1 format (1) | 1 key id | 12 nonce | as long as the text: ciphertext | 16 tag
 //! ```
 //!
-//! Format, key id, the row's key and the column's name are authenticated too (additional data). So a value doesn't open
-//! in another row or column, or after a change of its first bytes.
+//! Format, key id, the row's key and the column's name are authenticated too (additional data). So
+//! a value doesn't open in another row or column, or after a change of its first bytes.
 
 use std::fmt;
 
@@ -85,7 +85,8 @@ pub enum OpenError {
         /// The id in the value.
         key_id: u8,
     },
-    /// It was altered, cut, copied from another row or column, or sealed with another key of the same id.
+    /// It was altered, cut, copied from another row or column, or sealed with another key of the
+    /// same id.
     #[error("the sealed value was altered or copied from elsewhere")]
     Altered,
     /// The opened value is not UTF-8.
@@ -95,20 +96,22 @@ pub enum OpenError {
 
 /// The keys for credentials. The first key seals; every key opens.
 ///
-/// The ring wipes its keys from memory when it is dropped. It has no `Clone`: share it by reference or
-/// [`Arc`](std::sync::Arc).
+/// The ring wipes its keys from memory when it is dropped. It has no `Clone`: share it by reference
+/// or [`Arc`](std::sync::Arc).
 ///
 /// # Rotation
 /// 1. In every process, add the new key behind the old one. Its id must never have been used.
 /// 2. In every process, move it to the front.
-/// 3. Call [`McpCredential::reseal`](crate::models::McpCredential::reseal) until nothing is sealed under the old key.
+/// 3. Call [`McpCredential::reseal`](crate::models::McpCredential::reseal) until nothing is sealed
+///    under the old key.
 /// 4. Remove the old key.
 ///
 /// # How long to use a key
-/// The nonce is random. Two values with the same key and nonce would reveal both secrets and allow forgery. NIST SP
-/// 800-38D, 8.3, therefore allows 2³² seals per key with random nonces of 96 bits; the chance of a collision is then
-/// 2⁻³³. An hourly refresh seals two tokens: 10,000 connected instances use up a key in 24 years, 1,000,000 in 89 days.
-/// **Rotate well before that.** Resealing counts against the new key.
+/// The nonce is random. Two values with the same key and nonce would reveal both secrets and allow
+/// forgery. NIST SP 800-38D, 8.3, therefore allows 2³² seals per key with random nonces of 96 bits;
+/// the chance of a collision is then 2⁻³³. An hourly refresh seals two tokens: 10,000 connected
+/// instances use up a key in 24 years, 1,000,000 in 89 days. **Rotate well before that.** Resealing
+/// counts against the new key.
 ///
 /// # Example
 /// ```
@@ -135,7 +138,8 @@ impl KeyRing {
     /// The longest secret that can be sealed, in bytes.
     pub const MAX_LEN: usize = MAX_SEALED_LEN - OVERHEAD;
 
-    /// Copies these keys, newest first. Each has an id, which is stored with its values, and 32 random bytes.
+    /// Copies these keys, newest first. Each has an id, which is stored with its values, and 32
+    /// random bytes.
     ///
     /// # Errors
     /// `Empty`, `Length`, `Duplicate`.
@@ -155,7 +159,8 @@ impl KeyRing {
         })
     }
 
-    /// Seals a secret under the newest key, for one column of one row. Each call gives another value.
+    /// Seals a secret under the newest key, for one column of one row. Each call gives another
+    /// value.
     ///
     /// # Errors
     /// `TooLong`, `NoRandomness`.
@@ -248,7 +253,8 @@ impl fmt::Debug for KeyRing {
     }
 }
 
-/// The additional data. All parts but the last have a fixed length, so no two places give the same bytes.
+/// The additional data. All parts but the last have a fixed length, so no two places give the same
+/// bytes.
 fn additional_data(key_id: u8, credential_id: CredentialId, column: SecretColumn) -> Vec<u8> {
     [
         &[FORMAT, key_id],

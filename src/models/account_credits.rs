@@ -1,4 +1,4 @@
-//! Credits: money the platform owes a user.
+//! Credits: money that the platform owes a user.
 
 use bigdecimal::{BigDecimal, ToPrimitive};
 use chrono::{DateTime, Utc};
@@ -11,8 +11,8 @@ use serde::Serialize;
 
 use crate::enums::CreditSource;
 use crate::ids::{CreditId, UserId};
-use crate::models::{DEFAULT_CURRENCY, User, found};
-use crate::page::Cursor;
+use crate::models::{DEFAULT_CURRENCY, Recorded, User, lock_user_key};
+use crate::page::{Cursor, Page, newest_first};
 use crate::schema::{account_credits, users};
 
 /// A row of `account_credits`.
@@ -20,102 +20,88 @@ use crate::schema::{account_credits, users};
     Debug, Clone, PartialEq, Eq, Serialize, Queryable, Selectable, Identifiable, Associations,
 )]
 #[diesel(table_name = account_credits, belongs_to(User, foreign_key = user_id), check_for_backend(Pg))]
+#[expect(missing_docs, reason = "the names of the other fields say it all")]
 pub struct AccountCredit {
-    /// Key.
     pub id: CreditId,
-    /// Whose credit it is.
     pub user_id: UserId,
-    /// Minor units of `currency`, never 0; negative is a debit.
+    /// Minor units (paise) of `currency`, never 0; negative for a debit.
     pub amount: i64,
     /// ISO 4217 code; by default INR.
     pub currency: String,
-    /// For people.
     pub description: Option<String>,
-    /// Where it comes from.
     pub source_type: Option<CreditSource>,
-    /// What it is for, in the words of its source; needed for a refund or downgrade.
+    /// The source's id. Required and unique for a refund or downgrade.
     pub source_id: Option<String>,
-    /// Whether it is spent.
     pub is_used: bool,
-    /// When it was spent; set exactly when `is_used` is.
+    /// Set if and only if `is_used` is true.
     pub used_at: Option<DateTime<Utc>>,
-    /// From then on it can't be spent; `None`: never.
+    /// The time from which the credit can't be spent; `None` for never.
     pub expires_at: Option<DateTime<Utc>>,
-    /// When the row was made.
     pub created_at: DateTime<Utc>,
-    /// When the row changed last.
     pub updated_at: DateTime<Utc>,
 }
 
-/// A new row; `None` leaves a column to its default.
+/// Values of a new [`AccountCredit`]; `None` uses the column's default.
 #[derive(Debug, Clone, Insertable)]
 #[diesel(table_name = account_credits, check_for_backend(Pg))]
+#[expect(missing_docs, reason = "the fields are those of `AccountCredit`")]
 pub struct NewAccountCredit<'a> {
-    /// Key.
     pub id: Option<CreditId>,
-    /// Whose credit it is.
     pub user_id: UserId,
-    /// Minor units of `currency`, never 0; negative is a debit.
     pub amount: i64,
-    /// ISO 4217 code; by default INR.
     pub currency: Option<&'a str>,
-    /// For people.
     pub description: Option<&'a str>,
-    /// Where it comes from.
     pub source_type: Option<CreditSource>,
-    /// What it is for, in the words of its source; needed for a refund or downgrade.
     pub source_id: Option<&'a str>,
-    /// From then on it can't be spent; `None`: never.
     pub expires_at: Option<DateTime<Utc>>,
 }
 
-/// Changes to a row: `None` keeps a column, `Some(None)` sets it to `NULL`. It becomes used by [`AccountCredit::spend`].
-#[derive(Debug, Clone, Default, AsChangeset)]
-#[diesel(table_name = account_credits)]
-pub struct AccountCreditChangeset<'a> {
-    /// For people.
-    pub description: Option<Option<&'a str>>,
-    /// From then on it can't be spent; `None`: never.
-    pub expires_at: Option<Option<DateTime<Utc>>>,
+impl NewAccountCredit<'_> {
+    /// A credit in INR without source and expiry.
+    #[must_use]
+    pub fn new(user_id: UserId, amount: i64) -> Self {
+        Self {
+            id: None,
+            user_id,
+            amount,
+            currency: None,
+            description: None,
+            source_type: None,
+            source_id: None,
+            expires_at: None,
+        }
+    }
 }
 
-/// What became of a credit that was to be granted.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Granted {
-    /// It is new.
-    Granted(AccountCredit),
-    /// Its source was credited before, by this row.
-    AlreadyGranted(AccountCredit),
-}
-
-/// What a spending did.
+/// The result of [`AccountCredit::spend`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Spent {
-    /// The credits and debits that it used up, soonest expiry first.
+    /// The credits and debits used up, earliest expiry first.
     pub used: Vec<AccountCredit>,
-    /// What is left of the last of them: a new credit.
+    /// A new credit for the unspent part of the last one.
     pub rest: Option<AccountCredit>,
 }
 
-/// Why credit was not granted, counted or spent.
+/// The reason why an operation on credits failed. Nothing is changed then.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum CreditError {
-    /// The source was credited before, to another user or with another amount or currency. Holds that row.
-    #[error("the source has another credit")]
-    Differs(Box<AccountCredit>),
-    /// Nothing or less was to be spent.
+    /// The amount is zero or negative.
     #[error("the amount is not positive")]
     NotPositive,
-    /// The balance is less than what was to be spent.
+    /// The source was credited to another user, or with another amount or currency. Holds that row.
+    #[error("the source has another credit")]
+    Differs(Box<AccountCredit>),
+    /// The balance is less than the amount.
     #[error("the balance is only {balance}")]
     Insufficient {
-        /// The balance, in minor units; negative where debits prevail.
+        /// The balance in minor units; negative if debits exceed credits.
         balance: i64,
     },
-    /// The balance is beyond an `i64`.
+    /// The balance does not fit in an `i64`.
     #[error("the balance is out of range")]
     OutOfRange,
-    /// The database refuses, or can't be reached.
+    /// Any other database error.
     #[error("database error")]
     Database(#[from] Error),
 }
@@ -131,21 +117,7 @@ fn is_open() -> _ {
 }
 
 impl AccountCredit {
-    /// Inserts a row and returns it with its defaults.
-    ///
-    /// # Errors
-    /// Any broken rule of the table; see [`ConstraintViolation`](crate::ConstraintViolation).
-    pub fn insert(conn: &mut PgConnection, new: &NewAccountCredit<'_>) -> QueryResult<Self> {
-        diesel::insert_into(account_credits::table)
-            .values(new)
-            .returning(Self::as_returning())
-            .get_result(conn)
-    }
-
-    /// The row of this key, if there is one.
-    ///
-    /// # Errors
-    /// Only those of the connection.
+    /// Returns the credit with this id.
     pub fn find(conn: &mut PgConnection, id: CreditId) -> QueryResult<Option<Self>> {
         account_credits::table
             .find(id)
@@ -154,62 +126,61 @@ impl AccountCredit {
             .optional()
     }
 
-    /// The rows of a user, newest first, `limit` at most, from the newest or from the place given.
-    ///
-    /// # Errors
-    /// Only those of the connection.
+    /// Returns a page of the user's credits, newest first.
     pub fn list_by_user(
         conn: &mut PgConnection,
         user_id: UserId,
-        after: Option<Cursor<CreditId>>,
-        limit: i64,
+        page: Page<CreditId>,
     ) -> QueryResult<Vec<Self>> {
-        let mut query = account_credits::table
+        let of_user = account_credits::table
             .filter(account_credits::user_id.eq(user_id))
-            .select(Self::as_select())
-            .into_boxed();
-        if let Some(after) = after {
-            query = query.filter(
-                account_credits::created_at.le(after.created_at).and(
-                    account_credits::created_at
-                        .lt(after.created_at)
-                        .or(account_credits::id.lt(after.id)),
-                ),
-            );
-        }
-        query
-            .order((
-                account_credits::created_at.desc(),
-                account_credits::id.desc(),
-            ))
-            .limit(limit)
-            .load(conn)
+            .select(Self::as_select());
+        newest_first!(of_user, account_credits, id, page).load(conn)
     }
 
-    /// Grants a credit, or a debit where the amount is negative: a refund or downgrade once per `source_id`, others each
-    /// time.
+    /// The row's position in a list.
+    #[must_use]
+    pub fn cursor(&self) -> Cursor<CreditId> {
+        Cursor {
+            created_at: self.created_at,
+            id: self.id,
+        }
+    }
+
+    /// Grants a credit, or a debit if the amount is negative. A refund or downgrade is granted once per
+    /// `source_id`, any other source each time.
     ///
-    /// One statement where it is new, two where it isn't; waits for a transaction that grants for the same source.
+    /// It waits for a transaction that grants for the same source.
     ///
     /// # Errors
-    /// [`CreditError::Differs`]. Rules of the table, as an amount of 0 or a refund without `source_id`, are
-    /// [`CreditError::Database`].
+    /// [`CreditError::Differs`]. Violated constraints, such as an amount of 0 or a refund without
+    /// `source_id`, are [`CreditError::Database`].
     pub fn grant(
         conn: &mut PgConnection,
         new: &NewAccountCredit<'_>,
-    ) -> Result<Granted, CreditError> {
+    ) -> Result<Recorded<Self>, CreditError> {
+        conn.transaction(|conn| {
+            lock_user_key(conn, new.user_id)?;
+            Self::record(conn, new)
+        })
+    }
+
+    fn record(
+        conn: &mut PgConnection,
+        new: &NewAccountCredit<'_>,
+    ) -> Result<Recorded<Self>, CreditError> {
         loop {
             let granted = diesel::insert_into(account_credits::table)
                 .values(new)
                 .on_conflict((account_credits::source_type, account_credits::source_id))
-                // A literal: bound values can't be matched with a partial index.
+                // A literal: the planner can't match bind parameters with a partial index.
                 .filter_target(sql::<Bool>("source_type IN ('refund', 'downgrade')"))
                 .do_nothing()
                 .returning(Self::as_returning())
                 .get_result(conn)
                 .optional()?;
             if let Some(row) = granted {
-                return Ok(Granted::Granted(row));
+                return Ok(Recorded::New(row));
             }
             let existing = account_credits::table
                 .filter(account_credits::source_type.eq(new.source_type))
@@ -217,13 +188,13 @@ impl AccountCredit {
                 .select(Self::as_select())
                 .first(conn)
                 .optional()?;
-            // None if it was deleted meanwhile: then the source is free again.
+            // If the other row was deleted meanwhile, the source is free again.
             if let Some(row) = existing {
                 let same = row.user_id == new.user_id
                     && row.amount == new.amount
                     && row.currency == new.currency.unwrap_or(DEFAULT_CURRENCY);
                 return if same {
-                    Ok(Granted::AlreadyGranted(row))
+                    Ok(Recorded::Existing(row))
                 } else {
                     Err(CreditError::Differs(Box::new(row)))
                 };
@@ -231,8 +202,8 @@ impl AccountCredit {
         }
     }
 
-    /// What a user can spend in a currency, in minor units: the sum of what is neither used nor expired. Debits subtract;
-    /// the balance is negative where they prevail.
+    /// Returns the user's balance in a currency, in minor units: the sum of all credits and debits that
+    /// are neither used nor expired. It is negative if debits exceed credits.
     ///
     /// # Errors
     /// [`CreditError::OutOfRange`].
@@ -252,18 +223,16 @@ impl AccountCredit {
             .ok_or(CreditError::OutOfRange)
     }
 
-    /// Spends `amount` of a user's balance in a currency, in minor units; the balance is less by exactly that then.
+    /// Spends `amount` minor units of the user's balance in a currency.
     ///
-    /// All debits are settled with it, and credits used up for both, soonest expiry first. What is left of the last one
-    /// becomes a new credit with the same expiry, an adjustment whose `source_id` is the key of the credit it comes from.
+    /// It settles all debits and uses up credits for both, earliest expiry first. The unspent part of
+    /// the last credit becomes a new credit: an adjustment with the same expiry, whose `source_id` is
+    /// the old credit's id. Every call spends: call it in the transaction that records the purchase.
     ///
-    /// One transaction, which locks the user's row in `users` and then the credits: spendings of a user run one after the
-    /// other, and what one leaves is seen by the next. In a transaction that takes other locks as well, spend first. Spends
-    /// whenever it is called: do it in the transaction that records what it was spent on.
+    /// One transaction, which locks the user, then the credits: a user's calls run one after another.
     ///
     /// # Errors
-    /// [`CreditError::NotPositive`]; [`CreditError::Insufficient`]; [`CreditError::OutOfRange`] for a negative balance that
-    /// can't be told. Nothing is changed then.
+    /// [`CreditError::NotPositive`]; [`CreditError::Insufficient`]; [`CreditError::OutOfRange`].
     pub fn spend(
         conn: &mut PgConnection,
         user_id: UserId,
@@ -274,7 +243,8 @@ impl AccountCredit {
             return Err(CreditError::NotPositive);
         }
         conn.transaction(|conn| {
-            // Locks on the credits alone don't do: one who waits for them would not see the rest that the other inserts.
+            // Locks on the credits alone are not enough: a waiting transaction would not see the rest that
+            // the other one inserts.
             users::table
                 .find(user_id)
                 .select(users::id)
@@ -285,7 +255,7 @@ impl AccountCredit {
                 .filter(account_credits::user_id.eq(user_id))
                 .filter(account_credits::currency.eq(currency))
                 .filter(is_open())
-                // NULL, never, comes last.
+                // NULL (never) comes last.
                 .order((account_credits::expires_at, account_credits::id))
                 .for_update()
                 .select(Self::as_select())
@@ -327,50 +297,23 @@ impl AccountCredit {
                 (expires_at.is_none(), expires_at, credit.id)
             });
             let rest = match last {
-                Some(credit) if due < 0 => Some(Self::insert(
-                    conn,
-                    &NewAccountCredit {
+                Some(credit) if due < 0 => {
+                    let amount = i64::try_from(-due).map_err(|_| CreditError::OutOfRange)?;
+                    let source_id = credit.id.to_string();
+                    let rest = NewAccountCredit {
                         id: Some(CreditId::new()),
-                        user_id,
-                        amount: i64::try_from(-due).map_err(|_| CreditError::OutOfRange)?,
                         currency: Some(currency),
                         description: credit.description.as_deref(),
                         source_type: Some(CreditSource::Adjustment),
-                        source_id: Some(&credit.id.to_string()),
+                        source_id: Some(&source_id),
                         expires_at: credit.expires_at,
-                    },
-                )?),
+                        ..NewAccountCredit::new(user_id, amount)
+                    };
+                    Some(Self::record(conn, &rest)?.into_inner())
+                }
                 _ => None,
             };
             Ok(Spent { used, rest })
         })
-    }
-
-    /// Changes the row of this key and returns it as it is then; `None` where there is no such row. An empty changeset
-    /// changes nothing.
-    ///
-    /// # Errors
-    /// Any broken rule of the table; see [`ConstraintViolation`](crate::ConstraintViolation).
-    pub fn update(
-        conn: &mut PgConnection,
-        id: CreditId,
-        changes: &AccountCreditChangeset<'_>,
-    ) -> QueryResult<Option<Self>> {
-        let updated = diesel::update(account_credits::table.find(id))
-            .set(changes)
-            .returning(Self::as_returning())
-            .get_result(conn)
-            .optional_empty_changeset();
-        found(updated, || Self::find(conn, id))
-    }
-
-    /// Deletes the row of this key; says whether there was one.
-    ///
-    /// # Errors
-    /// Only those of the connection.
-    pub fn delete(conn: &mut PgConnection, id: CreditId) -> QueryResult<bool> {
-        diesel::delete(account_credits::table.find(id))
-            .execute(conn)
-            .map(|deleted| deleted == 1)
     }
 }

@@ -44,33 +44,31 @@ pub const MAX_CODE_ATTEMPTS: i16 = 5;
 /// Why a link's token was not consumed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
+#[expect(missing_docs, reason = "the messages say the rest")]
 pub enum TokenError {
-    /// The token has expired.
     #[error("the token has expired")]
     Expired,
-    /// The token was consumed, replaced or revoked before.
+    /// Consumed, replaced or revoked.
     #[error("the token was used before")]
     Used,
     /// There is no such token, or its user is not active.
     #[error("no such token")]
     NotFound,
-    /// The database reported an error.
     #[error("database error")]
     Database(#[from] Error),
 }
 
-/// The outcome of [`AuthToken::check_code`]. Only [`Right`](Self::Right) and [`Wrong`](Self::Wrong) tell whether the guess
-/// was right.
+/// The outcome of [`AuthToken::check_code`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CodeCheck {
-    /// The guess is right, and the code is consumed.
+    /// The code is consumed.
     Right(AuthToken),
-    /// The guess is wrong, and was counted.
+    /// The guess was counted.
     Wrong {
-        /// The number of guesses that are left.
+        /// How many guesses are left.
         attempts_left: i16,
     },
-    /// The guess was not compared, after [`MAX_CODE_ATTEMPTS`] wrong ones.
+    /// After [`MAX_CODE_ATTEMPTS`] wrong guesses this one was not compared.
     TooManyAttempts,
     /// The newest code has expired.
     Expired,
@@ -83,11 +81,11 @@ pub enum CodeCheck {
 /// The outcome of [`AuthToken::rotate`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Rotation {
-    /// The presented token is used up; this is its successor.
+    /// This is the successor.
     Rotated(AuthToken),
-    /// The presented token was used before. All refresh tokens of this user are revoked now.
+    /// The token was used before: all refresh tokens of this user are revoked.
     Reused(UserId),
-    /// The presented token has expired or was revoked.
+    /// The token has expired or was revoked.
     Expired,
     /// There is no such refresh token, or its user is not active.
     NotFound,
@@ -101,8 +99,8 @@ diesel::define_sql_function! {
 // Diesel can't tell a table from itself in a subquery.
 diesel::alias!(const PRESENTED: Alias<Presented> = auth_tokens as presented);
 
-/// A subquery for the active owner of a token, which locks the user. PostgreSQL runs it once, before the statement around
-/// it locks the token.
+/// A subquery for the active owner of a token, which locks the user. PostgreSQL runs it once,
+/// before the statement around it locks the token.
 #[diesel::dsl::auto_type]
 fn lock_owner<'a>(token: &'a HashedToken) -> _ {
     let type_: AuthTokenType = token.type_;
@@ -118,11 +116,11 @@ fn lock_owner<'a>(token: &'a HashedToken) -> _ {
         .for_no_key_update()
 }
 
-/// Operations that use, replace or revoke tokens lock the user first (`FOR NO KEY UPDATE`) until the transaction ends. So
-/// operations on one user's tokens run one after another and can't deadlock; different users don't wait for each other.
+/// Operations that use, replace or revoke tokens first lock the user (`FOR NO KEY UPDATE`) until
+/// the transaction ends, so that they run one after another for each user.
 ///
-/// SQL compares digests in a time that depends on their bytes. This reveals nothing: without the key, nobody can make a
-/// digest that starts like another one.
+/// SQL compares digests in a time that depends on their bytes. This reveals nothing to a client,
+/// who lacks the key to choose digests.
 impl AuthToken {
     /// Returns a page of the user's tokens of one type, newest first.
     pub fn list_by_user(
@@ -147,11 +145,10 @@ impl AuthToken {
         }
     }
 
-    /// Returns the token if it is neither used nor expired and its user is active. The token stays live.
+    /// Returns the token if it is neither used nor expired and its user is active. It stays live:
+    /// use this for the refresh token of a session, and [`consume`](Self::consume) for a link.
     ///
-    /// It is for refresh tokens that stand for a session. [Consume](Self::consume) the token of a link instead, and
-    /// [check](Self::check_code) a code: codes are never found here, because their digests can repeat and guesses must be
-    /// counted.
+    /// Codes are never found: their guesses must be counted by [`check_code`](Self::check_code).
     pub fn find_live(conn: &mut PgConnection, token: &HashedToken) -> QueryResult<Option<Self>> {
         use AuthTokenType::{EmailChangePending, EmailOtp};
         if matches!(token.type_, EmailOtp | EmailChangePending) {
@@ -169,15 +166,15 @@ impl AuthToken {
             .optional()
     }
 
-    /// Issues a token that expires after `lifetime`, by the database's clock; returns `None` if there is no such active
-    /// user.
+    /// Issues a token that expires after `lifetime`, by the database's clock; returns `None` if
+    /// there is no such active user.
     ///
-    /// A user has one live token of each type: a new one replaces it, and it counts as used. Refresh tokens are the
-    /// exception: any number can be live.
+    /// It replaces the user's live token of its type, which counts as used then. Only refresh
+    /// tokens replace none.
     ///
     /// # Errors
-    /// `auth_tokens_expires_at_check` if `lifetime` is not positive. `auth_tokens_token_key` if the digest of a link or
-    /// refresh token exists: its secret was not random.
+    /// `auth_tokens_expires_at_check` if `lifetime` is not positive. `auth_tokens_token_key` if the
+    /// digest of a link or refresh token exists: its secret was not random.
     pub fn issue(
         conn: &mut PgConnection,
         user_id: UserId,
@@ -224,16 +221,15 @@ impl AuthToken {
             .get_result(conn)
     }
 
-    /// Consumes the token of a link (`password_reset` or `email_verification`) and returns it. Of several concurrent calls,
-    /// one succeeds.
+    /// Consumes the token of a link (`password_reset` or `email_verification`) and returns it. Of
+    /// several concurrent calls, one succeeds.
     ///
-    /// Tokens of other types are not found: guesses at a code must be counted, and a refresh token needs a successor. One
-    /// statement; a second one finds out why there is no live token. If the caller's transaction rolls back, the token
-    /// stays live.
+    /// Tokens of other types are not found. One statement; a second one finds the reason of a
+    /// refusal. If the caller's transaction rolls back, the token stays live.
     ///
     /// # Errors
-    /// [`TokenError::Expired`], [`TokenError::Used`] and [`TokenError::NotFound`], after which the caller's transaction can
-    /// go on.
+    /// [`TokenError::Expired`], [`TokenError::Used`] and [`TokenError::NotFound`], after which the
+    /// caller's transaction can go on.
     pub fn consume(conn: &mut PgConnection, token: &HashedToken) -> Result<Self, TokenError> {
         use AuthTokenType::{EmailVerification, PasswordReset};
         if !matches!(token.type_, PasswordReset | EmailVerification) {
@@ -276,15 +272,15 @@ impl AuthToken {
             .optional()
     }
 
-    /// Compares a guess with the user's live code (`email_otp` or `email_change_pending`; other types are not found). The
-    /// right guess consumes the code, a wrong one is counted. Also of concurrent guesses, at most [`MAX_CODE_ATTEMPTS`] are
-    /// compared.
+    /// Compares a guess with the user's live code (`email_otp` or `email_change_pending`; other
+    /// types are not found). At most [`MAX_CODE_ATTEMPTS`] guesses are compared, also concurrent
+    /// ones.
     ///
-    /// **Commit after a wrong guess**: a rollback takes back the count. This is why outcomes are not errors. One statement;
-    /// a second one finds out why there is no code to compare.
+    /// **Commit after a wrong guess**: a rollback takes back the count. This is why outcomes are
+    /// not errors. One statement; a second one finds the reason of a refusal.
     ///
-    /// A new code has new attempts: limit new codes by [`count_issued_since`](Self::count_issued_since). If no account has
-    /// the email address, answer as for [`CodeCheck::Wrong`].
+    /// Limit new codes by [`count_issued_since`](Self::count_issued_since): each has new attempts.
+    /// If no account has the email address, answer as for [`CodeCheck::Wrong`].
     pub fn check_code(
         conn: &mut PgConnection,
         user_id: UserId,
@@ -346,15 +342,16 @@ impl AuthToken {
         })
     }
 
-    /// Replaces the presented refresh token by `successor`, which expires after `lifetime`. Tokens of other types are not
-    /// found.
+    /// Replaces the presented refresh token by `successor`, which expires after `lifetime`. Tokens
+    /// of other types are not found.
     ///
-    /// A token that is presented a second time counts as stolen, because the thief or the user holds its successor: all
-    /// refresh tokens of the user are revoked, and each device must sign in again. This happens once for a token; later it
-    /// counts as expired. Two concurrent calls with one token are no exception: the second revokes what the first returned.
-    /// So a client must not repeat a refresh whose response was lost, and browser tabs must share one.
+    /// A token that is presented a second time counts as stolen: all refresh tokens of the user are
+    /// revoked, and each device must sign in again. After that the token counts as expired. This
+    /// includes concurrent calls, so a client must not repeat a refresh whose response was lost,
+    /// and browser tabs must share one.
     ///
-    /// **Commit after [`Rotation::Reused`]**: a rollback takes back the revocation. This is why it is not an error.
+    /// **Commit after [`Rotation::Reused`]**: a rollback takes back the revocation. This is why it
+    /// is not an error.
     ///
     /// # Errors
     /// Those of [`issue`](Self::issue), about the successor.
@@ -392,10 +389,8 @@ impl AuthToken {
         })
     }
 
-    /// Revokes a live token of an active user, such as the refresh token of a device that signs out; returns whether there
-    /// was one. It expires at once, so presenting it later is not a reuse.
-    ///
-    /// One statement.
+    /// Revokes a live token of an active user, for example when a device signs out; returns whether
+    /// there was one. Presenting it later is not a reuse. One statement.
     pub fn revoke(conn: &mut PgConnection, token: &HashedToken) -> QueryResult<bool> {
         diesel::update(auth_tokens::table)
             .filter(auth_tokens::type_.eq(token.type_))
@@ -415,10 +410,8 @@ impl AuthToken {
             .map(|revoked| revoked == 1)
     }
 
-    /// Revokes the user's tokens of the types in `only` (`None`: all types). Used refresh tokens expire as well, so presenting
-    /// one later is not a reuse.
-    ///
-    /// A token that is issued concurrently is either revoked or issued after the revocation.
+    /// Revokes the user's tokens of the types in `only` (`None`: all types). Presenting a refresh
+    /// token later, also a used one, is not a reuse.
     pub fn revoke_all(
         conn: &mut PgConnection,
         user_id: UserId,
@@ -443,10 +436,10 @@ impl AuthToken {
         })
     }
 
-    /// Returns how many tokens of a type the user was issued since `since`, live or not, to limit how often mail is sent.
+    /// Returns how many tokens of a type the user was issued since `since`, live or not.
     ///
-    /// To enforce the limit against concurrent requests, issue first and count second in one transaction, and roll back if it
-    /// is exceeded: other transactions that issue for this user wait.
+    /// To enforce a limit on mails against concurrent requests, issue first, then count in the same
+    /// transaction, and roll back if the limit is exceeded.
     pub fn count_issued_since(
         conn: &mut PgConnection,
         user_id: UserId,
@@ -461,11 +454,11 @@ impl AuthToken {
             .get_result(conn)
     }
 
-    /// Deletes up to `limit` tokens that expired at least `keep` ago, oldest first, and returns how many. Call it until that
-    /// is less than `limit`.
+    /// Deletes up to `limit` tokens that expired at least `keep` ago, oldest first, and returns how
+    /// many. Call it until that is less than `limit`.
     ///
-    /// `keep` must be at least the period of [`count_issued_since`](Self::count_issued_since). Used refresh tokens stay until
-    /// they expire, so that a reuse is detected. Several workers can run it: rows locked by others are skipped.
+    /// `keep` must be at least the period of [`count_issued_since`](Self::count_issued_since).
+    /// Several workers can run it: locked rows are skipped.
     pub fn purge(conn: &mut PgConnection, keep: TimeDelta, limit: u16) -> QueryResult<usize> {
         // Not the DSL: only a materialized CTE is evaluated exactly once.
         diesel::sql_query(

@@ -1,4 +1,5 @@
-//! Credentials of instances: an API key, or an OAuth client with its tokens. Secrets are stored as ciphertext.
+//! Credentials of instances: an API key, or an OAuth client with its tokens. Secrets are stored as
+//! ciphertext.
 
 use chrono::{DateTime, Utc};
 use diesel::dsl::now;
@@ -23,6 +24,9 @@ pub use oauth::{CompletedInstance, OauthCompletion};
 pub use sealing::Resealed;
 
 /// A row of `mcp_credentials`. An instance has at most one.
+///
+/// Operations that also change the instance are one transaction. They lock the user (`FOR KEY
+/// SHARE`), the credentials, then the instance.
 #[derive(
     Debug,
     Clone,
@@ -35,7 +39,8 @@ pub use sealing::Resealed;
     Identifiable,
     Associations,
 )]
-#[diesel(table_name = mcp_credentials, primary_key(credential_id), belongs_to(McpInstance, foreign_key = instance_id), check_for_backend(Pg))]
+#[diesel(table_name = mcp_credentials, primary_key(credential_id), check_for_backend(Pg))]
+#[diesel(belongs_to(McpInstance, foreign_key = instance_id))]
 #[expect(
     missing_docs,
     reason = "the other columns need no more than their name"
@@ -60,19 +65,19 @@ pub struct McpCredential {
     pub token_scope: Option<String>,
     /// The authoritative status; the instance has a copy.
     pub oauth_status: OauthStatus,
-    /// The time when `oauth_status` left pending; `None` while pending.
+    /// When `oauth_status` left pending; `None` while pending.
     pub oauth_completed_at: Option<DateTime<Utc>>,
-    /// The URL where the user grants access. Contains the state.
+    /// Where the user grants access. Contains the state.
     #[serde(skip_serializing)]
     pub oauth_authorization_url: Option<SecretText>,
-    /// The state of the pending authorization, unique.
+    /// Unique.
     #[serde(skip_serializing)]
     pub oauth_state: Option<SecretText>,
     pub created_at: DateTime<Utc>,
     pub updated_at: DateTime<Utc>,
     /// Incremented by each change.
     pub version: i32,
-    /// The time of the last increment of `version`.
+    /// When `version` was incremented.
     pub last_modified: DateTime<Utc>,
 }
 
@@ -89,7 +94,7 @@ pub struct NewMcpCredential<'a> {
 }
 
 impl<'a> NewMcpCredential<'a> {
-    /// An API key that was sealed for the row `credential_id`. It is completed, now by this machine's clock.
+    /// An API key, sealed for `credential_id`; completed, now by this machine's clock.
     #[must_use]
     pub fn sealed_api_key(credential_id: CredentialId, api_key: Sealed) -> Self {
         Self {
@@ -102,7 +107,7 @@ impl<'a> NewMcpCredential<'a> {
         }
     }
 
-    /// An OAuth client whose secret was sealed for the row `credential_id`. It is pending;
+    /// An OAuth client with a secret sealed for `credential_id`; pending.
     /// [`McpCredential::begin_oauth`] comes next.
     #[must_use]
     pub fn sealed_oauth(
@@ -129,12 +134,12 @@ impl<'a> NewMcpCredential<'a> {
 
 /// The answer of a token endpoint, sealed for one row.
 #[derive(Debug, Clone)]
+#[expect(missing_docs, reason = "the other fields need no more than their name")]
 pub struct OauthTokens<'a> {
-    /// The access token.
     pub access_token: Sealed,
-    /// The refresh token. In a refresh, `None` keeps the old one.
+    /// In a refresh, `None` keeps the old token.
     pub refresh_token: Option<Sealed>,
-    /// The end of the access token by this machine's clock. With `None` it is never refreshed.
+    /// The end of the access token by this machine's clock; `None`: it is never refreshed.
     pub expires_at: Option<DateTime<Utc>>,
     /// The granted scopes, separated by spaces. In a refresh, `None` keeps the old ones.
     pub scope: Option<&'a str>,
@@ -144,10 +149,10 @@ pub struct OauthTokens<'a> {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CredentialError {
-    /// The credentials don't exist or are of the other kind (API key, OAuth client).
+    /// They don't exist or are of the other kind (API key, OAuth client).
     #[error("there are no such credentials")]
     NotFound,
-    /// The credentials have another version or another status. Holds the row as it is now.
+    /// They have another version or status. Holds the row as it is now.
     #[error("the credentials were changed in the meantime")]
     Conflict(Box<McpCredential>),
     /// The state was used, replaced or never issued.
@@ -195,8 +200,6 @@ impl McpCredential {
 
     /// Replaces an API key, if the row still has this version.
     ///
-    /// One transaction. Locks the user (`FOR KEY SHARE`), the credentials, then the instance.
-    ///
     /// # Errors
     /// `Conflict`, `NotFound`.
     pub fn replace_api_key(
@@ -227,9 +230,8 @@ impl McpCredential {
         })
     }
 
-    /// Replaces the secret of an OAuth client, if the row still has this version. Status and tokens stay.
-    ///
-    /// One transaction. Locks the user (`FOR KEY SHARE`), the credentials, then the instance.
+    /// Replaces the secret of an OAuth client, if the row still has this version. Status and tokens
+    /// stay.
     ///
     /// # Errors
     /// `Conflict`, `NotFound`.
@@ -279,10 +281,11 @@ impl McpCredential {
     }
 }
 
-/// Locks the user of the credentials (FOR KEY SHARE), for operations that lock credentials and then the instance.
+/// Locks the user of the credentials (FOR KEY SHARE), for operations that lock credentials and then
+/// the instance.
 ///
-/// Otherwise they would deadlock with a transaction that has locked the user and changes the instance first. Ordinary
-/// operations on the user don't wait for this lock.
+/// Otherwise they would deadlock with a transaction that has locked the user and changes the
+/// instance first. Ordinary operations on the user don't wait for this lock.
 fn lock_user(conn: &mut PgConnection, credential_id: CredentialId) -> QueryResult<()> {
     let user_id = mcp_service_table::table
         .inner_join(mcp_credentials::table)

@@ -32,7 +32,9 @@ mod monitor;
     Identifiable,
     Associations,
 )]
-#[diesel(table_name = mcp_service_table, primary_key(instance_id), belongs_to(User, foreign_key = user_id), belongs_to(McpService, foreign_key = mcp_service_id), check_for_backend(Pg))]
+#[diesel(table_name = mcp_service_table, primary_key(instance_id), check_for_backend(Pg))]
+#[diesel(belongs_to(User, foreign_key = user_id))]
+#[diesel(belongs_to(McpService, foreign_key = mcp_service_id))]
 #[expect(
     missing_docs,
     reason = "the other columns need no more than their name"
@@ -56,17 +58,18 @@ pub struct McpInstance {
     pub last_renewed_at: Option<DateTime<Utc>>,
     pub credentials_updated_at: Option<DateTime<Utc>>,
     pub created_at: DateTime<Utc>,
-    /// The time of the last change or call.
+    /// Calls change it too.
     pub updated_at: DateTime<Utc>,
     /// Incremented by each change, but not by calls.
     pub version: i32,
-    /// The time of the last increment of `version`.
+    /// When `version` was incremented.
     pub last_modified: DateTime<Utc>,
 }
 
 /// Values of a new [`McpInstance`].
 #[derive(Debug, Clone, Insertable)]
-#[diesel(table_name = mcp_service_table, treat_none_as_default_value = false, check_for_backend(Pg))]
+#[diesel(table_name = mcp_service_table, check_for_backend(Pg))]
+#[diesel(treat_none_as_default_value = false)]
 #[expect(missing_docs, reason = "the fields are those of `McpInstance`")]
 pub struct NewMcpInstance<'a> {
     pub instance_id: InstanceId,
@@ -190,14 +193,14 @@ impl From<diesel::result::Error> for InstanceError {
 }
 
 impl McpInstance {
-    /// Creates an instance with its credentials. If these are completed (an API key is), the instance counts against
-    /// the plan.
+    /// Creates an instance with its credentials. If these are completed (an API key is), the
+    /// instance counts against the plan.
     ///
     /// One transaction. Locks the user's plan. Other users don't wait.
     ///
     /// # Errors
-    /// `LimitReached`, `PlanExpired`, `PlanMissing`, `ServiceDisabled`, `UnknownService`. The caller's transaction
-    /// survives them.
+    /// `LimitReached`, `PlanExpired`, `PlanMissing`, `ServiceDisabled`, `UnknownService`. The
+    /// caller's transaction survives them.
     pub fn create(
         conn: &mut PgConnection,
         new: &NewMcpInstance<'_>,
@@ -246,8 +249,8 @@ impl McpInstance {
             .optional()
     }
 
-    /// Returns an instance of this service with everything a call needs, secrets included. `None` unless its
-    /// authorization is completed.
+    /// Returns an instance of this service with everything a call needs, secrets included. `None`
+    /// unless its authorization is completed.
     ///
     /// The caller checks `status` and `expires_at`.
     pub fn find_with_credentials(
@@ -283,8 +286,8 @@ impl McpInstance {
             .filter(mcp_service_table::user_id.eq(user_id))
             .select(InstanceDetails::as_select())
             .into_boxed();
-        // Four statements, each prepared once. One with `$1 IS NULL OR …` would read all instances of the user when
-        // PostgreSQL chooses a generic plan.
+        // Four statements, each prepared once. One with `$1 IS NULL OR …` would read all instances
+        // of the user when PostgreSQL chooses a generic plan.
         if let Some(status) = filter.status {
             rows = rows.filter(mcp_service_table::status.eq(status));
         }
@@ -306,8 +309,8 @@ impl McpInstance {
 
     /// Counts one call, made now, and returns whether the instance exists. The version stays.
     ///
-    /// One prepared statement that touches no index. It locks the row until the transaction ends, so run it outside a
-    /// transaction: other calls of this instance wait for the lock.
+    /// One prepared statement that touches no index. It locks the row until the transaction ends,
+    /// so run it outside a transaction: other calls of this instance wait for the lock.
     pub fn record_call(conn: &mut PgConnection, instance_id: InstanceId) -> QueryResult<bool> {
         RecordCall { instance_id }
             .execute(conn)
@@ -319,7 +322,8 @@ impl McpInstance {
     /// One transaction. Locks the plan, then the instance.
     ///
     /// # Errors
-    /// `LimitReached`, `PlanExpired`, `PlanMissing`, `NotFound`; `InstanceExpired`, then use [`renew`](Self::renew).
+    /// `LimitReached`, `PlanExpired`, `PlanMissing`, `NotFound`; `InstanceExpired`, then use
+    /// [`renew`](Self::renew).
     pub fn activate(
         conn: &mut PgConnection,
         instance_id: InstanceId,
@@ -331,7 +335,8 @@ impl McpInstance {
         })
     }
 
-    /// Deactivates a user's instance; `None` if the user has no such instance. An expired instance stays expired.
+    /// Deactivates a user's instance; `None` if the user has no such instance. An expired instance
+    /// stays expired.
     pub fn deactivate(
         conn: &mut PgConnection,
         instance_id: InstanceId,
@@ -354,15 +359,16 @@ impl McpInstance {
         .optional()
     }
 
-    /// Deactivates one of a user's instances and activates another, which is returned. For plans with room for one.
+    /// Deactivates one of a user's instances and activates another, which is returned. For plans
+    /// with room for one.
     ///
-    /// One transaction. Locks the plan, then both instances in the order of their services. The plan's limit is checked
-    /// at the end. Afterwards the constraint `mcp_service_table_active_limit_update` is immediate, even if the caller
-    /// had deferred it.
+    /// One transaction. Locks the plan, then both instances in the order of their services. The
+    /// plan's limit is checked at the end. Afterwards the constraint
+    /// `mcp_service_table_active_limit_update` is immediate, even if the caller had deferred it.
     ///
     /// # Errors
-    /// `LimitReached`, `PlanExpired`, `PlanMissing`, `InstanceExpired`; `NotFound`, also if both are the same instance.
-    /// Neither is changed.
+    /// `LimitReached`, `PlanExpired`, `PlanMissing`, `InstanceExpired`; `NotFound`, also if both
+    /// are the same instance. Neither is changed.
     pub fn swap(
         conn: &mut PgConnection,
         user_id: UserId,
@@ -384,8 +390,9 @@ impl McpInstance {
             let &[first, _] = both.as_slice() else {
                 return Err(InstanceError::NotFound);
             };
-            // The counters are locked at commit, in the order of these updates: it must be that of the services. So
-            // the activation may come first and exceed the limit until the deactivation.
+            // The counters are locked at commit, in the order of these updates: it must be that of
+            // the services. So the activation may come first and exceed the limit until the
+            // deactivation.
             conn.batch_execute("SET CONSTRAINTS mcp_service_table_active_limit_update DEFERRED")?;
             if first == off {
                 Self::deactivate(conn, off, user_id)?;
@@ -428,13 +435,14 @@ impl McpInstance {
         }
     }
 
-    /// Sets a new end for a user's instance (`None`: never), counts the renewal and activates the instance.
+    /// Sets a new end for a user's instance (`None`: never), counts the renewal and activates the
+    /// instance.
     ///
     /// One transaction. Locks the plan, then the instance.
     ///
     /// # Errors
-    /// `LimitReached`, `PlanExpired`, `PlanMissing`, `NotFound`; `InstanceExpired` if `expires_at` is past. Nothing is
-    /// changed.
+    /// `LimitReached`, `PlanExpired`, `PlanMissing`, `NotFound`; `InstanceExpired` if `expires_at`
+    /// is past. Nothing is changed.
     pub fn renew(
         conn: &mut PgConnection,
         instance_id: InstanceId,
@@ -514,8 +522,8 @@ impl McpInstance {
     }
 }
 
-/// Written by hand because Diesel caches no UPDATE of its query builder: PostgreSQL would parse and plan the hottest
-/// statement on every call.
+/// Written by hand because Diesel caches no UPDATE of its query builder: PostgreSQL would parse and
+/// plan the hottest statement on every call.
 #[derive(QueryId)]
 struct RecordCall {
     instance_id: InstanceId,
@@ -524,7 +532,8 @@ struct RecordCall {
 impl QueryFragment<Pg> for RecordCall {
     fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
         out.push_sql(
-            "UPDATE mcp_service_table SET usage_count = usage_count + 1, last_used_at = now() WHERE instance_id = ",
+            "UPDATE mcp_service_table SET usage_count = usage_count + 1, last_used_at = now() \
+              WHERE instance_id = ",
         );
         out.push_bind_param::<Uuid, _>(&self.instance_id)
     }

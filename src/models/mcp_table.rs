@@ -72,15 +72,18 @@ impl<'a> NewMcpService<'a> {
 }
 
 impl McpService {
-    /// Inserts a service, or brings the existing one of this name in line with `new`. Call it at each start.
+    /// Inserts a service, or brings the existing one of this name in line with `new`. Call it at
+    /// each start.
     ///
-    /// `Existing` holds the row after the change; an equal row is not written. A disabled service stays disabled.
+    /// `Existing` holds the row after the change; an equal row is not written. A disabled service
+    /// stays disabled.
     ///
-    /// Locks the service's row and waits for transactions that create an instance of it. Register each service in a
-    /// transaction of its own.
+    /// Locks the service's row and waits for transactions that create an instance of it. Register
+    /// each service in a transaction of its own.
     ///
     /// # Errors
-    /// The constraints of the table, such as `mcp_table_port_key` when another service has the port.
+    /// The constraints of the table, such as `mcp_table_port_key` when another service has the
+    /// port.
     pub fn register(
         conn: &mut PgConnection,
         new: &NewMcpService<'_>,
@@ -123,7 +126,8 @@ impl McpService {
 
     /// Enables or disables a service and returns it; `None` if it doesn't exist.
     ///
-    /// Disabling doesn't wait for open transactions, so an instance that one of them creates may still appear.
+    /// Disabling doesn't wait for open transactions, so an instance that one of them creates may
+    /// still appear.
     pub fn set_enabled(
         conn: &mut PgConnection,
         mcp_service_id: ServiceId,

@@ -2,7 +2,9 @@
 //!
 //! All operations take the connection first and work inside a transaction of the caller's as well as alone.
 
-use diesel::QueryResult;
+use diesel::prelude::*;
+
+use crate::ids::UserId;
 
 mod account_credits;
 mod auth_tokens;
@@ -17,9 +19,7 @@ mod user_subscriptions;
 mod users;
 mod webhook_events;
 
-pub use account_credits::{
-    AccountCredit, AccountCreditChangeset, CreditError, Granted, NewAccountCredit, Spent,
-};
+pub use account_credits::{AccountCredit, CreditError, NewAccountCredit, Spent};
 pub use auth_tokens::{AuthToken, CodeCheck, MAX_CODE_ATTEMPTS, Rotation, TokenError};
 #[cfg(feature = "crypto")]
 pub use mcp_credentials::Resealed;
@@ -32,19 +32,17 @@ pub use mcp_service_table::{
 };
 pub use mcp_table::{McpService, NewMcpService};
 pub use subscription_transactions::{
-    NewRefund, NewSubscriptionTransaction, PaymentError, RecordedPayment, SubscriptionTransaction,
+    NewRefund, NewSubscriptionTransaction, PaymentError, SubscriptionTransaction,
     SubscriptionTransactionChangeset,
 };
 pub use token_audit_log::{NewTokenAudit, TokenAudit};
-pub use user_billing_details::{
-    BillingError, Card, NewUserBillingDetails, UserBillingDetails, UserBillingDetailsChangeset,
-};
+pub use user_billing_details::{BillingError, Card, NewUserBillingDetails, UserBillingDetails};
 pub use user_plans::{Downgrade, PlanError, ProPlan, UserPlan};
 pub use user_subscriptions::{
     NewUserSubscription, SubscriptionError, UserSubscription, UserSubscriptionChangeset,
 };
 pub use users::{InvalidEmail, NewUser, User, UserChangeset, UserError, canonical_email};
-pub use webhook_events::{NewWebhookEvent, Recorded as RecordedWebhook, WebhookEvent};
+pub use webhook_events::{NewWebhookEvent, WebhookEvent};
 
 /// A row that is recorded once.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -70,6 +68,20 @@ impl<T> Recorded<T> {
 
 /// The currency of a row that names none: the columns' default.
 const DEFAULT_CURRENCY: &str = "INR";
+
+/// Locks a user's key before an INSERT that references it.
+///
+/// The foreign key takes this lock anyway, but only after the new row's unique keys have made others
+/// wait: too late in the lock order.
+fn lock_user_key(conn: &mut PgConnection, id: UserId) -> QueryResult<()> {
+    use crate::schema::users as t;
+    t::table
+        .find(id)
+        .select(t::id)
+        .for_key_share()
+        .execute(conn)
+        .map(|_| ())
+}
 
 /// What an update of one row returns: an empty changeset finds the row as it is, and a row that isn't there is none.
 fn found<T>(

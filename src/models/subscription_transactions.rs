@@ -11,140 +11,103 @@ use serde_json::Value;
 
 use crate::enums::{TransactionStatus, TransactionType};
 use crate::ids::{SubscriptionId, TransactionId, UserId};
-use crate::models::{DEFAULT_CURRENCY, User, found};
-use crate::page::Cursor;
+use crate::models::{DEFAULT_CURRENCY, Recorded, User, lock_user_key};
+use crate::page::{Cursor, Page, newest_first};
 use crate::schema::subscription_transactions;
 
-/// A row of `subscription_transactions`.
+/// A row of `subscription_transactions`. Amounts are in minor units (paise) of `currency`.
 #[derive(
     Debug, Clone, PartialEq, Eq, Serialize, Queryable, Selectable, Identifiable, Associations,
 )]
 #[diesel(table_name = subscription_transactions, belongs_to(User, foreign_key = user_id), check_for_backend(Pg))]
+#[expect(missing_docs, reason = "the names of the other fields say it all")]
 pub struct SubscriptionTransaction {
-    /// Key.
     pub id: TransactionId,
-    /// Whose money it is.
     pub user_id: UserId,
-    /// The subscription that is paid for.
     pub subscription_id: Option<SubscriptionId>,
-    /// Payment or refund at Razorpay; unique.
+    /// The id of the payment or refund at Razorpay; unique.
     pub razorpay_payment_id: Option<String>,
-    /// Order at Razorpay.
     pub razorpay_order_id: Option<String>,
-    /// What it is.
     pub transaction_type: TransactionType,
-    /// Gross, in minor units of `currency`; negative only for a refund.
+    /// The gross amount; negative only for a refund.
     pub amount: i64,
-    /// Minor units of `currency`.
     pub tax_amount: i64,
-    /// Minor units of `currency`.
     pub discount_amount: i64,
-    /// The gateway's fee, in minor units of `currency`.
+    /// The gateway's fee.
     pub fee_amount: i64,
-    /// What is left after tax, discount and fee, in minor units of `currency`.
+    /// The amount after tax, discount and fee.
     pub net_amount: i64,
     /// ISO 4217 code; by default INR.
     pub currency: String,
-    /// Rupees for one unit of `currency`, eight decimals.
+    /// Rupees per unit of `currency`, with eight decimals.
     pub exchange_rate: BigDecimal,
-    /// Where it is in its life.
     pub status: TransactionStatus,
-    /// The same in the gateway's words.
+    /// The status in the gateway's words.
     pub gateway_status: Option<String>,
-    /// How it was paid, such as card or upi.
+    /// The means of payment, such as card or upi.
     pub method: Option<String>,
-    /// What may be known of the means of payment.
     pub method_details_json: Option<Value>,
-    /// The gateway's answer.
     pub gateway_response_json: Option<Value>,
-    /// For people.
     pub description: Option<String>,
-    /// Number of the receipt; unique.
+    /// Unique.
     pub receipt_number: Option<String>,
-    /// Invoice at the gateway.
+    /// The id of the invoice at the gateway.
     pub invoice_id: Option<String>,
-    /// Why it failed, for people.
+    /// The reason for a failure, for people.
     pub failure_reason: Option<String>,
-    /// Why it failed, in the gateway's code.
+    /// The reason for a failure, as the gateway's code.
     pub failure_code: Option<String>,
-    /// How often it was tried again.
     pub retry_count: i32,
     /// The payment that a refund or adjustment belongs to.
     pub parent_transaction_id: Option<TransactionId>,
-    /// When the gateway took it.
+    /// The time at which the gateway accepted it.
     pub processed_at: Option<DateTime<Utc>>,
-    /// When the money arrived.
+    /// The time at which the money arrived.
     pub settled_at: Option<DateTime<Utc>>,
-    /// When it was given back.
     pub refunded_at: Option<DateTime<Utc>>,
-    /// When the row was made.
     pub created_at: DateTime<Utc>,
-    /// When the row changed last.
     pub updated_at: DateTime<Utc>,
 }
 
-/// A new row; `None` leaves a column to its default.
+/// Values of a new [`SubscriptionTransaction`]; `None` uses the column's default.
 #[derive(Debug, Clone, Insertable)]
 #[diesel(table_name = subscription_transactions, check_for_backend(Pg))]
+#[expect(
+    missing_docs,
+    reason = "the fields are those of `SubscriptionTransaction`"
+)]
 pub struct NewSubscriptionTransaction<'a> {
-    /// Key.
     pub id: Option<TransactionId>,
-    /// Whose money it is.
     pub user_id: UserId,
-    /// The subscription that is paid for.
     pub subscription_id: Option<SubscriptionId>,
-    /// Payment at Razorpay; unique.
     pub razorpay_payment_id: Option<&'a str>,
-    /// Order at Razorpay.
     pub razorpay_order_id: Option<&'a str>,
-    /// What it is.
     pub transaction_type: Option<TransactionType>,
-    /// Gross, in minor units of `currency`; negative only for a refund.
     pub amount: i64,
-    /// Minor units of `currency`.
     pub tax_amount: Option<i64>,
-    /// Minor units of `currency`.
     pub discount_amount: Option<i64>,
-    /// The gateway's fee, in minor units of `currency`.
     pub fee_amount: Option<i64>,
-    /// What is left after tax, discount and fee, in minor units of `currency`.
     pub net_amount: i64,
-    /// ISO 4217 code; by default INR.
     pub currency: Option<&'a str>,
-    /// Rupees for one unit of `currency`, eight decimals.
     pub exchange_rate: Option<&'a BigDecimal>,
-    /// Where it is in its life.
     pub status: TransactionStatus,
-    /// The same in the gateway's words.
     pub gateway_status: Option<&'a str>,
-    /// How it was paid, such as card or upi.
     pub method: Option<&'a str>,
-    /// What may be known of the means of payment.
     pub method_details_json: Option<&'a Value>,
-    /// The gateway's answer.
     pub gateway_response_json: Option<&'a Value>,
-    /// For people.
     pub description: Option<&'a str>,
-    /// Number of the receipt; unique.
     pub receipt_number: Option<&'a str>,
-    /// Invoice at the gateway.
     pub invoice_id: Option<&'a str>,
-    /// Why it failed, for people.
     pub failure_reason: Option<&'a str>,
-    /// Why it failed, in the gateway's code.
     pub failure_code: Option<&'a str>,
-    /// The payment that a refund or adjustment belongs to.
     pub parent_transaction_id: Option<TransactionId>,
-    /// When the gateway took it.
     pub processed_at: Option<DateTime<Utc>>,
-    /// When the money arrived.
     pub settled_at: Option<DateTime<Utc>>,
-    /// When it was given back.
     pub refunded_at: Option<DateTime<Utc>>,
 }
 
 impl NewSubscriptionTransaction<'_> {
-    /// A new row with all columns at their defaults but these.
+    /// A row with these values, all else by default.
     #[must_use]
     pub fn new(user_id: UserId, amount: i64, net_amount: i64, status: TransactionStatus) -> Self {
         Self {
@@ -182,116 +145,94 @@ impl NewSubscriptionTransaction<'_> {
 /// A refund that the gateway has made.
 #[derive(Debug, Clone)]
 pub struct NewRefund<'a> {
-    /// Key of its row; `None`: the database gives one.
+    /// The key of the new row; `None` lets the database generate it.
     pub id: Option<TransactionId>,
-    /// Refund at Razorpay; unique among payments and refunds.
+    /// The refund's id at Razorpay; unique among payments and refunds.
     pub razorpay_refund_id: &'a str,
-    /// What was given back, positive, in minor units of the payment's currency.
+    /// The refunded amount, positive, in minor units of the payment's currency.
     pub amount: i64,
-    /// For people.
+    /// A description for people.
     pub description: Option<&'a str>,
-    /// The gateway's answer.
+    /// The gateway's response.
     pub gateway_response_json: Option<&'a Value>,
-    /// When the gateway made it.
+    /// The time at which the gateway made the refund.
     pub processed_at: Option<DateTime<Utc>>,
 }
 
-/// Changes to a row: `None` keeps a column, `Some(None)` sets it to `NULL`. The status is not among them: see
-/// [`SubscriptionTransaction::advance`].
+impl<'a> NewRefund<'a> {
+    /// A refund with these values and nothing else.
+    #[must_use]
+    pub fn new(razorpay_refund_id: &'a str, amount: i64) -> Self {
+        Self {
+            id: None,
+            razorpay_refund_id,
+            amount,
+            description: None,
+            gateway_response_json: None,
+            processed_at: None,
+        }
+    }
+}
+
+/// Changes to a [`SubscriptionTransaction`]: `None` keeps a column, `Some(None)` sets it to `NULL`.
 #[derive(Debug, Clone, Default, AsChangeset)]
 #[diesel(table_name = subscription_transactions)]
+#[expect(
+    missing_docs,
+    reason = "the fields are those of `SubscriptionTransaction`"
+)]
 pub struct SubscriptionTransactionChangeset<'a> {
-    /// Payment at Razorpay; unique.
     pub razorpay_payment_id: Option<Option<&'a str>>,
-    /// Order at Razorpay.
     pub razorpay_order_id: Option<Option<&'a str>>,
-    /// The gateway's fee, in minor units of `currency`.
     pub fee_amount: Option<i64>,
-    /// What is left after tax, discount and fee, in minor units of `currency`.
     pub net_amount: Option<i64>,
-    /// The status in the gateway's words.
     pub gateway_status: Option<Option<&'a str>>,
-    /// How it was paid, such as card or upi.
     pub method: Option<Option<&'a str>>,
-    /// What may be known of the means of payment.
     pub method_details_json: Option<Option<&'a Value>>,
-    /// The gateway's answer.
     pub gateway_response_json: Option<Option<&'a Value>>,
-    /// For people.
     pub description: Option<Option<&'a str>>,
-    /// Number of the receipt; unique.
     pub receipt_number: Option<Option<&'a str>>,
-    /// Invoice at the gateway.
     pub invoice_id: Option<Option<&'a str>>,
-    /// Why it failed, for people.
     pub failure_reason: Option<Option<&'a str>>,
-    /// Why it failed, in the gateway's code.
     pub failure_code: Option<Option<&'a str>>,
-    /// How often it was tried again.
     pub retry_count: Option<i32>,
-    /// When the gateway took it.
     pub processed_at: Option<Option<DateTime<Utc>>>,
-    /// When the money arrived.
     pub settled_at: Option<Option<DateTime<Utc>>>,
 }
 
-/// What became of a payment or refund that the gateway reported.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum RecordedPayment {
-    /// It is new. What hangs on it is to be done now.
-    Recorded(SubscriptionTransaction),
-    /// It was here already, as it is in this row.
-    Existing(SubscriptionTransaction),
-}
-
-/// Why an operation on a payment was not done.
+/// The reason why an operation on a payment failed. Nothing is changed then.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum PaymentError {
     /// There is no such payment.
     #[error("no such payment")]
     NotFound,
-    /// What was to be recorded as a payment has no gateway's id, or is a refund.
-    #[error("not a payment of a gateway")]
+    /// The status doesn't allow the operation. Holds the current row.
+    #[error("the transaction's status is {}", .0.status)]
+    Conflict(Box<SubscriptionTransaction>),
+    /// A new payment has no gateway id, or is a refund.
+    #[error("not a payment with a gateway id")]
     NotAPayment,
-    /// A refund of nothing or less.
+    /// The amount is zero or negative.
     #[error("the amount is not positive")]
     NotPositive,
-    /// The gateway's id is here already, for another user, amount, currency, or payment refunded. Holds that row.
-    #[error("the gateway's id belongs to another payment")]
+    /// The gateway id is recorded for another user, amount, currency or refunded payment. Holds that
+    /// row.
+    #[error("the gateway id belongs to another transaction")]
     Differs(Box<SubscriptionTransaction>),
-    /// The status doesn't allow it, or is the one it has already. Holds the row as it is.
-    #[error("the payment is in another status")]
-    Conflict(Box<SubscriptionTransaction>),
-    /// The refunds would be more than the payment.
+    /// The refunds would exceed the payment.
     #[error("only {refundable} of the payment can still be refunded")]
     ExceedsPayment {
-        /// What can still be refunded, in minor units.
+        /// The amount that can still be refunded, in minor units.
         refundable: i64,
     },
-    /// The database refuses, or can't be reached.
+    /// Any other database error.
     #[error("database error")]
     Database(#[from] Error),
 }
 
 impl SubscriptionTransaction {
-    /// Inserts a row and returns it with its defaults.
-    ///
-    /// # Errors
-    /// Any broken rule of the table; see [`ConstraintViolation`](crate::ConstraintViolation).
-    pub fn insert(
-        conn: &mut PgConnection,
-        new: &NewSubscriptionTransaction<'_>,
-    ) -> QueryResult<Self> {
-        diesel::insert_into(subscription_transactions::table)
-            .values(new)
-            .returning(Self::as_returning())
-            .get_result(conn)
-    }
-
-    /// The row of this key, if there is one.
-    ///
-    /// # Errors
-    /// Only those of the connection.
+    /// Returns the transaction with this id.
     pub fn find(conn: &mut PgConnection, id: TransactionId) -> QueryResult<Option<Self>> {
         subscription_transactions::table
             .find(id)
@@ -300,10 +241,7 @@ impl SubscriptionTransaction {
             .optional()
     }
 
-    /// The payment or refund that Razorpay calls by this id.
-    ///
-    /// # Errors
-    /// Only those of the connection.
+    /// Returns the payment or refund with this Razorpay id.
     pub fn find_by_razorpay_id(
         conn: &mut PgConnection,
         razorpay_payment_id: &str,
@@ -315,66 +253,55 @@ impl SubscriptionTransaction {
             .optional()
     }
 
-    /// The rows of a user, newest first, `limit` at most, from the newest or from the place given.
-    ///
-    /// # Errors
-    /// Only those of the connection.
+    /// Returns a page of the user's transactions, newest first.
     pub fn list_by_user(
         conn: &mut PgConnection,
         user_id: UserId,
-        after: Option<Cursor<TransactionId>>,
-        limit: i64,
+        page: Page<TransactionId>,
     ) -> QueryResult<Vec<Self>> {
-        let mut query = subscription_transactions::table
+        let of_user = subscription_transactions::table
             .filter(subscription_transactions::user_id.eq(user_id))
-            .select(Self::as_select())
-            .into_boxed();
-        if let Some(after) = after {
-            query = query.filter(
-                subscription_transactions::created_at
-                    .le(after.created_at)
-                    .and(
-                        subscription_transactions::created_at
-                            .lt(after.created_at)
-                            .or(subscription_transactions::id.lt(after.id)),
-                    ),
-            );
-        }
-        query
-            .order((
-                subscription_transactions::created_at.desc(),
-                subscription_transactions::id.desc(),
-            ))
-            .limit(limit)
-            .load(conn)
+            .select(Self::as_select());
+        newest_first!(of_user, subscription_transactions, id, page).load(conn)
     }
 
-    /// Records a payment under its gateway's id, once.
+    /// The row's position in a list.
+    #[must_use]
+    pub fn cursor(&self) -> Cursor<TransactionId> {
+        Cursor {
+            created_at: self.created_at,
+            id: self.id,
+        }
+    }
+
+    /// Records a payment once per gateway id.
     ///
-    /// One statement where it is new, two where it isn't; waits for a transaction that records the same payment.
+    /// It waits for a transaction that records the same payment.
     ///
     /// # Errors
-    /// [`PaymentError::NotAPayment`]; [`PaymentError::Differs`] where the id is here for another user, amount or currency, or
-    /// for a refund. Other rules of the table, as of the receipt's number, are [`PaymentError::Database`].
+    /// [`PaymentError::NotAPayment`]; [`PaymentError::Differs`]. Violated constraints, such as a
+    /// taken receipt number, are [`PaymentError::Database`].
     pub fn record_payment(
         conn: &mut PgConnection,
         new: &NewSubscriptionTransaction<'_>,
-    ) -> Result<RecordedPayment, PaymentError> {
+    ) -> Result<Recorded<Self>, PaymentError> {
         let Some(razorpay_payment_id) = new
             .razorpay_payment_id
             .filter(|_| new.transaction_type != Some(TransactionType::Refund))
         else {
             return Err(PaymentError::NotAPayment);
         };
-        Self::record(conn, razorpay_payment_id, new)
+        conn.transaction(|conn| {
+            lock_user_key(conn, new.user_id)?;
+            Self::record(conn, razorpay_payment_id, new)
+        })
     }
 
-    /// Inserts a row whose gateway's id is new, or finds the one that has it.
     fn record(
         conn: &mut PgConnection,
         razorpay_payment_id: &str,
         new: &NewSubscriptionTransaction<'_>,
-    ) -> Result<RecordedPayment, PaymentError> {
+    ) -> Result<Recorded<Self>, PaymentError> {
         loop {
             let inserted = diesel::insert_into(subscription_transactions::table)
                 .values(new)
@@ -384,12 +311,12 @@ impl SubscriptionTransaction {
                 .get_result(conn)
                 .optional()?;
             if let Some(row) = inserted {
-                return Ok(RecordedPayment::Recorded(row));
+                return Ok(Recorded::New(row));
             }
-            // None if it was deleted meanwhile: then the id is free again.
+            // If the other row was deleted meanwhile, the id is free again.
             if let Some(row) = Self::find_by_razorpay_id(conn, razorpay_payment_id)? {
                 return if row.is_of(new) {
-                    Ok(RecordedPayment::Existing(row))
+                    Ok(Recorded::Existing(row))
                 } else {
                     Err(PaymentError::Differs(Box::new(row)))
                 };
@@ -406,15 +333,21 @@ impl SubscriptionTransaction {
             && (!is_refund || self.parent_transaction_id == new.parent_transaction_id)
     }
 
-    /// Moves a payment on as its gateway reports, and makes `changes` with it.
+    /// Moves a payment to status `to` as reported by the gateway, and applies `changes`.
     ///
-    /// Webhooks come late and out of order, so only these steps are taken: a payment that is created or failed becomes
-    /// authorized; one that is created, authorized or failed becomes captured; one that is created or authorized becomes
-    /// failed or cancelled. It becomes refunded by [`refund`](Self::refund) alone. One statement, which locks the row.
+    /// Webhooks arrive late and out of order, so only these steps are allowed:
+    ///
+    /// | to | from |
+    /// | --- | --- |
+    /// | authorized | created, failed |
+    /// | captured | created, authorized, failed |
+    /// | failed, cancelled | created, authorized |
+    ///
+    /// Only [`refund`](Self::refund) makes a payment refunded. One statement, which locks the row.
     ///
     /// # Errors
-    /// [`PaymentError::Conflict`] for every other step, also where the payment is there already, so that what hangs on the
-    /// step is done once; [`PaymentError::NotFound`].
+    /// [`PaymentError::Conflict`] for every other step, also if the payment already has status `to`,
+    /// so that each step's consequences happen once; [`PaymentError::NotFound`].
     pub fn advance(
         conn: &mut PgConnection,
         id: TransactionId,
@@ -443,28 +376,35 @@ impl SubscriptionTransaction {
         }
     }
 
-    /// Records a refund of a captured payment under its gateway's id, once, and links it to the payment. The payment
-    /// becomes refunded when nothing of it is left.
+    /// Records a refund of a captured payment once per gateway id. When nothing of the payment is left,
+    /// the payment becomes refunded.
     ///
-    /// A refund is a row of the payment's user, subscription and currency whose amount and net amount are **negative**, so
-    /// that amounts add up to what a user has paid. One transaction that locks the payment first, so that refunds of one
-    /// payment run one after the other and never exceed it. Failed and cancelled refunds don't count.
+    /// The refund is a row with the payment's user, subscription and currency. Its amounts are
+    /// **negative**, so the sum of all amounts is what the user has paid. One transaction, which locks
+    /// the payment: concurrent refunds of a payment never exceed it. Failed and cancelled refunds don't
+    /// count.
     ///
     /// # Errors
-    /// [`PaymentError::NotPositive`]; [`PaymentError::NotFound`]; [`PaymentError::Conflict`] where it isn't a payment that was
-    /// captured; [`PaymentError::ExceedsPayment`]; [`PaymentError::Differs`] where the refund's id is here for another payment
-    /// or amount. Nothing is changed then.
+    /// [`PaymentError::NotPositive`]; [`PaymentError::NotFound`]; [`PaymentError::Conflict`] if it isn't
+    /// a captured payment; [`PaymentError::ExceedsPayment`]; [`PaymentError::Differs`].
     pub fn refund(
         conn: &mut PgConnection,
         payment_id: TransactionId,
         refund: &NewRefund<'_>,
-    ) -> Result<RecordedPayment, PaymentError> {
+    ) -> Result<Recorded<Self>, PaymentError> {
         if refund.amount <= 0 {
             return Err(PaymentError::NotPositive);
         }
         conn.transaction(|conn| {
-            // Changes nothing but the row's version: at REPEATABLE READ a lock alone would let a stale snapshot miss the
-            // refunds that were recorded since.
+            let user_id = subscription_transactions::table
+                .find(payment_id)
+                .select(subscription_transactions::user_id)
+                .first(conn)
+                .optional()?
+                .ok_or(PaymentError::NotFound)?;
+            lock_user_key(conn, user_id)?;
+            // An UPDATE without a change: with only a lock, a transaction at REPEATABLE READ would miss
+            // the refunds recorded since its snapshot.
             let payment = diesel::update(subscription_transactions::table.find(payment_id))
                 .set(subscription_transactions::status.eq(subscription_transactions::status))
                 .returning(Self::as_returning())
@@ -489,10 +429,10 @@ impl SubscriptionTransaction {
                     TransactionStatus::Captured,
                 )
             };
-            // Before what is left is looked at: a refund that is reported again is no refund of the rest.
+            // First of all: a refund that is reported again must not count twice.
             match Self::find_by_razorpay_id(conn, refund.razorpay_refund_id)? {
                 Some(existing) if existing.is_of(&row) => {
-                    return Ok(RecordedPayment::Existing(existing));
+                    return Ok(Recorded::Existing(existing));
                 }
                 Some(other) => return Err(PaymentError::Differs(Box::new(other))),
                 None => {}
@@ -521,7 +461,7 @@ impl SubscriptionTransaction {
         })
     }
 
-    /// What is left of this payment after its refunds, whichever sign they were recorded with.
+    /// The amount left after the refunds, which count with either sign.
     fn refundable(&self, conn: &mut PgConnection) -> QueryResult<i64> {
         use TransactionStatus::{Cancelled, Failed};
         let refunds: Vec<i64> = subscription_transactions::table
@@ -530,38 +470,10 @@ impl SubscriptionTransaction {
             .filter(subscription_transactions::status.ne_all([Failed, Cancelled]))
             .select(subscription_transactions::amount)
             .load(conn)?;
-        // Saturating is exact enough: with more than i64::MAX given back nothing is left.
+        // Saturation is exact enough: if more than i64::MAX is refunded, nothing is left.
         let left = refunds.iter().fold(self.amount, |left, refund| {
             left.saturating_sub_unsigned(refund.unsigned_abs())
         });
         Ok(left.max(0))
-    }
-
-    /// Changes the row of this key and returns it as it is then; `None` where there is no such row. An empty changeset
-    /// changes nothing.
-    ///
-    /// # Errors
-    /// Any broken rule of the table; see [`ConstraintViolation`](crate::ConstraintViolation).
-    pub fn update(
-        conn: &mut PgConnection,
-        id: TransactionId,
-        changes: &SubscriptionTransactionChangeset<'_>,
-    ) -> QueryResult<Option<Self>> {
-        let updated = diesel::update(subscription_transactions::table.find(id))
-            .set(changes)
-            .returning(Self::as_returning())
-            .get_result(conn)
-            .optional_empty_changeset();
-        found(updated, || Self::find(conn, id))
-    }
-
-    /// Deletes the row of this key; says whether there was one.
-    ///
-    /// # Errors
-    /// A foreign key, while other rows refer to it.
-    pub fn delete(conn: &mut PgConnection, id: TransactionId) -> QueryResult<bool> {
-        diesel::delete(subscription_transactions::table.find(id))
-            .execute(conn)
-            .map(|deleted| deleted == 1)
     }
 }

@@ -1,4 +1,5 @@
-//! The audit log of tokens and credentials. Rows can't be changed, nor deleted before they are 90 days old.
+//! The audit log of tokens and credentials. Rows can't be changed, nor deleted before they are 90
+//! days old.
 
 use chrono::{DateTime, Utc};
 use diesel::pg::Pg;
@@ -107,11 +108,11 @@ impl TokenAudit {
         }
     }
 
-    /// Deletes up to `limit` rows older than 90 days, oldest first, and returns their number. Repeat it while that is
-    /// `limit`.
+    /// Deletes up to `limit` rows older than 90 days, oldest first, and returns their number.
+    /// Repeat it while that is `limit`.
     ///
-    /// Skips rows that another call is deleting. Needs the right to execute `cleanup_old_token_audit_logs`, which
-    /// `app_admin` has and `app_user` hasn't.
+    /// Skips rows that another call is deleting. Needs the right to execute
+    /// `cleanup_old_token_audit_logs`, which `app_admin` has and `app_user` hasn't.
     pub fn purge(conn: &mut PgConnection, limit: u16) -> QueryResult<i64> {
         diesel::select(cleanup_old_token_audit_logs(i32::from(limit))).get_result(conn)
     }

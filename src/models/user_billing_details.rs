@@ -1,4 +1,4 @@
-//! Billing address and saved cards of users.
+//! Users' billing addresses and saved cards.
 
 use chrono::{DateTime, Utc};
 use diesel::deserialize::{self, FromSql, FromSqlRow};
@@ -13,23 +13,24 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::ids::{BillingId, UserId};
-use crate::models::{User, found};
+use crate::models::{User, lock_user_key};
 use crate::schema::user_billing_details;
 use crate::secret::SecretText;
 
-/// A saved card: a gateway's token and what may be shown of the card. There is no place for its number or security code.
+/// A saved card: the gateway's token and what may be shown of the card, never its number or security
+/// code.
 ///
-/// Serialized, for a user's eyes, it leaves out the token.
+/// `Serialize` leaves out the token, so a card can be sent to its owner.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Card {
-    /// By which the card is called here: one of each in a user's cards.
+    /// Unique among the user's cards.
     pub id: String,
-    /// By which the gateway charges it.
-    #[serde(skip_serializing, deserialize_with = "secret")]
+    /// The token with which the gateway charges the card.
+    #[serde(skip_serializing)]
     pub token: SecretText,
     /// Such as `visa`.
     pub brand: String,
-    /// The last four digits of its number.
+    /// The last four digits of the number.
     pub last4: String,
     /// 1 to 12.
     pub exp_month: u8,
@@ -37,12 +38,8 @@ pub struct Card {
     pub exp_year: u16,
 }
 
-fn secret<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<SecretText, D::Error> {
-    String::deserialize(deserializer).map(SecretText::new)
-}
-
 impl Card {
-    /// The first field that can't be right.
+    /// Returns the first invalid field.
     fn wrong_field(&self) -> Option<&'static str> {
         let wrong = |text: &str| text.trim().is_empty() || looks_like_card_number(text);
         let is_digits = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
@@ -58,7 +55,7 @@ impl Card {
         .find_map(|(field, wrong)| wrong.then_some(field))
     }
 
-    /// As it is stored, with its token.
+    /// The JSON in the database, with the token.
     fn stored(&self) -> Value {
         json!({
             "id": self.id,
@@ -71,7 +68,7 @@ impl Card {
     }
 }
 
-/// Nothing but 12 to 19 digits, and what people write between them.
+/// Whether the text is 12 to 19 digits, perhaps with separators.
 fn looks_like_card_number(text: &str) -> bool {
     let digits = text.bytes().filter(u8::is_ascii_digit).count();
     let others = text
@@ -80,16 +77,16 @@ fn looks_like_card_number(text: &str) -> bool {
     others && (12..=19).contains(&digits)
 }
 
-/// `cards`, as Diesel reads it.
+/// The column `cards`.
 #[derive(FromSqlRow)]
 pub struct StoredCards(Vec<Card>);
 
 impl FromSql<Jsonb, Pg> for StoredCards {
     fn from_sql(value: PgValue<'_>) -> deserialize::Result<Self> {
         let value = <Value as FromSql<Jsonb, Pg>>::from_sql(value)?;
-        // What serde_json says of a wrong value may print it.
+        // serde_json's error may print the value.
         let cards = serde_json::from_value(value)
-            .map_err(|_| "user_billing_details.cards holds what is not a card")?;
+            .map_err(|_| "user_billing_details.cards holds an invalid card")?;
         Ok(Self(cards))
     }
 }
@@ -105,10 +102,10 @@ impl From<StoredCards> for Vec<Card> {
     Debug, Clone, PartialEq, Eq, Serialize, Queryable, Selectable, Identifiable, Associations,
 )]
 #[diesel(table_name = user_billing_details, primary_key(billing_id), belongs_to(User, foreign_key = user_id), check_for_backend(Pg))]
+#[expect(missing_docs, reason = "the names of the other fields say it all")]
 pub struct UserBillingDetails {
-    /// Key.
     pub billing_id: BillingId,
-    /// Whose address it is; one row each.
+    /// Unique.
     pub user_id: UserId,
     /// 1 to 255 characters.
     pub address_line1: String,
@@ -122,70 +119,43 @@ pub struct UserBillingDetails {
     pub country: String,
     /// 1 to 20 characters.
     pub zip_code: String,
-    /// Saved cards, in the order they were added.
+    /// The saved cards, oldest first.
     #[diesel(deserialize_as = StoredCards)]
     pub cards: Vec<Card>,
     /// The id of one of `cards`.
     pub default_card_id: Option<String>,
-    /// When the row was made.
     pub created_at: DateTime<Utc>,
-    /// When the row changed last.
     pub updated_at: DateTime<Utc>,
 }
 
-/// A new row; `None` leaves a column to its default.
+/// The address of a new or changed [`UserBillingDetails`].
 #[derive(Debug, Clone, Insertable)]
 #[diesel(table_name = user_billing_details, check_for_backend(Pg))]
+#[expect(missing_docs, reason = "the fields are those of `UserBillingDetails`")]
 pub struct NewUserBillingDetails<'a> {
-    /// Key.
-    pub billing_id: Option<BillingId>,
-    /// Whose address it is; one row each.
     pub user_id: UserId,
-    /// 1 to 255 characters.
     pub address_line1: &'a str,
-    /// At most 255 characters.
     pub address_line2: Option<&'a str>,
-    /// 1 to 100 characters.
     pub city: &'a str,
-    /// 1 to 100 characters.
     pub state: &'a str,
-    /// 1 to 100 characters.
     pub country: &'a str,
-    /// 1 to 20 characters.
     pub zip_code: &'a str,
 }
 
-/// Changes to the address: `None` keeps a column, `Some(None)` sets it to `NULL`. Cards are added and removed one by one.
-#[derive(Debug, Clone, Default, AsChangeset)]
-#[diesel(table_name = user_billing_details)]
-pub struct UserBillingDetailsChangeset<'a> {
-    /// 1 to 255 characters.
-    pub address_line1: Option<&'a str>,
-    /// At most 255 characters.
-    pub address_line2: Option<Option<&'a str>>,
-    /// 1 to 100 characters.
-    pub city: Option<&'a str>,
-    /// 1 to 100 characters.
-    pub state: Option<&'a str>,
-    /// 1 to 100 characters.
-    pub country: Option<&'a str>,
-    /// 1 to 20 characters.
-    pub zip_code: Option<&'a str>,
-}
-
-/// Why an operation on a card was not done.
+/// The reason why an operation on a card failed. Nothing is changed then.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum BillingError {
-    /// The user has no billing details yet.
+    /// The user has no billing details yet: set an address first.
     #[error("the user has no billing details")]
-    NoDetails,
-    /// The user has no card of this id.
+    NotFound,
+    /// The user has no card with this id.
     #[error("no such card")]
-    NoSuchCard,
-    /// This field of the card is missing, malformed, or looks like a card's number. Its value is not told.
-    #[error("the card's {0} can't be right")]
+    CardNotFound,
+    /// This field of the card is empty, malformed or looks like a card number. Its value is not shown.
+    #[error("the card's {0} is invalid")]
     InvalidCard(&'static str),
-    /// The database refuses, or can't be reached.
+    /// Any other database error.
     #[error("database error")]
     Database(#[from] Error),
 }
@@ -193,41 +163,25 @@ pub enum BillingError {
 /// An SQL fragment with one value in it.
 type WithValue = SqlLiteral<Jsonb, UncheckedBind<SqlLiteral<Jsonb>, AsExprOf<Value, Jsonb>>>;
 
-/// The array `cards` without the card of this id, in its order. Read by the UPDATE that writes it, so under its lock.
+/// The array `cards` without the card with this id. The UPDATE that writes the array evaluates this under
+/// the row's lock, so no concurrent change is lost.
 fn cards_without(card_id: &str) -> WithValue {
     sql("jsonb_path_query_array(cards, '$[*] ? (!(@.id == $id))', ")
         .bind::<Jsonb, _>(json!({"id": card_id}))
         .sql(")")
 }
 
+/// The user's row, if it has this card.
+#[diesel::dsl::auto_type]
+fn has_card(user_id: UserId, card_id: &str) -> _ {
+    let cards: Value = json!([{"id": card_id}]);
+    user_billing_details::user_id
+        .eq(user_id)
+        .and(user_billing_details::cards.contains(cards))
+}
+
 impl UserBillingDetails {
-    /// Inserts a row and returns it with its defaults.
-    ///
-    /// # Errors
-    /// Any broken rule of the table; see [`ConstraintViolation`](crate::ConstraintViolation).
-    pub fn insert(conn: &mut PgConnection, new: &NewUserBillingDetails<'_>) -> QueryResult<Self> {
-        diesel::insert_into(user_billing_details::table)
-            .values(new)
-            .returning(Self::as_returning())
-            .get_result(conn)
-    }
-
-    /// The row of this key, if there is one.
-    ///
-    /// # Errors
-    /// Only those of the connection.
-    pub fn find(conn: &mut PgConnection, billing_id: BillingId) -> QueryResult<Option<Self>> {
-        user_billing_details::table
-            .find(billing_id)
-            .select(Self::as_select())
-            .first(conn)
-            .optional()
-    }
-
-    /// The row of a user.
-    ///
-    /// # Errors
-    /// Only those of the connection.
+    /// Returns the user's billing details.
     pub fn find_by_user(conn: &mut PgConnection, user_id: UserId) -> QueryResult<Option<Self>> {
         user_billing_details::table
             .filter(user_billing_details::user_id.eq(user_id))
@@ -236,34 +190,35 @@ impl UserBillingDetails {
             .optional()
     }
 
-    /// Sets the address of a user, and inserts the row where there is none. Cards stay. One statement, which locks the row.
-    ///
-    /// # Errors
-    /// Any broken rule of the table; see [`ConstraintViolation`](crate::ConstraintViolation).
+    /// Sets the user's address: inserts the row, or changes the one that exists. Cards stay.
     pub fn upsert(conn: &mut PgConnection, new: &NewUserBillingDetails<'_>) -> QueryResult<Self> {
         use user_billing_details as t;
-        diesel::insert_into(t::table)
-            .values(new)
-            .on_conflict(t::user_id)
-            .do_update()
-            .set((
-                t::address_line1.eq(excluded(t::address_line1)),
-                t::address_line2.eq(excluded(t::address_line2)),
-                t::city.eq(excluded(t::city)),
-                t::state.eq(excluded(t::state)),
-                t::country.eq(excluded(t::country)),
-                t::zip_code.eq(excluded(t::zip_code)),
-            ))
-            .returning(Self::as_returning())
-            .get_result(conn)
+        conn.transaction(|conn| {
+            lock_user_key(conn, new.user_id)?;
+            diesel::insert_into(t::table)
+                .values(new)
+                .on_conflict(t::user_id)
+                .do_update()
+                .set((
+                    t::address_line1.eq(excluded(t::address_line1)),
+                    t::address_line2.eq(excluded(t::address_line2)),
+                    t::city.eq(excluded(t::city)),
+                    t::state.eq(excluded(t::state)),
+                    t::country.eq(excluded(t::country)),
+                    t::zip_code.eq(excluded(t::zip_code)),
+                ))
+                .returning(Self::as_returning())
+                .get_result(conn)
+        })
     }
 
-    /// Adds a card, as the last one, in place of the one that has its id. A user's first card becomes the default.
+    /// Adds a card as the last one, or replaces the card with the same id. A user's first card becomes
+    /// the default.
     ///
-    /// One statement, which locks the row: of cards that are added at once none is lost.
+    /// One statement, which locks the row.
     ///
     /// # Errors
-    /// [`BillingError::InvalidCard`]; [`BillingError::NoDetails`]: an address comes first.
+    /// [`BillingError::InvalidCard`]; [`BillingError::NotFound`].
     pub fn add_card(
         conn: &mut PgConnection,
         user_id: UserId,
@@ -287,95 +242,60 @@ impl UserBillingDetails {
             .returning(Self::as_returning())
             .get_result(conn)
             .optional()?
-            .ok_or(BillingError::NoDetails)
+            .ok_or(BillingError::NotFound)
     }
 
-    /// Removes a card. Where it was the default there is none then: nobody is charged by a card that was not chosen.
+    /// Removes a card. If it was the default, the user has no default until one is chosen.
     ///
     /// One statement, which locks the row.
     ///
     /// # Errors
-    /// [`BillingError::NoSuchCard`]; [`BillingError::NoDetails`].
+    /// [`BillingError::CardNotFound`]; [`BillingError::NotFound`].
     pub fn remove_card(
         conn: &mut PgConnection,
         user_id: UserId,
         card_id: &str,
     ) -> Result<Self, BillingError> {
-        let of_user = user_billing_details::table
-            .filter(user_billing_details::user_id.eq(user_id))
-            .filter(user_billing_details::cards.contains(json!([{"id": card_id}])));
-        let updated = diesel::update(of_user)
-            .set((
-                user_billing_details::cards.eq(cards_without(card_id)),
-                user_billing_details::default_card_id.eq(sql::<Nullable<Text>>(
-                    "NULLIF(default_card_id, ",
-                )
-                .bind::<Text, _>(card_id)
-                .sql(")")),
-            ))
-            .returning(Self::as_returning())
-            .get_result(conn)
-            .optional()?;
-        Self::found(conn, user_id, updated)
+        let updated =
+            diesel::update(user_billing_details::table.filter(has_card(user_id, card_id)))
+                .set((
+                    user_billing_details::cards.eq(cards_without(card_id)),
+                    user_billing_details::default_card_id.eq(sql::<Nullable<Text>>(
+                        "NULLIF(default_card_id, ",
+                    )
+                    .bind::<Text, _>(card_id)
+                    .sql(")")),
+                ))
+                .returning(Self::as_returning())
+                .get_result(conn)
+                .optional()?;
+        updated.map_or_else(|| Err(Self::missed(conn, user_id)), Ok)
     }
 
-    /// Makes a card the default one. One statement, which locks the row.
+    /// Makes a card the default. One statement, which locks the row.
     ///
     /// # Errors
-    /// [`BillingError::NoSuchCard`]; [`BillingError::NoDetails`].
+    /// [`BillingError::CardNotFound`]; [`BillingError::NotFound`].
     pub fn set_default_card(
         conn: &mut PgConnection,
         user_id: UserId,
         card_id: &str,
     ) -> Result<Self, BillingError> {
-        let of_user = user_billing_details::table
-            .filter(user_billing_details::user_id.eq(user_id))
-            .filter(user_billing_details::cards.contains(json!([{"id": card_id}])));
-        let updated = diesel::update(of_user)
-            .set(user_billing_details::default_card_id.eq(card_id))
-            .returning(Self::as_returning())
-            .get_result(conn)
-            .optional()?;
-        Self::found(conn, user_id, updated)
+        let updated =
+            diesel::update(user_billing_details::table.filter(has_card(user_id, card_id)))
+                .set(user_billing_details::default_card_id.eq(card_id))
+                .returning(Self::as_returning())
+                .get_result(conn)
+                .optional()?;
+        updated.map_or_else(|| Err(Self::missed(conn, user_id)), Ok)
     }
 
-    fn found(
-        conn: &mut PgConnection,
-        user_id: UserId,
-        updated: Option<Self>,
-    ) -> Result<Self, BillingError> {
-        match updated {
-            Some(row) => Ok(row),
-            None if Self::find_by_user(conn, user_id)?.is_some() => Err(BillingError::NoSuchCard),
-            None => Err(BillingError::NoDetails),
+    /// The reason why an update of this card found nothing.
+    fn missed(conn: &mut PgConnection, user_id: UserId) -> BillingError {
+        match Self::find_by_user(conn, user_id) {
+            Ok(Some(_)) => BillingError::CardNotFound,
+            Ok(None) => BillingError::NotFound,
+            Err(error) => BillingError::Database(error),
         }
-    }
-
-    /// Changes the row of this key and returns it as it is then; `None` where there is no such row. An empty changeset
-    /// changes nothing.
-    ///
-    /// # Errors
-    /// Any broken rule of the table; see [`ConstraintViolation`](crate::ConstraintViolation).
-    pub fn update(
-        conn: &mut PgConnection,
-        billing_id: BillingId,
-        changes: &UserBillingDetailsChangeset<'_>,
-    ) -> QueryResult<Option<Self>> {
-        let updated = diesel::update(user_billing_details::table.find(billing_id))
-            .set(changes)
-            .returning(Self::as_returning())
-            .get_result(conn)
-            .optional_empty_changeset();
-        found(updated, || Self::find(conn, billing_id))
-    }
-
-    /// Deletes the row of this key; says whether there was one.
-    ///
-    /// # Errors
-    /// Only those of the connection.
-    pub fn delete(conn: &mut PgConnection, billing_id: BillingId) -> QueryResult<bool> {
-        diesel::delete(user_billing_details::table.find(billing_id))
-            .execute(conn)
-            .map(|deleted| deleted == 1)
     }
 }

@@ -52,17 +52,17 @@ pub struct ProPlan<'a> {
 /// Why a plan was not upgraded.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
+#[expect(missing_docs, reason = "the messages say the rest")]
 pub enum PlanError {
-    /// There is no such user, or the user has no plan.
+    /// Or there is no such user.
     #[error("the user has no plan")]
     NotFound,
-    /// Another user's plan has the subscription (`user_plans_subscription_id_key`).
+    /// `user_plans_subscription_id_key`
     #[error("the subscription belongs to another user")]
     SubscriptionTaken,
-    /// Another user's plan has the customer (`user_plans_customer_id_key`).
+    /// `user_plans_customer_id_key`
     #[error("the customer belongs to another user")]
     CustomerTaken,
-    /// The database reported another error.
     #[error("database error")]
     Database(#[source] Error),
 }
@@ -84,8 +84,8 @@ impl From<Error> for PlanError {
 pub struct Downgrade {
     /// The new row.
     pub plan: UserPlan,
-    /// The instances that were switched off (inactive, or expired if past their end), newest first. Empty if the free plan
-    /// allows the active ones.
+    /// The instances that were switched off (inactive, or expired if past their end), newest first.
+    /// Empty if the free plan allows the active ones.
     pub switched_off: Vec<McpInstance>,
 }
 
@@ -99,8 +99,8 @@ impl UserPlan {
             .optional()
     }
 
-    /// Locks the user's plan (`FOR NO KEY UPDATE`): the first lock of operations that change a plan or make an instance
-    /// active. Callers of the crate use [`User::lock`].
+    /// Locks the user's plan (`FOR NO KEY UPDATE`): the first lock of operations that change a plan
+    /// or make an instance active. Callers of the crate use [`User::lock`].
     pub(crate) fn lock_by_user(
         conn: &mut PgConnection,
         user_id: UserId,
@@ -118,8 +118,9 @@ impl UserPlan {
     /// One statement, which locks the plan until the transaction ends.
     ///
     /// # Errors
-    /// [`PlanError::NotFound`]. [`PlanError::SubscriptionTaken`] and [`PlanError::CustomerTaken`] abort the caller's
-    /// transaction: to go on after them, wrap the call in `conn.transaction` (a savepoint).
+    /// [`PlanError::NotFound`]. [`PlanError::SubscriptionTaken`] and [`PlanError::CustomerTaken`]
+    /// abort the caller's transaction: to go on after them, wrap the call in `conn.transaction` (a
+    /// savepoint).
     pub fn upgrade(
         conn: &mut PgConnection,
         user_id: UserId,
@@ -141,10 +142,11 @@ impl UserPlan {
             .ok_or(PlanError::NotFound)
     }
 
-    /// Makes the plan free, without end and subscription; the customer stays. Returns `None` if the user has no plan.
+    /// Makes the plan free, without end and subscription; the customer stays. Returns `None` if the
+    /// user has no plan.
     ///
-    /// If more instances are active than the free plan allows, all are switched off, and the user chooses which one to
-    /// activate. `payment_status` is the reason: cancelled, failed or none.
+    /// If more instances are active than the free plan allows, all are switched off, and the user
+    /// chooses which one to activate. `payment_status` is the reason: cancelled, failed or none.
     ///
     /// Locks the plan, then the active instances, until the transaction ends.
     pub fn downgrade(
@@ -159,11 +161,11 @@ impl UserPlan {
         })
     }
 
-    /// Downgrades one pro plan that is past its end; `payment_status` becomes none. Returns `None` if no plan is due or other
-    /// workers have locked all that are. Call it until then.
+    /// Downgrades one pro plan that is past its end; `payment_status` becomes none. Returns `None`
+    /// if no plan is due or other workers have locked all that are. Call it until then.
     ///
-    /// One plan per call: with several users' instances in one transaction, the counters of services would not be locked in
-    /// registry order.
+    /// One plan per call: with several users' instances in one transaction, the counters of
+    /// services would not be locked in registry order.
     pub fn expire_due(conn: &mut PgConnection) -> QueryResult<Option<Downgrade>> {
         conn.transaction(|conn| {
             user_plans::table

@@ -1,4 +1,6 @@
-//! Subscriptions of users at the payment gateway.
+//! Subscriptions at the payment gateway.
+
+use std::collections::HashSet;
 
 use chrono::{DateTime, Utc};
 use diesel::dsl::{now, sql};
@@ -12,122 +14,88 @@ use serde::Serialize;
 use crate::enums::{BillingCycle, SubscriptionPlan, SubscriptionStatus};
 use crate::error::violates;
 use crate::ids::{SubscriptionId, UserId};
-use crate::models::{User, found};
-use crate::page::Cursor;
-use crate::schema::user_subscriptions;
+use crate::models::{User, lock_user_key};
+use crate::page::{Cursor, Page, newest_first};
+use crate::schema::{user_subscriptions, users};
 
-/// A row of `user_subscriptions`.
+/// A row of `user_subscriptions`. Amounts are in paise.
 #[derive(
     Debug, Clone, PartialEq, Eq, Serialize, Queryable, Selectable, Identifiable, Associations,
 )]
 #[diesel(table_name = user_subscriptions, belongs_to(User, foreign_key = user_id), check_for_backend(Pg))]
+#[expect(missing_docs, reason = "the names of the other fields say it all")]
 pub struct UserSubscription {
-    /// Key.
     pub id: SubscriptionId,
-    /// Whose subscription it is.
     pub user_id: UserId,
-    /// What it pays for.
     pub plan_code: SubscriptionPlan,
-    /// Subscription at Razorpay; unique.
+    /// Unique.
     pub razorpay_subscription_id: Option<String>,
-    /// Customer at Razorpay.
     pub razorpay_customer_id: Option<String>,
-    /// Where it is in its life.
     pub status: SubscriptionStatus,
-    /// How often it is charged.
     pub billing_cycle: BillingCycle,
-    /// Start of the period paid for.
     pub current_period_start: DateTime<Utc>,
-    /// End of it; by default 30 days after the start.
+    /// By default 30 days after the start.
     pub current_period_end: DateTime<Utc>,
-    /// Start of the trial.
     pub trial_start: Option<DateTime<Utc>>,
-    /// End of the trial; needs a start, and is later.
+    /// Requires `trial_start` and is later.
     pub trial_end: Option<DateTime<Utc>>,
-    /// Whether it ends with the period.
     pub cancel_at_period_end: bool,
-    /// When it was cancelled.
     pub cancelled_at: Option<DateTime<Utc>>,
-    /// Why, as chosen.
+    /// The reason that the user chose from a list.
     pub cancellation_reason: Option<String>,
-    /// Why, in the user's words.
+    /// The reason in the user's own words.
     pub cancellation_feedback: Option<String>,
-    /// How often it was paused.
+    /// The number of pauses so far.
     pub pause_count: i32,
-    /// Since when it is paused.
+    /// The start of the current pause.
     pub paused_at: Option<DateTime<Utc>>,
-    /// When the pause ends.
+    /// The planned end of the current pause.
     pub resume_at: Option<DateTime<Utc>>,
-    /// When it is charged next.
     pub next_billing_date: Option<DateTime<Utc>>,
-    /// Paise; negative: in the user's favour.
+    /// Negative in the user's favour.
     pub proration_amount: i64,
-    /// Paise.
     pub discount_amount: i64,
-    /// Paise.
     pub tax_amount: i64,
-    /// Paise.
     pub total_amount: i64,
-    /// Whether it is charged again at the end of the period.
     pub auto_renewal: bool,
-    /// Days past due before it is halted.
+    /// Days past due before the subscription is halted.
     pub grace_period_days: i32,
-    /// Payments that failed in a row.
+    /// Failed payments since the last successful one.
     pub failed_payment_count: i32,
-    /// When a payment was tried last.
     pub last_payment_attempt: Option<DateTime<Utc>>,
-    /// When the row was made.
     pub created_at: DateTime<Utc>,
-    /// When the row changed last.
     pub updated_at: DateTime<Utc>,
 }
 
-/// A new row; `None` leaves a column to its default.
+/// Values of a new [`UserSubscription`]; `None` uses the column's default.
+///
+/// The operation sets the status.
 #[derive(Debug, Clone, Insertable)]
 #[diesel(table_name = user_subscriptions, check_for_backend(Pg))]
+#[expect(missing_docs, reason = "the fields are those of `UserSubscription`")]
 pub struct NewUserSubscription<'a> {
-    /// Key.
     pub id: Option<SubscriptionId>,
-    /// Whose subscription it is.
     pub user_id: UserId,
-    /// What it pays for.
     pub plan_code: Option<SubscriptionPlan>,
-    /// Subscription at Razorpay; unique.
     pub razorpay_subscription_id: Option<&'a str>,
-    /// Customer at Razorpay.
     pub razorpay_customer_id: Option<&'a str>,
-    /// Where it is in its life.
-    pub status: Option<SubscriptionStatus>,
-    /// How often it is charged.
     pub billing_cycle: Option<BillingCycle>,
-    /// Start of the period paid for.
     pub current_period_start: Option<DateTime<Utc>>,
-    /// End of it; by default 30 days after the start.
     pub current_period_end: Option<DateTime<Utc>>,
-    /// Start of the trial.
     pub trial_start: Option<DateTime<Utc>>,
-    /// End of the trial; needs a start, and is later.
     pub trial_end: Option<DateTime<Utc>>,
-    /// Whether it ends with the period.
     pub cancel_at_period_end: Option<bool>,
-    /// When it is charged next.
     pub next_billing_date: Option<DateTime<Utc>>,
-    /// Paise; negative: in the user's favour.
     pub proration_amount: Option<i64>,
-    /// Paise.
     pub discount_amount: Option<i64>,
-    /// Paise.
     pub tax_amount: Option<i64>,
-    /// Paise.
     pub total_amount: Option<i64>,
-    /// Whether it is charged again at the end of the period.
     pub auto_renewal: Option<bool>,
-    /// Days past due before it is halted.
     pub grace_period_days: Option<i32>,
 }
 
 impl NewUserSubscription<'_> {
-    /// A new row with all columns at their defaults but these.
+    /// A subscription of `user_id`, all else by default.
     #[must_use]
     pub fn new(user_id: UserId) -> Self {
         Self {
@@ -136,7 +104,6 @@ impl NewUserSubscription<'_> {
             plan_code: None,
             razorpay_subscription_id: None,
             razorpay_customer_id: None,
-            status: None,
             billing_cycle: None,
             current_period_start: None,
             current_period_end: None,
@@ -154,70 +121,53 @@ impl NewUserSubscription<'_> {
     }
 }
 
-/// Changes to a row: `None` keeps a column, `Some(None)` sets it to `NULL`. The status, and what follows from it, is not
-/// among them: see [`UserSubscription::change_status`].
+/// Changes to a [`UserSubscription`]: `None` keeps a column, `Some(None)` sets it to `NULL`.
 #[derive(Debug, Clone, Default, AsChangeset)]
 #[diesel(table_name = user_subscriptions)]
+#[expect(missing_docs, reason = "the fields are those of `UserSubscription`")]
 pub struct UserSubscriptionChangeset<'a> {
-    /// What it pays for.
     pub plan_code: Option<SubscriptionPlan>,
-    /// Subscription at Razorpay; unique.
     pub razorpay_subscription_id: Option<Option<&'a str>>,
-    /// Customer at Razorpay.
     pub razorpay_customer_id: Option<Option<&'a str>>,
-    /// How often it is charged.
     pub billing_cycle: Option<BillingCycle>,
-    /// Start of the period paid for.
     pub current_period_start: Option<DateTime<Utc>>,
-    /// End of it; by default 30 days after the start.
     pub current_period_end: Option<DateTime<Utc>>,
-    /// Start of the trial.
     pub trial_start: Option<Option<DateTime<Utc>>>,
-    /// End of the trial; needs a start, and is later.
     pub trial_end: Option<Option<DateTime<Utc>>>,
-    /// Whether it ends with the period.
     pub cancel_at_period_end: Option<bool>,
-    /// Why it was cancelled, as chosen.
     pub cancellation_reason: Option<Option<&'a str>>,
-    /// Why, in the user's words.
     pub cancellation_feedback: Option<Option<&'a str>>,
-    /// When the pause ends.
+    /// Only a change to `Paused` may set it; every other status clears the column.
     pub resume_at: Option<Option<DateTime<Utc>>>,
-    /// When it is charged next.
     pub next_billing_date: Option<Option<DateTime<Utc>>>,
-    /// Paise; negative: in the user's favour.
     pub proration_amount: Option<i64>,
-    /// Paise.
     pub discount_amount: Option<i64>,
-    /// Paise.
     pub tax_amount: Option<i64>,
-    /// Paise.
     pub total_amount: Option<i64>,
-    /// Whether it is charged again at the end of the period.
     pub auto_renewal: Option<bool>,
-    /// Days past due before it is halted.
     pub grace_period_days: Option<i32>,
 }
 
-/// Why an operation on a subscription was not done.
+/// The reason why an operation on a subscription failed. Nothing is changed then.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum SubscriptionError {
-    /// There is no such subscription, or it is another user's.
+    /// There is no such subscription, or it belongs to another user.
     #[error("no such subscription")]
     NotFound,
-    /// It is in another status than the operation needs. Holds the row as it is.
-    #[error("the subscription is in another status")]
+    /// The status has changed, or does not allow the operation. Holds the current row.
+    #[error("the subscription's status is {}", .0.status)]
     Conflict(Box<UserSubscription>),
-    /// The status is one that nothing follows.
+    /// The expected status is final: nothing follows it.
     #[error("the subscription has ended")]
     Ended,
-    /// The user has a live subscription: active, past due or paused.
-    #[error("the user has a live subscription")]
+    /// The user already has a live subscription: active, past due or paused.
+    #[error("the user already has a live subscription")]
     LiveExists,
-    /// The gateway's id belongs to a subscription that is here already.
-    #[error("the gateway's id is taken")]
+    /// Another subscription has the same Razorpay id.
+    #[error("the Razorpay subscription id is taken")]
     GatewayIdTaken,
-    /// The database refuses, or can't be reached.
+    /// Any other database error.
     #[error("database error")]
     Database(#[source] Error),
 }
@@ -234,8 +184,8 @@ impl From<Error> for SubscriptionError {
     }
 }
 
-/// The predicate of the index `user_subscriptions_one_live_per_user`. A literal: the planner can't match bound values
-/// with a partial index.
+/// The predicate of the index `user_subscriptions_one_live_per_user`. It is a literal because the
+/// planner can't match bind parameters with a partial index.
 fn is_live() -> SqlLiteral<Bool> {
     sql("user_subscriptions.status IN ('active', 'past_due', 'paused')")
 }
@@ -246,21 +196,7 @@ fn is_charged() -> SqlLiteral<Bool> {
 }
 
 impl UserSubscription {
-    /// Inserts a row and returns it with its defaults.
-    ///
-    /// # Errors
-    /// Any broken rule of the table; see [`ConstraintViolation`](crate::ConstraintViolation).
-    pub fn insert(conn: &mut PgConnection, new: &NewUserSubscription<'_>) -> QueryResult<Self> {
-        diesel::insert_into(user_subscriptions::table)
-            .values(new)
-            .returning(Self::as_returning())
-            .get_result(conn)
-    }
-
-    /// The row of this key, if there is one.
-    ///
-    /// # Errors
-    /// Only those of the connection.
+    /// Returns the subscription with this id.
     pub fn find(conn: &mut PgConnection, id: SubscriptionId) -> QueryResult<Option<Self>> {
         user_subscriptions::table
             .find(id)
@@ -269,10 +205,7 @@ impl UserSubscription {
             .optional()
     }
 
-    /// The live subscription of a user: active, past due or paused. There is at most one.
-    ///
-    /// # Errors
-    /// Only those of the connection.
+    /// Returns the user's live subscription: active, past due or paused. There is at most one.
     pub fn current(conn: &mut PgConnection, user_id: UserId) -> QueryResult<Option<Self>> {
         user_subscriptions::table
             .filter(user_subscriptions::user_id.eq(user_id))
@@ -282,10 +215,7 @@ impl UserSubscription {
             .optional()
     }
 
-    /// The subscription that Razorpay calls by this id.
-    ///
-    /// # Errors
-    /// Only those of the connection.
+    /// Returns the subscription with this Razorpay id.
     pub fn find_by_razorpay_id(
         conn: &mut PgConnection,
         razorpay_subscription_id: &str,
@@ -297,72 +227,69 @@ impl UserSubscription {
             .optional()
     }
 
-    /// The rows of a user, newest first, `limit` at most, from the newest or from the place given.
-    ///
-    /// # Errors
-    /// Only those of the connection.
+    /// Returns a page of the user's subscriptions, newest first.
     pub fn list_by_user(
         conn: &mut PgConnection,
         user_id: UserId,
-        after: Option<Cursor<SubscriptionId>>,
-        limit: i64,
+        page: Page<SubscriptionId>,
     ) -> QueryResult<Vec<Self>> {
-        let mut query = user_subscriptions::table
+        let of_user = user_subscriptions::table
             .filter(user_subscriptions::user_id.eq(user_id))
-            .select(Self::as_select())
-            .into_boxed();
-        if let Some(after) = after {
-            query = query.filter(
-                user_subscriptions::created_at.le(after.created_at).and(
-                    user_subscriptions::created_at
-                        .lt(after.created_at)
-                        .or(user_subscriptions::id.lt(after.id)),
-                ),
-            );
-        }
-        query
-            .order((
-                user_subscriptions::created_at.desc(),
-                user_subscriptions::id.desc(),
-            ))
-            .limit(limit)
-            .load(conn)
+            .select(Self::as_select());
+        newest_first!(of_user, user_subscriptions, id, page).load(conn)
     }
 
-    /// Begins a subscription.
+    /// The row's position in a list.
+    #[must_use]
+    pub fn cursor(&self) -> Cursor<SubscriptionId> {
+        Cursor {
+            created_at: self.created_at,
+            id: self.id,
+        }
+    }
+
+    /// Inserts a subscription with this status.
     ///
-    /// Where its status is a live one, the user must have no other live one. One statement; waits for a transaction that
-    /// begins or ends a subscription of the same user.
+    /// It waits for a transaction that starts or ends a live subscription of the same user.
     ///
     /// # Errors
-    /// [`SubscriptionError::LiveExists`], which leaves a transaction of the caller's usable.
-    /// [`SubscriptionError::GatewayIdTaken`], which doesn't: wrap the call in `conn.transaction` to go on after it.
+    /// [`SubscriptionError::LiveExists`] if `status` is a live one;
+    /// [`SubscriptionError::GatewayIdTaken`]. The caller's transaction stays usable.
     pub fn start(
         conn: &mut PgConnection,
         new: &NewUserSubscription<'_>,
+        status: SubscriptionStatus,
     ) -> Result<Self, SubscriptionError> {
-        diesel::insert_into(user_subscriptions::table)
-            .values(new)
-            .on_conflict(user_subscriptions::user_id)
-            .filter_target(sql::<Bool>("status IN ('active', 'past_due', 'paused')"))
-            .do_nothing()
-            .returning(Self::as_returning())
-            .get_result(conn)
-            .optional()?
-            .ok_or(SubscriptionError::LiveExists)
+        conn.transaction(|conn| {
+            lock_user_key(conn, new.user_id)?;
+            Self::insert(conn, new, status)
+        })
     }
 
-    /// Moves a subscription from one status to another, if it still is in the former, and makes `changes` with it.
+    fn insert(
+        conn: &mut PgConnection,
+        new: &NewUserSubscription<'_>,
+        status: SubscriptionStatus,
+    ) -> Result<Self, SubscriptionError> {
+        let row = diesel::insert_into(user_subscriptions::table)
+            .values((new, user_subscriptions::status.eq(status)))
+            .returning(Self::as_returning())
+            .get_result(conn)?;
+        Ok(row)
+    }
+
+    /// Moves a subscription from status `from` to status `to` and applies `changes`.
     ///
-    /// `from` is the status on which the decision was taken: of two that decide at once, one finds a conflict. What follows
-    /// from the status is kept as well: the moment of a cancellation; since when and how often it was paused, and no pause
-    /// where it isn't; no failed payments where it becomes active. One statement, which locks the row.
+    /// `from` is the status on which the caller based its decision: of two concurrent changes, one
+    /// gets a conflict. `from` and `to` may be equal, to apply changes only. Dependent columns
+    /// follow: `cancelled_at`; `paused_at`, `pause_count` and `resume_at`; `failed_payment_count`,
+    /// which is 0 after a change to active. One statement, which locks the row.
     ///
     /// # Errors
-    /// [`SubscriptionError::Ended`] where `from` [is final](SubscriptionStatus::is_final), so that a late webhook revives
-    /// nothing; [`SubscriptionError::Conflict`]; [`SubscriptionError::NotFound`]. [`SubscriptionError::LiveExists`] and
-    /// [`SubscriptionError::GatewayIdTaken`] abort a transaction of the caller's: wrap the call in `conn.transaction` to go on
-    /// after them.
+    /// [`SubscriptionError::Ended`] if `from` [is final](SubscriptionStatus::is_final): a late
+    /// webhook revives nothing. [`SubscriptionError::Conflict`]; [`SubscriptionError::NotFound`].
+    /// [`SubscriptionError::LiveExists`] and [`SubscriptionError::GatewayIdTaken`] abort the caller's
+    /// transaction: wrap the call in `conn.transaction` to continue after them.
     pub fn change_status(
         conn: &mut PgConnection,
         id: SubscriptionId,
@@ -375,7 +302,6 @@ impl UserSubscription {
             return Err(SubscriptionError::Ended);
         }
         let pauses = to == Paused && from != Paused;
-        // A moment to resume may come with the changes of a pause, never with those of another status.
         let changes = &UserSubscriptionChangeset {
             resume_at: if to == Paused {
                 changes.resume_at
@@ -405,12 +331,13 @@ impl UserSubscription {
             .map_or_else(|| Err(Self::missed(conn, id)), Ok)
     }
 
-    /// Ends the live subscription `id` as upgraded and begins `new`, active whatever its `status` says, in one transaction.
-    /// Gives the new one.
+    /// Ends the live subscription `id` as upgraded and starts `new` as active, in one transaction.
+    /// Returns the new subscription.
     ///
     /// # Errors
-    /// [`SubscriptionError::NotFound`] where `id` isn't a subscription of `new.user_id`; [`SubscriptionError::Conflict`] where it
-    /// isn't live, so of two upgrades at once one is done; [`SubscriptionError::GatewayIdTaken`]. Nothing is changed then.
+    /// [`SubscriptionError::NotFound`] if `id` isn't a subscription of `new.user_id`;
+    /// [`SubscriptionError::Conflict`] if it isn't live, so only one of two concurrent upgrades
+    /// succeeds; [`SubscriptionError::GatewayIdTaken`]. The caller's transaction stays usable.
     pub fn upgrade(
         conn: &mut PgConnection,
         id: SubscriptionId,
@@ -419,10 +346,11 @@ impl UserSubscription {
         Self::succeed(conn, id, SubscriptionStatus::Upgraded, new)
     }
 
-    /// As [`upgrade`](Self::upgrade), but ends the former as replaced: by a lower plan, another cycle, another gateway.
+    /// Like [`upgrade`](Self::upgrade), but ends the old subscription as replaced: by a lower plan,
+    /// another billing cycle or another gateway.
     ///
     /// # Errors
-    /// The same.
+    /// Those of [`upgrade`](Self::upgrade).
     pub fn replace(
         conn: &mut PgConnection,
         id: SubscriptionId,
@@ -438,6 +366,7 @@ impl UserSubscription {
         new: &NewUserSubscription<'_>,
     ) -> Result<Self, SubscriptionError> {
         conn.transaction(|conn| {
+            lock_user_key(conn, new.user_id)?;
             let ended = diesel::update(user_subscriptions::table.find(id))
                 .filter(user_subscriptions::user_id.eq(new.user_id))
                 .filter(is_live())
@@ -455,24 +384,18 @@ impl UserSubscription {
                     error => Err(error),
                 };
             }
-            Ok(Self::insert(
-                conn,
-                &NewUserSubscription {
-                    status: Some(SubscriptionStatus::Active),
-                    ..new.clone()
-                },
-            )?)
+            Self::insert(conn, new, SubscriptionStatus::Active)
         })
     }
 
-    /// Counts a failed payment of an active or past due subscription, which is past due then, and sets when to charge it
-    /// again; `None`: never, it leaves the [queue](Self::lock_due).
+    /// Counts a failed payment of an active or past due subscription, makes it past due and sets
+    /// its next billing date. `None` removes it from the queue of [`claim_due`](Self::claim_due).
     ///
-    /// One statement, which locks the row. Counts whenever it is called: record the failed payment first, and call this
-    /// where it was new.
+    /// One statement, which locks the row. Every call counts: record the failed payment first, and
+    /// call this only if that was new.
     ///
     /// # Errors
-    /// [`SubscriptionError::Conflict`] where it is neither active nor past due; [`SubscriptionError::NotFound`].
+    /// [`SubscriptionError::Conflict`]; [`SubscriptionError::NotFound`].
     pub fn record_failed_payment(
         conn: &mut PgConnection,
         id: SubscriptionId,
@@ -493,62 +416,45 @@ impl UserSubscription {
             .map_or_else(|| Err(Self::missed(conn, id)), Ok)
     }
 
-    /// Active and past due subscriptions to be charged by now, the longest due first, `limit` at most, locked until the
-    /// caller's transaction ends. Those that end with their period are not among them.
+    /// Claims up to `limit` active and past due subscriptions whose billing date has come, earliest
+    /// first, for a worker that charges them. It skips those that end with their period.
     ///
-    /// Several workers share the queue: one that another holds is passed over. To be called in a transaction; a row leaves
-    /// the queue when its `next_billing_date` moves, so move it whether the charge succeeds or fails.
-    ///
-    /// # Errors
-    /// Only those of the connection.
-    pub fn lock_due(conn: &mut PgConnection, limit: i64) -> QueryResult<Vec<Self>> {
-        user_subscriptions::table
+    /// Call it in a transaction: the rows and their users' keys stay locked until that ends, and other
+    /// workers skip them. The worker must change `next_billing_date`, whether the charge succeeds or
+    /// fails, or the row stays due. Change the user's plan in another transaction: a plan is locked
+    /// before its user.
+    pub fn claim_due(conn: &mut PgConnection, limit: u16) -> QueryResult<Vec<Self>> {
+        let mut due: Vec<Self> = user_subscriptions::table
             .filter(is_charged())
             .filter(user_subscriptions::next_billing_date.le(now))
             .filter(user_subscriptions::auto_renewal)
             .filter(diesel::dsl::not(user_subscriptions::cancel_at_period_end))
             .order(user_subscriptions::next_billing_date)
-            .limit(limit)
+            .limit(limit.into())
             .for_no_key_update()
             .skip_locked()
             .select(Self::as_select())
-            .load(conn)
+            .load(conn)?;
+        // The worker will insert payments of these users. It must not wait for a user while it holds
+        // the subscription, so a locked user's subscription is left to the next call.
+        let users: HashSet<UserId> = users::table
+            .filter(users::id.eq_any(due.iter().map(|row| row.user_id)))
+            .for_key_share()
+            .skip_locked()
+            .select(users::id)
+            .load(conn)?
+            .into_iter()
+            .collect();
+        due.retain(|row| users.contains(&row.user_id));
+        Ok(due)
     }
 
-    /// Why an update of this row found nothing.
+    /// The reason why an update of this row found nothing.
     fn missed(conn: &mut PgConnection, id: SubscriptionId) -> SubscriptionError {
         match Self::find(conn, id) {
             Ok(Some(row)) => SubscriptionError::Conflict(Box::new(row)),
             Ok(None) => SubscriptionError::NotFound,
             Err(error) => SubscriptionError::Database(error),
         }
-    }
-
-    /// Changes the row of this key and returns it as it is then; `None` where there is no such row. An empty changeset
-    /// changes nothing.
-    ///
-    /// # Errors
-    /// Any broken rule of the table; see [`ConstraintViolation`](crate::ConstraintViolation).
-    pub fn update(
-        conn: &mut PgConnection,
-        id: SubscriptionId,
-        changes: &UserSubscriptionChangeset<'_>,
-    ) -> QueryResult<Option<Self>> {
-        let updated = diesel::update(user_subscriptions::table.find(id))
-            .set(changes)
-            .returning(Self::as_returning())
-            .get_result(conn)
-            .optional_empty_changeset();
-        found(updated, || Self::find(conn, id))
-    }
-
-    /// Deletes the row of this key; says whether there was one.
-    ///
-    /// # Errors
-    /// A foreign key, while other rows refer to it.
-    pub fn delete(conn: &mut PgConnection, id: SubscriptionId) -> QueryResult<bool> {
-        diesel::delete(user_subscriptions::table.find(id))
-            .execute(conn)
-            .map(|deleted| deleted == 1)
     }
 }

@@ -89,7 +89,8 @@ pub struct UserChangeset<'a> {
     pub razorpay_customer_id: Option<Option<&'a str>>,
 }
 
-/// The domain of anonymised users' addresses: no mail arrives there (RFC 6761, 6.4), and sign-up refuses it.
+/// The domain of anonymised users' addresses: no mail arrives there (RFC 6761, 6.4), and sign-up
+/// refuses it.
 const ANONYMISED_DOMAIN: &str = "@anonymised.invalid";
 
 /// The text is not an email address that an account can have.
@@ -100,14 +101,12 @@ pub struct InvalidEmail;
 /// Why an account was not created or changed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
+#[expect(missing_docs, reason = "the messages say it")]
 pub enum UserError {
-    /// The text is not an email address.
     #[error(transparent)]
     InvalidEmail(#[from] InvalidEmail),
-    /// Another account has the email address.
     #[error("the email address is taken")]
     EmailTaken,
-    /// The database reported another error.
     #[error("database error")]
     Database(#[source] Error),
 }
@@ -122,11 +121,12 @@ impl From<Error> for UserError {
     }
 }
 
-/// Returns the one spelling of an email address that is stored and looked up: trimmed and in lowercase.
+/// Returns the one spelling of an email address that is stored and looked up: trimmed and in
+/// lowercase.
 ///
-/// It accepts what the constraint `users_email_canonical` accepts: one `@` with text on both sides, at most 255
-/// characters. It also refuses Unicode white space inside, which the constraint sees only in some locales, and NUL, which
-/// PostgreSQL can't store. It doesn't check that mail arrives.
+/// It accepts what the constraint `users_email_canonical` accepts: one `@` with text on both sides,
+/// at most 255 characters. It also refuses Unicode white space inside, which the constraint sees
+/// only in some locales, and NUL, which PostgreSQL can't store. It doesn't check that mail arrives.
 ///
 /// ```
 /// # use bruhmcp_db::models::{InvalidEmail, canonical_email};
@@ -170,9 +170,10 @@ impl User {
     /// One statement. Concurrent sign-ups with one address wait for each other, and one succeeds.
     ///
     /// # Errors
-    /// [`UserError::InvalidEmail`] and [`UserError::EmailTaken`], after which the caller's transaction can go on. A
-    /// violated constraint on another column (`users_first_name_check`, `users_last_name_check`, `users_password_check`,
-    /// `users_razorpay_customer_id_key`) is [`UserError::Database`] and aborts it.
+    /// [`UserError::InvalidEmail`] and [`UserError::EmailTaken`], after which the caller's
+    /// transaction can go on. A violated constraint on another column (`users_first_name_check`,
+    /// `users_last_name_check`, `users_password_check`, `users_razorpay_customer_id_key`) is
+    /// [`UserError::Database`] and aborts it.
     pub fn sign_up(conn: &mut PgConnection, new: &NewUser<'_>) -> Result<Self, UserError> {
         let email = new_email(new.email)?;
         diesel::insert_into(users::table)
@@ -235,10 +236,11 @@ impl User {
         }
     }
 
-    /// Locks the user's plan (`FOR NO KEY UPDATE`) and then the user (`FOR UPDATE`) until the transaction ends.
+    /// Locks the user's plan (`FOR NO KEY UPDATE`) and then the user (`FOR UPDATE`) until the
+    /// transaction ends.
     ///
-    /// A transaction that calls several operations on one user's rows starts with this call. The operations can then
-    /// follow in any order without a deadlock.
+    /// A transaction that calls several operations on one user's rows starts with this call. The
+    /// operations can then follow in any order without a deadlock.
     pub fn lock(conn: &mut PgConnection, id: UserId) -> QueryResult<Option<Self>> {
         UserPlan::lock_by_user(conn, id)?;
         users::table
@@ -278,16 +280,19 @@ impl User {
             .optional()
     }
 
-    /// Gives an active user another email address, in any spelling; returns `None` if there is no such user.
+    /// Gives an active user another email address, in any spelling; returns `None` if there is no
+    /// such user.
     ///
-    /// `email_verified` becomes `proven`: whether the user has shown that mail to the new address arrives, for example by
-    /// the code of an [`EmailChangePending`](AuthTokenType::EmailChangePending) token. Codes and links that were sent to
-    /// the old address are revoked. Refresh tokens stay valid, so the user stays signed in.
+    /// `email_verified` becomes `proven`: whether the user has shown that mail to the new address
+    /// arrives, for example by the code of an
+    /// [`EmailChangePending`](AuthTokenType::EmailChangePending) token. Codes and links that were
+    /// sent to the old address are revoked. Refresh tokens stay valid, so the user stays signed in.
     ///
     /// Locks the user `FOR UPDATE` until the transaction ends.
     ///
     /// # Errors
-    /// [`UserError::InvalidEmail`] and [`UserError::EmailTaken`], after which the caller's transaction can go on.
+    /// [`UserError::InvalidEmail`] and [`UserError::EmailTaken`], after which the caller's
+    /// transaction can go on.
     pub fn change_email(
         conn: &mut PgConnection,
         id: UserId,
@@ -319,7 +324,8 @@ impl User {
 
     /// Deactivates a user and revokes all tokens; returns `None` if there is no such user.
     ///
-    /// The user can't sign in any more. The instances and the plan don't change. Locks the user until the transaction ends.
+    /// The user can't sign in any more. The instances and the plan don't change. Locks the user
+    /// until the transaction ends.
     pub fn deactivate(conn: &mut PgConnection, id: UserId) -> QueryResult<Option<Self>> {
         conn.transaction(|conn| {
             let user = diesel::update(users::table.find(id))
@@ -334,7 +340,8 @@ impl User {
         })
     }
 
-    /// Lets a deactivated user sign in again; returns `None` if there is no such user, or only an anonymised one.
+    /// Lets a deactivated user sign in again; returns `None` if there is no such user, or only an
+    /// anonymised one.
     ///
     /// Revoked tokens stay revoked. One statement.
     pub fn reactivate(conn: &mut PgConnection, id: UserId) -> QueryResult<Option<Self>> {

@@ -1,4 +1,4 @@
-//! The audit log: append, pages, summary, purge.
+//! The audit log: inserts, pages, the summary, the purge.
 
 use bigdecimal::BigDecimal;
 use bruhmcp_db::enums::AuditStatus;
@@ -28,7 +28,7 @@ fn append(
 }
 
 #[test]
-fn rows_come_in_pages_and_stay() {
+fn the_log_is_listed_in_pages() {
     let database = database();
     let conn = &mut database.connect();
     let (instance, other) = (InstanceId::new(), InstanceId::new());
@@ -51,6 +51,11 @@ fn rows_come_in_pages_and_stay() {
         seen.extend(listed);
     }
     assert_eq!(seen, rows);
+    // Inserts and pages are prepared once.
+    let prepared = diesel::sql_query(
+        "SELECT FROM pg_prepared_statements WHERE statement LIKE '%token_audit_log%'",
+    );
+    assert_eq!(prepared.execute(conn).unwrap(), 2);
     let error = diesel::sql_query("UPDATE token_audit_log SET operation = 'x'")
         .execute(conn)
         .unwrap_err();
@@ -61,7 +66,7 @@ fn rows_come_in_pages_and_stay() {
     );
 }
 
-/// Also with the generic plan, which a prepared statement may get.
+/// Even with a generic plan, which PostgreSQL may choose for a prepared statement.
 #[test]
 fn a_page_reads_no_more_than_its_rows() {
     let database = database();
@@ -139,7 +144,7 @@ fn the_summary_counts_by_operation_status_and_method() {
     assert_eq!(failure.success_rate, BigDecimal::from(0));
 }
 
-/// A crate outside can't add what Diesel needs for that (orphan rule).
+/// Another crate can't allow this join itself (orphan rule).
 #[test]
 fn the_summary_is_joined_with_tables() {
     let database = database();
@@ -175,7 +180,8 @@ fn old_rows_are_purged_in_batches() {
     let instance = InstanceId::new();
     conn.batch_execute(&format!(
         "INSERT INTO token_audit_log (instance_id, operation, status, created_at)
-         SELECT '{instance}', 'refresh', 'success', now() - interval '91 days' FROM generate_series(1, 5)"
+         SELECT '{instance}', 'refresh', 'success', now() - interval '91 days'
+           FROM generate_series(1, 5)"
     ))
     .unwrap();
     let kept = append(conn, instance, "refresh", AuditStatus::Pending);

@@ -1,4 +1,4 @@
-//! Billing details: an address, and cards of which none gets lost or shown.
+//! Billing details: an address, and cards that don't get lost or shown.
 
 use std::collections::BTreeSet;
 
@@ -13,7 +13,6 @@ use crate::support::{at_once, database};
 
 fn address(user_id: UserId, city: &str) -> NewUserBillingDetails<'_> {
     NewUserBillingDetails {
-        billing_id: None,
         user_id,
         address_line1: "1 MG Road",
         address_line2: None,
@@ -117,25 +116,25 @@ fn cards_come_and_go() {
 }
 
 #[test]
-fn there_must_be_details_and_a_card() {
+fn details_and_card_must_exist() {
     let database = database();
     let conn = &mut database.connect();
     let (none, some) = (user(conn), billed(conn));
     let result = UserBillingDetails::add_card(conn, none, &card("one"));
-    assert!(matches!(result, Err(BillingError::NoDetails)));
+    assert!(matches!(result, Err(BillingError::NotFound)));
     for operation in [
         UserBillingDetails::remove_card,
         UserBillingDetails::set_default_card,
     ] {
         let result = operation(conn, none, "one");
-        assert!(matches!(result, Err(BillingError::NoDetails)));
+        assert!(matches!(result, Err(BillingError::NotFound)));
         let result = operation(conn, some, "one");
-        assert!(matches!(result, Err(BillingError::NoSuchCard)));
+        assert!(matches!(result, Err(BillingError::CardNotFound)));
     }
 }
 
 #[test]
-fn what_can_not_be_a_card_is_refused() {
+fn an_invalid_card_is_refused() {
     let database = database();
     let conn = &mut database.connect();
     let user = billed(conn);
@@ -228,7 +227,7 @@ fn a_token_is_not_shown() {
     assert!(!json.to_string().contains("whisper"));
     assert_eq!(json["cards"][0]["last4"], "4242");
 
-    // Nor by the error about a row that another wrote.
+    // The error about an invalid row does not show it either.
     diesel::sql_query(
         r#"UPDATE user_billing_details SET cards = '[{"id": "one", "exp_month": "whisper"}]'"#,
     )
@@ -243,7 +242,7 @@ fn a_token_is_not_shown() {
 }
 
 #[test]
-fn cards_added_and_removed_at_once_are_all_there_and_gone() {
+fn concurrent_changes_of_cards_are_not_lost() {
     let database = database();
     let conn = &mut database.connect();
     let user = billed(conn);
@@ -267,7 +266,7 @@ fn cards_added_and_removed_at_once_are_all_there_and_gone() {
     );
     assert!(expected.contains(&details.default_card_id.unwrap()));
 
-    // Even ones go while others come.
+    // Half are removed while others are added.
     at_once(&database, 32, |number, conn| {
         if number % 2 == 0 {
             UserBillingDetails::remove_card(conn, user, &format!("card_{number}")).unwrap();

@@ -1,4 +1,4 @@
-//! Many connections at once: the plan's limit, the lock order, the counters, and who waits for whom.
+//! Many connections at once: the plan's limit, the lock order, the counters.
 
 use std::error::Error;
 use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
@@ -27,8 +27,8 @@ const ISOLATIONS: [Isolation; 3] = [
     Isolation::Serializable,
 ];
 
-/// Lets 32 connections try to make an instance of a free user active, for two users at each isolation level: one
-/// succeeds, and the others learn that the limit is reached.
+/// 32 connections each try to activate an instance of one free user: one succeeds, the others get
+/// `LimitReached`. Two users for each isolation level.
 fn one_of_32_succeeds<T: Sync>(
     prepare: impl Fn(&mut PgConnection, UserId, ServiceId) -> T,
     attempt: impl Fn(&mut PgConnection, UserId, ServiceId, &T, usize) -> Result<(), InstanceError>
@@ -81,7 +81,7 @@ fn of_32_authorizations_one_succeeds() {
     );
 }
 
-/// What the registry counts, next to a recount.
+/// Compares the registry's counters with a recount.
 fn assert_counters_right(database: &TestDatabase) {
     let wrong = "SELECT mcp_service_name, active_instances_count, count(instance_id)
                    FROM mcp_table
@@ -93,7 +93,7 @@ fn assert_counters_right(database: &TestDatabase) {
     assert_eq!(database.psql(wrong).unwrap(), "");
 }
 
-/// A small generator of numbers (an LCG of Knuth's), the same for the same seed.
+/// A small random number generator (Knuth's LCG). The same seed gives the same numbers.
 pub(crate) struct Dice(pub(crate) u64);
 
 impl Dice {
@@ -138,7 +138,8 @@ impl World {
         self.operate_on(conn, dice, user, (service, instance.1, instance.2))
     }
 
-    /// Three operations on a user's instances in one transaction, which begins with the user's lock.
+    /// Three operations on a user's instances in one transaction, which begins with the user's
+    /// lock.
     fn compose(&self, conn: &mut PgConnection, dice: &mut Dice) -> QueryResult<()> {
         let user = self.users[dice.roll(self.users.len())];
         conn.transaction(|conn| {
@@ -149,7 +150,7 @@ impl World {
             chosen.sort();
             chosen.into_iter().try_for_each(|instance| {
                 self.operate_on(conn, dice, user, instance)?;
-                // Other work, so that somebody waits.
+                // Other work, so that operations overlap.
                 conn.batch_execute("SELECT pg_sleep(0.002)")
             })
         })
@@ -315,7 +316,7 @@ fn refused<T, E: Error + Send + Sync + 'static>(outcome: Result<T, E>) -> QueryR
 }
 
 #[test]
-fn a_thousand_mixed_operations_run_into_no_deadlock() {
+fn a_thousand_mixed_operations_do_not_deadlock() {
     let database = support::database();
     let conn = &mut database.connect();
     let world = World {
@@ -352,7 +353,8 @@ fn a_thousand_mixed_operations_run_into_no_deadlock() {
     let too_many = "SELECT user_id FROM user_plans
                      WHERE max_instances < (SELECT count(*) FROM mcp_service_table AS i
                                              WHERE i.user_id = user_plans.user_id
-                                               AND status = 'active' AND oauth_status = 'completed')";
+                                               AND status = 'active'
+                                               AND oauth_status = 'completed')";
     assert_eq!(database.psql(too_many).unwrap(), "");
 }
 
@@ -367,9 +369,9 @@ fn two_users_of_one_service_do_not_wait_for_each_other() {
     let (of_a, of_b) = a
         .transaction(|a| {
             let of_a = create(a, user_a, gmail)?;
-            // Commits, counters and all, while the transaction of A is open.
+            // This commits, counters included, while A's transaction is open.
             let of_b = create(b, user_b, gmail)?;
-            // The user's own do wait: so the timeout shows that nothing did above.
+            // A create of the same user waits. So the timeout works, and nothing waited above.
             let waited = create(b, user_a, gmail);
             let Err(InstanceError::Database(error)) = waited else {
                 panic!("{waited:?}");
@@ -407,8 +409,8 @@ fn calls_are_counted_in_place() {
     }
     let (all, hot) = count(conn);
     assert_eq!(all - all_before, 500);
-    // Not always all: while an old transaction is open anywhere on the server, pages may be cleaned up too late. An index
-    // on a column that a call writes would leave none.
+    // Not always all: an old transaction anywhere on the server delays the clean-up of pages. An
+    // index on a column that a call writes would leave none.
     assert!(hot - hot_before >= 450, "{} of 500", hot - hot_before);
     for (id, version) in ids.into_iter().zip(before) {
         let instance = find(conn, id);

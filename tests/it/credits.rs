@@ -1,11 +1,11 @@
-//! Credits: granted once per source, and no more spent than there is.
+//! Credits: granted once per source, never spent twice.
 
 use std::cell::RefCell;
 
 use bruhmcp_db::enums::CreditSource;
 use bruhmcp_db::ids::{CreditId, UserId};
 use bruhmcp_db::models::*;
-use bruhmcp_db::{ConstraintViolation, Cursor, Isolation, is_transient, retry_transaction};
+use bruhmcp_db::{ConstraintViolation, Isolation, Page, is_transient, retry_transaction};
 use chrono::{DateTime, TimeDelta, Utc};
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
@@ -17,14 +17,8 @@ use crate::support::{at_once, database};
 
 fn credit(user_id: UserId, amount: i64) -> NewAccountCredit<'static> {
     NewAccountCredit {
-        id: None,
-        user_id,
-        amount,
-        currency: None,
-        description: None,
         source_type: Some(CreditSource::Promotion),
-        source_id: None,
-        expires_at: None,
+        ..NewAccountCredit::new(user_id, amount)
     }
 }
 
@@ -42,8 +36,8 @@ fn from_source(
 
 fn grant(conn: &mut PgConnection, new: &NewAccountCredit<'_>) -> AccountCredit {
     match AccountCredit::grant(conn, new).unwrap() {
-        Granted::Granted(row) => row,
-        Granted::AlreadyGranted(row) => panic!("{row:?}"),
+        Recorded::New(row) => row,
+        Recorded::Existing(row) => panic!("{row:?}"),
     }
 }
 
@@ -73,13 +67,13 @@ fn a_source_is_credited_once() {
         });
         let (new, existing): (Vec<_>, Vec<_>) = granted
             .into_iter()
-            .partition(|outcome| matches!(outcome, Granted::Granted(_)));
-        let [Granted::Granted(row)] = &new[..] else {
+            .partition(|outcome| matches!(outcome, Recorded::New(_)));
+        let [Recorded::New(row)] = &new[..] else {
             panic!("{new:?}")
         };
         assert_eq!(existing.len(), 31);
         for outcome in existing {
-            assert_eq!(outcome, Granted::AlreadyGranted(row.clone()));
+            assert_eq!(outcome, Recorded::Existing(row.clone()));
         }
         assert_eq!(balance(conn, user), sum);
     }
@@ -108,7 +102,7 @@ fn another_credit_of_the_same_source_is_not_accepted() {
     }
     assert_eq!(
         AccountCredit::grant(conn, &in_currency("INR")).unwrap(),
-        Granted::AlreadyGranted(row)
+        Recorded::Existing(row)
     );
     // Promotions and adjustments are granted each time.
     for source in [CreditSource::Promotion, CreditSource::Adjustment] {
@@ -128,7 +122,7 @@ fn another_credit_of_the_same_source_is_not_accepted() {
 }
 
 #[test]
-fn the_balance_is_what_can_be_spent() {
+fn the_balance_can_be_spent() {
     let database = database();
     let conn = &mut database.connect();
     let user = user(conn);
@@ -165,7 +159,7 @@ fn the_balance_is_what_can_be_spent() {
 }
 
 #[test]
-fn the_soonest_to_expire_is_spent_first() {
+fn the_earliest_expiry_is_spent_first() {
     let database = database();
     let conn = &mut database.connect();
     let user = user(conn);
@@ -180,7 +174,7 @@ fn the_soonest_to_expire_is_spent_first() {
     let soon = grant(conn, &expiring(user, 100, in_days(1)));
     let debit = grant(conn, &credit(user, -20));
 
-    // 30 and the debit of 20 come out of the one that expires first.
+    // 30 and the debit of 20 are taken from the credit that expires first.
     let spent = AccountCredit::spend(conn, user, "INR", 30).unwrap();
     let used: Vec<_> = spent.used.iter().map(|credit| credit.id).collect();
     assert_eq!(used, [soon.id, debit.id]);
@@ -218,17 +212,17 @@ fn an_insufficient_balance_changes_nothing() {
     let user = user(conn);
     grant(conn, &credit(user, 10));
     grant(conn, &credit(user, -40));
-    let before = AccountCredit::list_by_user(conn, user, None, 10).unwrap();
+    let before = AccountCredit::list_by_user(conn, user, Page::first(10)).unwrap();
     match AccountCredit::spend(conn, user, "INR", 1) {
         Err(CreditError::Insufficient { balance: -30 }) => {}
         other => panic!("{other:?}"),
     }
-    let after = AccountCredit::list_by_user(conn, user, None, 10).unwrap();
+    let after = AccountCredit::list_by_user(conn, user, Page::first(10)).unwrap();
     assert_eq!(after, before);
 }
 
 #[test]
-fn what_no_number_holds_is_an_error() {
+fn a_balance_out_of_range_is_an_error() {
     let database = database();
     let conn = &mut database.connect();
     let (asha, ravi) = (user(conn), user(conn));
@@ -242,7 +236,7 @@ fn what_no_number_holds_is_an_error() {
     }
     let result = AccountCredit::spend(conn, ravi, "INR", 1);
     assert!(matches!(result, Err(CreditError::OutOfRange)));
-    // More than can be told can still be spent.
+    // A balance out of range can still be spent.
     for _ in 0..2 {
         AccountCredit::spend(conn, asha, "INR", i64::MAX).unwrap();
     }
@@ -253,7 +247,7 @@ fn what_no_number_holds_is_an_error() {
 fn credit_is_never_spent_twice() {
     let database = database();
     let conn = &mut database.connect();
-    // Each at once makes the others begin anew at the higher levels: fewer there, for time's sake.
+    // At the higher levels each commit makes the others start again: fewer threads save time.
     for (isolation, threads) in [
         (Isolation::ReadCommitted, 32),
         (Isolation::RepeatableRead, 12),
@@ -357,12 +351,9 @@ fn history_comes_in_pages() {
         })
         .unwrap();
     ids.reverse();
-    let first = AccountCredit::list_by_user(conn, user, None, 3).unwrap();
-    let after = Cursor {
-        created_at: first[2].created_at,
-        id: first[2].id,
-    };
-    let second = AccountCredit::list_by_user(conn, user, Some(after), 3).unwrap();
+    let first = AccountCredit::list_by_user(conn, user, Page::first(3)).unwrap();
+    let second =
+        AccountCredit::list_by_user(conn, user, Page::after(first[2].cursor(), 3)).unwrap();
     let seen: Vec<_> = first.iter().chain(&second).map(|row| row.id).collect();
     assert_eq!(seen, ids);
 }

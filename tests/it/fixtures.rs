@@ -1,4 +1,4 @@
-//! Rows that many tests begin with.
+//! Rows that many tests need.
 
 use bruhmcp_db::Sealed;
 use bruhmcp_db::enums::{AuthType, InstanceStatus, OauthStatus};

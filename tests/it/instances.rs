@@ -1,4 +1,4 @@
-//! The registry of services, and what a user does with instances.
+//! The registry of services, and users' operations on instances.
 
 use bruhmcp_db::enums::{AuthType, InstanceStatus, OauthStatus};
 use bruhmcp_db::ids::{InstanceId, ServiceId, UserId};
@@ -109,7 +109,7 @@ fn a_port_has_one_service() {
 }
 
 #[test]
-fn a_disabled_service_stays_so_and_takes_no_new_instance() {
+fn a_disabled_service_stays_disabled_and_takes_no_new_instance() {
     let database = support::database();
     let conn = &mut database.connect();
     let user = pro_user(conn);
@@ -201,7 +201,7 @@ pub(crate) fn delete_plan(conn: &mut PgConnection, user: UserId) {
 }
 
 #[test]
-fn a_plan_that_has_expired_or_is_missing_allows_nothing_new() {
+fn an_expired_or_missing_plan_allows_no_activation() {
     let database = support::database();
     let conn = &mut database.connect();
     let (user, gmail) = (user(conn), service(conn, "gmail", 4001));
@@ -250,7 +250,7 @@ fn a_plan_that_has_expired_or_is_missing_allows_nothing_new() {
 }
 
 #[test]
-fn an_unknown_service_is_told_apart_and_a_refusal_can_be_survived() {
+fn an_unknown_service_is_refused_and_the_transaction_survives() {
     let database = support::database();
     let conn = &mut database.connect();
     let (user, gmail) = (user(conn), service(conn, "gmail", 4001));
@@ -319,7 +319,7 @@ fn an_instance_is_found_by_its_owner_only() {
 }
 
 #[test]
-fn the_gateway_finds_what_is_completed() {
+fn the_gateway_finds_completed_instances_only() {
     let database = support::database();
     let conn = &mut database.connect();
     let user = pro_user(conn);
@@ -397,7 +397,7 @@ fn a_list_is_newest_first_in_pages_and_filtered() {
     assert_eq!(list(both, first).len(), 1);
 }
 
-/// Also with the generic plan, which a prepared statement may get.
+/// Even with a generic plan, which PostgreSQL may choose for a prepared statement.
 #[test]
 fn a_page_reads_no_more_than_its_rows() {
     let database = support::database();
@@ -602,7 +602,7 @@ fn an_instance_is_deleted_by_its_owner_with_its_credentials() {
 }
 
 #[test]
-fn two_instances_change_places_under_the_limit() {
+fn two_instances_are_swapped_under_the_limit() {
     let database = support::database();
     let conn = &mut database.connect();
     let (owner, other) = (user(conn), user(conn));

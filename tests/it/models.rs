@@ -120,7 +120,7 @@ fn money() {
     let database = database();
     let conn = &mut database.connect();
     let user = user(conn);
-    let subscription = UserSubscription::insert(
+    let subscription = UserSubscription::start(
         conn,
         &NewUserSubscription {
             plan_code: Some(SubscriptionPlan::Plus),
@@ -129,6 +129,7 @@ fn money() {
             total_amount: Some(49_900),
             ..NewUserSubscription::new(user.id)
         },
+        SubscriptionStatus::Active,
     )
     .unwrap();
     assert_eq!(
@@ -152,9 +153,10 @@ fn money() {
 
     let rate: BigDecimal = "83.12345678".parse().unwrap();
     let details = json!({"vpa": "asha@upi"});
-    let payment = SubscriptionTransaction::insert(
+    let payment = SubscriptionTransaction::record_payment(
         conn,
         &NewSubscriptionTransaction {
+            razorpay_payment_id: Some("pay_1"),
             subscription_id: Some(subscription.id),
             currency: Some("USD"),
             exchange_rate: Some(&rate),
@@ -168,7 +170,8 @@ fn money() {
             )
         },
     )
-    .unwrap();
+    .unwrap()
+    .into_inner();
     assert_eq!(
         SubscriptionTransaction::find(conn, payment.id)
             .unwrap()
@@ -188,20 +191,16 @@ fn money() {
         (TransactionType::Subscription, None)
     );
 
-    let credit = AccountCredit::insert(
+    let credit = AccountCredit::grant(
         conn,
         &NewAccountCredit {
-            id: None,
-            user_id: user.id,
-            amount: -5,
-            currency: None,
             description: Some("Fee"),
             source_type: Some(CreditSource::Adjustment),
-            source_id: None,
-            expires_at: None,
+            ..NewAccountCredit::new(user.id, -5)
         },
     )
-    .unwrap();
+    .unwrap()
+    .into_inner();
     assert_eq!(
         AccountCredit::find(conn, credit.id).unwrap().as_ref(),
         Some(&credit)
@@ -384,17 +383,17 @@ fn plan_webhook_and_billing() {
     assert_eq!(found, Some(changed));
 
     let payload = json!({"amount": 49900});
-    let event = WebhookEvent::insert(
+    let event = WebhookEvent::record(
         conn,
-        &NewWebhookEvent {
-            event_id: None,
-            external_event_id: "evt_1",
-            event_type: "payment.captured",
-            payment_gateway: PaymentGateway::Razorpay,
-            payload: &payload,
-        },
+        &NewWebhookEvent::new(
+            PaymentGateway::Razorpay,
+            "evt_1",
+            "payment.captured",
+            &payload,
+        ),
     )
-    .unwrap();
+    .unwrap()
+    .into_inner();
     assert_eq!(
         WebhookEvent::find(conn, event.event_id).unwrap().as_ref(),
         Some(&event)
@@ -410,10 +409,9 @@ fn plan_webhook_and_billing() {
         (WebhookStatus::Pending, None, &payload)
     );
 
-    let billing = UserBillingDetails::insert(
+    let billing = UserBillingDetails::upsert(
         conn,
         &NewUserBillingDetails {
-            billing_id: None,
             user_id: user.id,
             address_line1: "1 MG Road",
             address_line2: None,

@@ -1,4 +1,4 @@
-//! The monitor: what it expires and removes, and what it leaves to others.
+//! The monitor's sweeps.
 
 use std::collections::HashSet;
 use std::sync::Barrier;
@@ -18,13 +18,13 @@ use crate::support;
 
 const IDLE: TimeDelta = TimeDelta::minutes(5);
 
-/// Gives every instance an end that is past.
+/// Lets every instance expire.
 fn all_due(conn: &mut PgConnection) {
     conn.batch_execute("UPDATE mcp_service_table SET expires_at = now() - interval '1 second'")
         .unwrap();
 }
 
-/// As if the credentials had not been touched for an hour.
+/// Makes all credentials look unchanged for an hour.
 fn all_idle(conn: &mut PgConnection) {
     conn.batch_execute(
         "ALTER TABLE mcp_credentials DISABLE TRIGGER USER;
@@ -114,7 +114,7 @@ fn eight_sweepers_take_each_due_instance_once() {
 }
 
 #[test]
-fn a_locked_instance_is_passed_over() {
+fn a_locked_instance_is_skipped() {
     let database = support::database();
     let (conn, other) = (&mut database.connect(), &mut database.connect());
     let user = pro_user(conn);
@@ -127,7 +127,7 @@ fn a_locked_instance_is_passed_over() {
     other
         .transaction(|other| {
             McpInstance::record_call(other, locked)?;
-            // The first service in registry order has nothing but a locked row.
+            // The first service has only a locked row.
             assert_eq!(ids(&McpInstance::expire_due(conn, 10)?), [free]);
             assert_eq!(McpInstance::expire_due(conn, 10)?, []);
             QueryResult::Ok(())
@@ -197,7 +197,7 @@ fn an_authorization_that_is_completing_is_not_lost() {
             authorize(callback, user, completing, OauthStatus::Completed).unwrap();
             let version = find(callback, renamed).version;
             McpInstance::rename(callback, renamed, user, version, Some("Work")).unwrap();
-            // Neither waited for nor removed.
+            // The locked instances are skipped.
             let removed = McpInstance::purge_abandoned(conn, &listed, IDLE)?;
             assert_eq!(ids(&removed), [abandoned]);
             QueryResult::Ok(())
@@ -228,7 +228,7 @@ fn an_authorization_and_its_removal_race_and_one_wins() {
                 |id: &&InstanceId| authorize(conn, user, **id, OauthStatus::Completed).unwrap();
             pending.iter().filter(done).copied().collect::<HashSet<_>>()
         });
-        // The user's own delete, which does wait: in the lock order, so without a deadlock.
+        // The user's delete waits for the others, in the lock order.
         let owner = scope.spawn(|| {
             let conn = &mut database.connect();
             start.wait();

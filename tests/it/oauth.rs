@@ -85,7 +85,7 @@ fn an_authorization_from_first_to_last() {
     assert_eq!(instance.status, InstanceStatus::Active);
     let first_update = instance.credentials_updated_at.unwrap();
 
-    // A refresh that brings no refresh token and no scope.
+    // A refresh without a refresh token and a scope.
     let refreshed = OauthTokens {
         refresh_token: None,
         scope: None,
@@ -114,7 +114,7 @@ fn an_authorization_from_first_to_last() {
         ]
     );
 
-    // Once more, and the user refuses.
+    // In a second authorization, the user refuses.
     let again = McpCredential::begin_oauth(conn, id, &state("b"), &url("b")).unwrap();
     assert_eq!(again.oauth_status, OauthStatus::Pending);
     assert_eq!(again.oauth_completed_at, None);
@@ -124,7 +124,7 @@ fn an_authorization_from_first_to_last() {
     assert_eq!(failed.oauth_state, None);
     assert_eq!(failed.oauth_authorization_url, None);
 
-    // And then grants access, by an account that gives no refresh token.
+    // In a third, the user grants access, but there is no refresh token.
     McpCredential::begin_oauth(conn, id, &state("c"), &url("c")).unwrap();
     let other = OauthTokens {
         refresh_token: None,
@@ -137,7 +137,7 @@ fn an_authorization_from_first_to_last() {
 }
 
 #[test]
-fn steps_out_of_place_are_refused() {
+fn steps_out_of_order_are_refused() {
     let database = database();
     let conn = &mut database.connect();
     let user_id = pro_user(conn);
@@ -542,7 +542,8 @@ fn eight_workers_refresh_each_row_once() {
     assert_eq!(left, []);
 }
 
-/// A transaction that has locked a user may change the user's instances and credentials in any order.
+/// A transaction that has locked a user may change the user's instances and credentials in any
+/// order.
 #[test]
 fn a_locked_user_is_skipped_by_the_queue_and_waited_for_by_others() {
     let database = database();
@@ -579,7 +580,7 @@ fn a_locked_user_is_skipped_by_the_queue_and_waited_for_by_others() {
                 while database.psql(waits).unwrap() == "0\n" {
                     std::thread::yield_now();
                 }
-                // Locks the credentials, which the other would hold if it had not waited for the user.
+                // The other thread waits for the user and has not locked the credentials.
                 let secret = mine.client_secret.clone().unwrap();
                 let (id, version) = (mine.credential_id, mine.version);
                 McpCredential::replace_client_secret(conn, id, version, &secret)?;
@@ -590,7 +591,7 @@ fn a_locked_user_is_skipped_by_the_queue_and_waited_for_by_others() {
     });
     assert_eq!(begun.oauth_status, OauthStatus::Pending);
 
-    // A claim makes `lock` wait, but neither calls nor changes of the user's other columns.
+    // A claim blocks `lock`, but neither calls nor changes of the user's columns.
     McpCredential::complete_oauth(
         conn,
         mine.credential_id,
@@ -621,16 +622,20 @@ fn the_refresh_queue_reads_its_index() {
     let database = database();
     database
         .psql(
-            "INSERT INTO users (first_name, last_name, email) VALUES ('Asha', '', 'asha@example.in');
+            "INSERT INTO users (first_name, last_name, email)
+             VALUES ('Asha', '', 'asha@example.in');
              UPDATE user_plans SET plan_type = 'pro', max_instances = NULL;
-             INSERT INTO mcp_table (mcp_service_name, display_name, port, type) VALUES ('gmail', 'Gmail', 49296, 'oauth');
+             INSERT INTO mcp_table (mcp_service_name, display_name, port, type)
+             VALUES ('gmail', 'Gmail', 49296, 'oauth');
              INSERT INTO mcp_service_table (user_id, mcp_service_id)
              SELECT id, mcp_service_id FROM users, mcp_table, generate_series(1, 3000);
              INSERT INTO mcp_credentials
-                 (instance_id, client_id, client_secret, access_token, refresh_token, token_expires_at, oauth_status,
-                  oauth_completed_at)
-             SELECT instance_id, 'client', secret, secret, secret, now() + n * interval '1 minute', 'completed', now()
-               FROM (SELECT instance_id, row_number() OVER () AS n, decode(repeat('00', 40), 'hex') AS secret
+                 (instance_id, client_id, client_secret, access_token, refresh_token,
+                  token_expires_at, oauth_status, oauth_completed_at)
+             SELECT instance_id, 'client', secret, secret, secret,
+                    now() + n * interval '1 minute', 'completed', now()
+               FROM (SELECT instance_id, row_number() OVER () AS n,
+                            decode(repeat('00', 40), 'hex') AS secret
                        FROM mcp_service_table) AS instances;
              ANALYZE",
         )

@@ -1,13 +1,17 @@
-//! Payments recorded once, moved on only forwards, and never refunded beyond what was paid.
+//! Payments: recorded once, moved forwards only, never refunded beyond the paid amount.
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
+use std::sync::Barrier;
+use std::thread;
+use std::time::Duration;
 
 use bruhmcp_db::enums::TransactionStatus::{self, *};
-use bruhmcp_db::enums::TransactionType;
-use bruhmcp_db::ids::{TransactionId, UserId};
+use bruhmcp_db::enums::{CreditSource, SubscriptionStatus, TransactionType};
+use bruhmcp_db::ids::{SubscriptionId, TransactionId, UserId};
 use bruhmcp_db::models::*;
-use bruhmcp_db::{ConstraintViolation, Cursor, Isolation, retry_transaction};
+use bruhmcp_db::schema::{subscription_transactions, users};
+use bruhmcp_db::{ConstraintViolation, Isolation, Page, retry_transaction};
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
 use proptest::prelude::*;
@@ -28,21 +32,10 @@ fn payment(
     }
 }
 
-fn refund_of(razorpay_refund_id: &str, amount: i64) -> NewRefund<'_> {
-    NewRefund {
-        id: None,
-        razorpay_refund_id,
-        amount,
-        description: None,
-        gateway_response_json: None,
-        processed_at: None,
-    }
-}
-
-fn recorded(outcome: RecordedPayment) -> SubscriptionTransaction {
+fn recorded(outcome: Recorded<SubscriptionTransaction>) -> SubscriptionTransaction {
     match outcome {
-        RecordedPayment::Recorded(row) => row,
-        RecordedPayment::Existing(row) => panic!("{row:?}"),
+        Recorded::New(row) => row,
+        Recorded::Existing(row) => panic!("{row:?}"),
     }
 }
 
@@ -69,16 +62,16 @@ fn a_payment_is_recorded_once() {
     });
     let (new, existing): (Vec<_>, Vec<_>) = outcomes
         .into_iter()
-        .partition(|outcome| matches!(outcome, RecordedPayment::Recorded(_)));
+        .partition(|outcome| matches!(outcome, Recorded::New(_)));
     assert_eq!((new.len(), existing.len()), (1, 31));
     let row = SubscriptionTransaction::find_by_razorpay_id(conn, "pay_1")
         .unwrap()
         .unwrap();
-    assert_eq!(new[0], RecordedPayment::Recorded(row.clone()));
+    assert_eq!(new[0], Recorded::New(row.clone()));
     for outcome in existing {
-        assert_eq!(outcome, RecordedPayment::Existing(row.clone()));
+        assert_eq!(outcome, Recorded::Existing(row.clone()));
     }
-    let rows = SubscriptionTransaction::list_by_user(conn, user, None, 10).unwrap();
+    let rows = SubscriptionTransaction::list_by_user(conn, user, Page::first(10)).unwrap();
     assert_eq!(rows, [row]);
 }
 
@@ -103,11 +96,11 @@ fn another_payment_under_the_same_id_is_not_accepted() {
             other => panic!("{other:?}"),
         }
     }
-    // What isn't named is what the column's default would be.
+    // No currency means the column's default.
     let outcome = SubscriptionTransaction::record_payment(conn, &with_currency("INR"));
-    assert_eq!(outcome.unwrap(), RecordedPayment::Existing(row.clone()));
+    assert_eq!(outcome.unwrap(), Recorded::Existing(row.clone()));
 
-    SubscriptionTransaction::refund(conn, row.id, &refund_of("rfnd_1", 10)).unwrap();
+    SubscriptionTransaction::refund(conn, row.id, &NewRefund::new("rfnd_1", 10)).unwrap();
     let result =
         SubscriptionTransaction::record_payment(conn, &payment(asha, "rfnd_1", 10, Captured));
     assert!(matches!(result, Err(PaymentError::Differs(_))));
@@ -200,7 +193,7 @@ fn a_refund_belongs_to_its_payment() {
     let conn = &mut database.connect();
     let paid = captured(conn, 100);
     let refund = |conn: &mut _, id: &str, amount| {
-        SubscriptionTransaction::refund(conn, paid.id, &refund_of(id, amount))
+        SubscriptionTransaction::refund(conn, paid.id, &NewRefund::new(id, amount))
     };
     let row = recorded(refund(conn, "rfnd_1", 60).unwrap());
     assert_eq!(
@@ -223,15 +216,15 @@ fn a_refund_belongs_to_its_payment() {
     assert_eq!(refunded.status, Refunded);
     assert!(refunded.refunded_at.is_some());
 
-    // Reported again, also after nothing is left.
+    // Reported again, even after nothing is left.
     assert_eq!(
         refund(conn, "rfnd_1", 60).unwrap(),
-        RecordedPayment::Existing(row.clone())
+        Recorded::Existing(row.clone())
     );
     let result = refund(conn, "rfnd_1", 59);
     assert!(matches!(result, Err(PaymentError::Differs(_))));
     let other = captured(conn, 100);
-    let result = SubscriptionTransaction::refund(conn, other.id, &refund_of("rfnd_1", 60));
+    let result = SubscriptionTransaction::refund(conn, other.id, &NewRefund::new("rfnd_1", 60));
     assert!(matches!(result, Err(PaymentError::Differs(existing)) if *existing == row));
     let result = refund(conn, "rfnd_3", 1);
     assert!(matches!(
@@ -241,7 +234,7 @@ fn a_refund_belongs_to_its_payment() {
 }
 
 #[test]
-fn what_was_not_paid_is_not_refunded() {
+fn only_captured_payments_are_refunded() {
     let database = database();
     let conn = &mut database.connect();
     let user = user(conn);
@@ -249,24 +242,25 @@ fn what_was_not_paid_is_not_refunded() {
         let id = TransactionId::new().to_string();
         let new = payment(user, &id, 100, status);
         let row = recorded(SubscriptionTransaction::record_payment(conn, &new).unwrap());
-        let result = SubscriptionTransaction::refund(conn, row.id, &refund_of("rfnd_1", 1));
+        let result = SubscriptionTransaction::refund(conn, row.id, &NewRefund::new("rfnd_1", 1));
         assert!(matches!(result, Err(PaymentError::Conflict(current)) if *current == row));
     }
     let paid = captured(conn, 100);
-    let refund = SubscriptionTransaction::refund(conn, paid.id, &refund_of("rfnd_1", 50));
+    let refund = SubscriptionTransaction::refund(conn, paid.id, &NewRefund::new("rfnd_1", 50));
     let refund = recorded(refund.unwrap());
-    let result = SubscriptionTransaction::refund(conn, refund.id, &refund_of("rfnd_2", 1));
+    let result = SubscriptionTransaction::refund(conn, refund.id, &NewRefund::new("rfnd_2", 1));
     assert!(matches!(result, Err(PaymentError::Conflict(_))));
     for amount in [0, -1, i64::MIN] {
-        let result = SubscriptionTransaction::refund(conn, paid.id, &refund_of("rfnd_2", amount));
+        let result =
+            SubscriptionTransaction::refund(conn, paid.id, &NewRefund::new("rfnd_2", amount));
         assert!(matches!(result, Err(PaymentError::NotPositive)));
     }
     let nobody = TransactionId::new();
-    let result = SubscriptionTransaction::refund(conn, nobody, &refund_of("rfnd_2", 1));
+    let result = SubscriptionTransaction::refund(conn, nobody, &NewRefund::new("rfnd_2", 1));
     assert!(matches!(result, Err(PaymentError::NotFound)));
 }
 
-/// Rows written otherwise: a refund without the minus counts the same, one that failed doesn't, and no sum overflows.
+/// A refund counts with either sign, a failed one doesn't, and no sum overflows.
 #[test]
 fn refunds_of_either_sign_count() {
     let database = database();
@@ -278,13 +272,17 @@ fn refunds_of_either_sign_count() {
             parent_transaction_id: Some(paid.id),
             ..NewSubscriptionTransaction::new(paid.user_id, amount, amount, status)
         };
-        SubscriptionTransaction::insert(conn, &new).unwrap();
+        diesel::insert_into(subscription_transactions::table)
+            .values(&new)
+            .execute(conn)
+            .unwrap();
     };
     insert(conn, -30, Captured);
     insert(conn, i64::MAX - 100, Captured);
     insert(conn, 70, Failed);
     insert(conn, -70, Cancelled);
-    let result = SubscriptionTransaction::refund(conn, paid.id, &refund_of("rfnd_1", i64::MAX));
+    let result =
+        SubscriptionTransaction::refund(conn, paid.id, &NewRefund::new("rfnd_1", i64::MAX));
     assert!(matches!(
         result,
         Err(PaymentError::ExceedsPayment { refundable: 70 })
@@ -292,7 +290,7 @@ fn refunds_of_either_sign_count() {
     for _ in 0..2 {
         insert(conn, i64::MIN, Captured);
     }
-    let result = SubscriptionTransaction::refund(conn, paid.id, &refund_of("rfnd_1", 1));
+    let result = SubscriptionTransaction::refund(conn, paid.id, &NewRefund::new("rfnd_1", 1));
     assert!(matches!(
         result,
         Err(PaymentError::ExceedsPayment { refundable: 0 })
@@ -303,7 +301,7 @@ fn refunds_of_either_sign_count() {
 fn refunds_at_once_never_exceed_the_payment() {
     let database = database();
     let conn = &mut database.connect();
-    // Each at once makes the others begin anew at the higher levels: fewer there, for time's sake.
+    // At the higher levels each commit makes the others start again: fewer threads save time.
     for (isolation, threads) in [
         (Isolation::ReadCommitted, 32),
         (Isolation::RepeatableRead, 12),
@@ -312,12 +310,12 @@ fn refunds_at_once_never_exceed_the_payment() {
         let paid = captured(conn, 100);
         let refunded = at_once(&database, threads, |number, conn| {
             let id = format!("rfnd_{isolation:?}_{number}");
-            // A transaction that was asked for at REPEATABLE READ repeats until it sees those before it.
+            // A transaction at REPEATABLE READ is retried until it sees the earlier ones.
             loop {
                 let result = retry_transaction(conn, isolation, |conn| {
                     // Its snapshot is older than its lock.
                     SubscriptionTransaction::find(conn, paid.id)?;
-                    SubscriptionTransaction::refund(conn, paid.id, &refund_of(&id, 9))
+                    SubscriptionTransaction::refund(conn, paid.id, &NewRefund::new(&id, 9))
                 });
                 match result {
                     Ok(row) => return -recorded(row).amount,
@@ -341,10 +339,10 @@ fn one_refund_reported_many_times_is_one() {
     let conn = &mut database.connect();
     let paid = captured(conn, 100);
     let new = at_once(&database, 32, |_, conn| {
-        let refund = refund_of("rfnd_1", 100);
+        let refund = NewRefund::new("rfnd_1", 100);
         match SubscriptionTransaction::refund(conn, paid.id, &refund).unwrap() {
-            RecordedPayment::Recorded(_) => 1,
-            RecordedPayment::Existing(_) => 0,
+            Recorded::New(_) => 1,
+            Recorded::Existing(_) => 0,
         }
     });
     assert_eq!(new.into_iter().sum::<i32>(), 1);
@@ -364,8 +362,8 @@ fn any_refunds_add_up() {
             let mut left = amount;
             for refund in refunds {
                 let id = TransactionId::new().to_string();
-                match SubscriptionTransaction::refund(conn, paid.id, &refund_of(&id, refund)) {
-                    Ok(RecordedPayment::Recorded(_)) if refund <= left => left -= refund,
+                match SubscriptionTransaction::refund(conn, paid.id, &NewRefund::new(&id, refund)) {
+                    Ok(Recorded::New(_)) if refund <= left => left -= refund,
                     Err(PaymentError::ExceedsPayment { refundable }) if refund > left => {
                         prop_assert_eq!(refundable, left);
                     }
@@ -374,7 +372,7 @@ fn any_refunds_add_up() {
                 let status = if left == 0 { Refunded } else { Captured };
                 prop_assert_eq!(find(conn, paid.id).status, status);
             }
-            let rows = SubscriptionTransaction::list_by_user(conn, paid.user_id, None, 100);
+            let rows = SubscriptionTransaction::list_by_user(conn, paid.user_id, Page::first(100));
             let sum: i128 = rows.unwrap().iter().map(|row| i128::from(row.amount)).sum();
             prop_assert_eq!(sum, i128::from(left));
             Ok(())
@@ -387,7 +385,7 @@ fn history_comes_in_pages() {
     let database = database();
     let conn = &mut database.connect();
     let user = user(conn);
-    // Two transactions, so two moments of three rows each.
+    // Two transactions, so two timestamps with three rows each.
     let mut ids = Vec::new();
     for _ in 0..2 {
         conn.transaction::<_, diesel::result::Error, _>(|conn| {
@@ -396,7 +394,10 @@ fn history_comes_in_pages() {
                     id: Some(TransactionId::new()),
                     ..NewSubscriptionTransaction::new(user, 1, 1, Captured)
                 };
-                ids.push(SubscriptionTransaction::insert(conn, &new)?.id);
+                diesel::insert_into(subscription_transactions::table)
+                    .values(&new)
+                    .execute(conn)?;
+                ids.extend(new.id);
             }
             Ok(())
         })
@@ -404,16 +405,151 @@ fn history_comes_in_pages() {
     }
     ids.reverse();
     let mut seen = Vec::new();
-    let mut after = None;
+    let mut page = Page::first(2);
     loop {
-        let page = SubscriptionTransaction::list_by_user(conn, user, after, 2).unwrap();
-        let Some(last) = page.last() else { break };
-        after = Some(Cursor {
-            created_at: last.created_at,
-            id: last.id,
-        });
-        seen.extend(page.iter().map(|row| row.id));
+        let rows = SubscriptionTransaction::list_by_user(conn, user, page).unwrap();
+        let Some(last) = rows.last() else { break };
+        page = Page::after(last.cursor(), 2);
+        seen.extend(rows.iter().map(|row| row.id));
     }
     assert_eq!(seen, ids);
     assert_eq!(seen.iter().collect::<BTreeSet<_>>().len(), 6);
+}
+
+type Operation = fn(&mut PgConnection, &SubscriptionTransaction, SubscriptionId) -> bool;
+
+/// An operation waits for a user who is locked before it holds anything that the holder of that
+/// lock may need.
+#[test]
+fn an_operation_locks_the_user_first() {
+    let database = database();
+    let conn = &mut database.connect();
+    // What runs alone, and what another transaction does after it has locked the user.
+    let pairs: [(&str, Operation, Operation); 6] = [
+        ("record_payment", record, record),
+        ("refund", refund, change),
+        ("grant", grant, grant),
+        ("start", start, start),
+        ("upgrade", upgrade, pause),
+        ("upsert", set_address, set_address),
+    ];
+    let mut deadlocks = Vec::new();
+    for (name, alone, after_lock) in pairs {
+        let paid = captured(conn, 100);
+        // Only one subscription can be live, so `start` begins without.
+        let status = if name == "start" {
+            SubscriptionStatus::Created
+        } else {
+            SubscriptionStatus::Active
+        };
+        let new = NewUserSubscription::new(paid.user_id);
+        let subscription = UserSubscription::start(conn, &new, status).unwrap().id;
+        let locked = Barrier::new(2);
+        thread::scope(|scope| {
+            let (locked, database, paid) = (&locked, &database, &paid);
+            let waiting = scope.spawn(move || {
+                let conn = &mut database.connect();
+                locked.wait();
+                alone(conn, paid, subscription)
+            });
+            let done = conn.transaction(|conn| {
+                users::table
+                    .find(paid.user_id)
+                    .select(users::id)
+                    .for_update()
+                    .first::<UserId>(conn)?;
+                locked.wait();
+                wait_for_a_blocked_session(conn);
+                if after_lock(conn, paid, subscription) {
+                    Ok(())
+                } else {
+                    Err(diesel::result::Error::RollbackTransaction)
+                }
+            });
+            if !waiting.join().unwrap() || done.is_err() {
+                deadlocks.push(name);
+            }
+        });
+    }
+    assert_eq!(deadlocks, [""; 0]);
+}
+
+fn wait_for_a_blocked_session(conn: &mut PgConnection) {
+    let blocked = "SELECT FROM pg_stat_activity
+                    WHERE datname = current_database() AND wait_event_type = 'Lock'";
+    while diesel::sql_query(blocked).execute(conn).unwrap() == 0 {
+        // Otherwise the view stays the same within a transaction.
+        diesel::sql_query("SELECT pg_stat_clear_snapshot()")
+            .execute(conn)
+            .unwrap();
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Whether the operation succeeded or was refused, without a database error.
+fn decided<T>(result: Result<T, PaymentError>) -> bool {
+    !matches!(result, Err(PaymentError::Database(_)))
+}
+
+fn record(conn: &mut PgConnection, paid: &SubscriptionTransaction, _: SubscriptionId) -> bool {
+    let new = payment(paid.user_id, "pay_locked", 1, Captured);
+    decided(SubscriptionTransaction::record_payment(conn, &new))
+}
+
+fn refund(conn: &mut PgConnection, paid: &SubscriptionTransaction, _: SubscriptionId) -> bool {
+    decided(SubscriptionTransaction::refund(
+        conn,
+        paid.id,
+        &NewRefund::new("rfnd_locked", 1),
+    ))
+}
+
+fn change(conn: &mut PgConnection, paid: &SubscriptionTransaction, _: SubscriptionId) -> bool {
+    diesel::update(subscription_transactions::table.find(paid.id))
+        .set(subscription_transactions::gateway_status.eq("settled"))
+        .execute(conn)
+        .is_ok()
+}
+
+fn grant(conn: &mut PgConnection, paid: &SubscriptionTransaction, _: SubscriptionId) -> bool {
+    let new = NewAccountCredit {
+        source_type: Some(CreditSource::Refund),
+        source_id: Some("rfnd_locked"),
+        ..NewAccountCredit::new(paid.user_id, 1)
+    };
+    !matches!(
+        AccountCredit::grant(conn, &new),
+        Err(CreditError::Database(_))
+    )
+}
+
+fn start(conn: &mut PgConnection, paid: &SubscriptionTransaction, _: SubscriptionId) -> bool {
+    let new = NewUserSubscription::new(paid.user_id);
+    let started = UserSubscription::start(conn, &new, SubscriptionStatus::Active);
+    !matches!(started, Err(SubscriptionError::Database(_)))
+}
+
+fn upgrade(conn: &mut PgConnection, paid: &SubscriptionTransaction, id: SubscriptionId) -> bool {
+    let new = NewUserSubscription::new(paid.user_id);
+    let upgraded = UserSubscription::upgrade(conn, id, &new);
+    !matches!(upgraded, Err(SubscriptionError::Database(_)))
+}
+
+fn pause(conn: &mut PgConnection, _: &SubscriptionTransaction, id: SubscriptionId) -> bool {
+    let (from, to) = (SubscriptionStatus::Active, SubscriptionStatus::Paused);
+    let paused = UserSubscription::change_status(conn, id, from, to, &Default::default());
+    !matches!(paused, Err(SubscriptionError::Database(_)))
+}
+
+fn set_address(conn: &mut PgConnection, paid: &SubscriptionTransaction, _: SubscriptionId) -> bool {
+    let address = NewUserBillingDetails {
+        user_id: paid.user_id,
+        address_line1: "1 MG Road",
+        address_line2: None,
+        city: "Bengaluru",
+        state: "Karnataka",
+        country: "India",
+        zip_code: "560001",
+    };
+    UserBillingDetails::upsert(conn, &address).is_ok()
 }

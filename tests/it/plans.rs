@@ -1,4 +1,4 @@
-//! Plans: upgrades, downgrades and their end.
+//! Plans: upgrades, downgrades and expiry.
 
 use std::collections::HashSet;
 use std::sync::Barrier;
@@ -133,7 +133,7 @@ fn a_downgrade_switches_the_surplus_off() {
     assert_eq!(McpInstance::count_active(conn, user).unwrap(), 0);
     McpInstance::activate(conn, first, user).unwrap();
 
-    // Once more: there is no surplus.
+    // A second downgrade switches nothing off.
     let again = UserPlan::downgrade(conn, user, PlanPaymentStatus::None)
         .unwrap()
         .unwrap();
@@ -168,7 +168,7 @@ fn a_plan_past_its_end_expires() {
 }
 
 #[test]
-fn eight_sweepers_take_each_plan_once() {
+fn eight_workers_expire_each_plan_once() {
     let database = support::database();
     let conn = &mut database.connect();
     let services = [4001, 4002].map(|port| service(conn, &format!("s{port}"), port));

@@ -38,8 +38,12 @@ fn any_row() -> impl Strategy<Value = CredentialId> {
 
 proptest! {
     #[test]
-    fn what_was_sealed_opens_in_its_place_only(
-        secret in ".{0,200}", row in any_row(), other_row in any_row(), column in any_column(), other_column in any_column(),
+    fn a_sealed_value_opens_in_its_place_only(
+        secret in ".{0,200}",
+        row in any_row(),
+        other_row in any_row(),
+        column in any_column(),
+        other_column in any_column(),
     ) {
         let ring = ring(7, &[3, 2]);
         let sealed = ring.seal(&SecretText::from(secret.as_str()), row, column).unwrap();
@@ -57,7 +61,8 @@ proptest! {
         let other = self::ring(8, &[3, 2]);
         prop_assert_eq!(other.open(&sealed, row, column).unwrap_err(), OpenError::Altered);
         let without = self::ring(7, &[2]);
-        prop_assert_eq!(without.open(&sealed, row, column).unwrap_err(), OpenError::UnknownKey { key_id: 3 });
+        let unknown = OpenError::UnknownKey { key_id: 3 };
+        prop_assert_eq!(without.open(&sealed, row, column).unwrap_err(), unknown);
 
         // The ring after a rotation. Nonces differ.
         let rotated = self::ring(7, &[4, 3]);
@@ -68,13 +73,19 @@ proptest! {
     }
 
     #[test]
-    fn what_was_altered_does_not_open(
-        secret in ".{0,50}", row in any_row(), column in any_column(), bit in any::<proptest::sample::Index>(), more in any::<u8>(),
+    fn an_altered_value_does_not_open(
+        secret in ".{0,50}",
+        row in any_row(),
+        column in any_column(),
+        bit in any::<proptest::sample::Index>(),
+        more in any::<u8>(),
     ) {
         let ring = ring(7, &[3, 2]);
         let sealed = ring.seal(&SecretText::from(secret), row, column).unwrap();
         let sealed = sealed.as_ciphertext();
-        let open = |bytes: Vec<u8>| ring.open(&Sealed::from_ciphertext(bytes), row, column).unwrap_err();
+        let open = |bytes: Vec<u8>| {
+            ring.open(&Sealed::from_ciphertext(bytes), row, column).unwrap_err()
+        };
 
         let bit = bit.index(sealed.len() * 8);
         let mut flipped = sealed.to_vec();
@@ -99,7 +110,8 @@ proptest! {
     fn nothing_shows_a_secret(secret in "[a-z]{12,40}", row in any_row(), column in any_column()) {
         let ring = ring(7, &[3]);
         let sealed = ring.seal(&SecretText::from(secret.as_str()), row, column).unwrap();
-        prop_assert!(!sealed.as_ciphertext().windows(secret.len()).any(|part| part == secret.as_bytes()));
+        let mut parts = sealed.as_ciphertext().windows(secret.len());
+        prop_assert!(!parts.any(|part| part == secret.as_bytes()));
         let opened = ring.open(&sealed, row, column).unwrap();
         let tokens = OauthTokens::seal(&ring, row, &opened, Some(&opened), None, None).unwrap();
         let shown = format!("{ring:?} {sealed:?} {opened:?} {tokens:?}");

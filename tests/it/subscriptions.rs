@@ -1,11 +1,12 @@
-//! Subscriptions: one live one each, changed by whoever read it last.
+//! Subscriptions: one live subscription per user, and no lost change.
 
 use std::collections::BTreeSet;
 
-use bruhmcp_db::Cursor;
+use bruhmcp_db::Page;
 use bruhmcp_db::enums::SubscriptionStatus::{self, *};
 use bruhmcp_db::ids::{SubscriptionId, UserId};
 use bruhmcp_db::models::*;
+use bruhmcp_db::schema::users;
 use chrono::{TimeDelta, Utc};
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
@@ -13,11 +14,12 @@ use diesel::prelude::*;
 use crate::fixtures::user;
 use crate::support::{at_once, database};
 
-fn new(user_id: UserId, status: SubscriptionStatus) -> NewUserSubscription<'static> {
-    NewUserSubscription {
-        status: Some(status),
-        ..NewUserSubscription::new(user_id)
-    }
+fn start(
+    conn: &mut PgConnection,
+    user_id: UserId,
+    status: SubscriptionStatus,
+) -> Result<UserSubscription, SubscriptionError> {
+    UserSubscription::start(conn, &NewUserSubscription::new(user_id), status)
 }
 
 fn change(
@@ -35,9 +37,7 @@ fn a_user_has_one_live_subscription() {
     let conn = &mut database.connect();
     let user = user(conn);
     assert_eq!(UserSubscription::current(conn, user).unwrap(), None);
-    let started = at_once(&database, 32, |_, conn| {
-        UserSubscription::start(conn, &new(user, Active))
-    });
+    let started = at_once(&database, 32, |_, conn| start(conn, user, Active));
     let mut live: Vec<_> = started
         .into_iter()
         .filter_map(|result| match result {
@@ -48,21 +48,28 @@ fn a_user_has_one_live_subscription() {
         .collect();
     assert_eq!(live.len(), 1);
     assert_eq!(UserSubscription::current(conn, user).unwrap(), live.pop());
-    // One that isn't paid yet stands beside it, and can't become live.
-    let created = UserSubscription::start(conn, &new(user, Created)).unwrap();
+    // An unpaid subscription may exist beside it, but can't become live.
+    let created = start(conn, user, Created).unwrap();
     let result = conn.transaction(|conn| change(conn, created.id, Created, Active));
     assert!(matches!(result, Err(SubscriptionError::LiveExists)));
 }
 
 #[test]
-fn a_live_subscription_leaves_the_callers_transaction_usable() {
+fn a_refused_start_leaves_the_transaction_usable() {
     let database = database();
     let conn = &mut database.connect();
     let user = user(conn);
-    UserSubscription::start(conn, &new(user, PastDue)).unwrap();
+    start(conn, user, PastDue).unwrap();
     conn.transaction::<_, SubscriptionError, _>(|conn| {
-        let result = UserSubscription::start(conn, &new(user, Active));
+        let result = start(conn, user, Active);
         assert!(matches!(result, Err(SubscriptionError::LiveExists)));
+        let with_id = NewUserSubscription {
+            razorpay_subscription_id: Some("sub_1"),
+            ..NewUserSubscription::new(user)
+        };
+        UserSubscription::start(conn, &with_id, Created)?;
+        let result = UserSubscription::start(conn, &with_id, Created);
+        assert!(matches!(result, Err(SubscriptionError::GatewayIdTaken)));
         assert!(UserSubscription::current(conn, user)?.is_some());
         Ok(())
     })
@@ -76,16 +83,16 @@ fn a_gateways_id_is_one_subscription() {
     let (asha, ravi) = (user(conn), user(conn));
     let with_id = |user| NewUserSubscription {
         razorpay_subscription_id: Some("sub_1"),
-        ..new(user, Active)
+        ..NewUserSubscription::new(user)
     };
-    let row = UserSubscription::start(conn, &with_id(asha)).unwrap();
-    let result = UserSubscription::start(conn, &with_id(ravi));
+    let row = UserSubscription::start(conn, &with_id(asha), Active).unwrap();
+    let result = UserSubscription::start(conn, &with_id(ravi), Active);
     assert!(matches!(result, Err(SubscriptionError::GatewayIdTaken)));
     let found = UserSubscription::find_by_razorpay_id(conn, "sub_1").unwrap();
     assert_eq!(found, Some(row));
     let found = UserSubscription::find_by_razorpay_id(conn, "sub_2").unwrap();
     assert_eq!(found, None);
-    let result = UserSubscription::start(conn, &new(UserId::new(), Active));
+    let result = start(conn, UserId::new(), Active);
     assert!(matches!(result, Err(SubscriptionError::Database(_))));
 }
 
@@ -94,9 +101,7 @@ fn a_status_carries_what_follows_from_it() {
     let database = database();
     let conn = &mut database.connect();
     let user = user(conn);
-    let id = UserSubscription::start(conn, &new(user, Created))
-        .unwrap()
-        .id;
+    let id = start(conn, user, Created).unwrap().id;
     assert_eq!(change(conn, id, Created, Active).unwrap().status, Active);
 
     let until = Utc::now() + TimeDelta::days(7);
@@ -141,9 +146,7 @@ fn a_late_webhook_revives_nothing() {
     let database = database();
     let conn = &mut database.connect();
     let user = user(conn);
-    let id = UserSubscription::start(conn, &new(user, Active))
-        .unwrap()
-        .id;
+    let id = start(conn, user, Active).unwrap().id;
     let cancelled = change(conn, id, Active, Cancelled).unwrap();
     match change(conn, id, PastDue, Active) {
         Err(SubscriptionError::Conflict(row)) => assert_eq!(*row, cancelled),
@@ -168,9 +171,7 @@ fn of_many_changes_of_one_status_one_is_made() {
     let database = database();
     let conn = &mut database.connect();
     let user = user(conn);
-    let id = UserSubscription::start(conn, &new(user, Active))
-        .unwrap()
-        .id;
+    let id = start(conn, user, Active).unwrap().id;
     let changed = at_once(&database, 32, |_, conn| {
         match change(conn, id, Active, Paused) {
             Ok(_) => 1,
@@ -188,9 +189,7 @@ fn failed_payments_are_all_counted() {
     let database = database();
     let conn = &mut database.connect();
     let user = user(conn);
-    let id = UserSubscription::start(conn, &new(user, Active))
-        .unwrap()
-        .id;
+    let id = start(conn, user, Active).unwrap().id;
     at_once(&database, 32, |_, conn| {
         UserSubscription::record_failed_payment(conn, id, None).unwrap();
     });
@@ -199,14 +198,14 @@ fn failed_payments_are_all_counted() {
 }
 
 #[test]
-fn one_follows_the_other() {
+fn an_upgrade_ends_the_old_subscription() {
     let database = database();
     let conn = &mut database.connect();
     let (asha, ravi) = (user(conn), user(conn));
-    let first = UserSubscription::start(conn, &new(asha, Paused)).unwrap();
+    let first = start(conn, asha, Paused).unwrap();
 
     let followed = at_once(&database, 32, |_, conn| {
-        match UserSubscription::upgrade(conn, first.id, &new(asha, Created)) {
+        match UserSubscription::upgrade(conn, first.id, &NewUserSubscription::new(asha)) {
             Ok(row) => Some(row),
             Err(SubscriptionError::Conflict(row)) if row.status == Upgraded => None,
             Err(error) => panic!("{error:?}"),
@@ -227,7 +226,7 @@ fn one_follows_the_other() {
         second.id,
         &NewUserSubscription {
             razorpay_subscription_id: Some("sub_3"),
-            ..new(asha, Active)
+            ..NewUserSubscription::new(asha)
         },
     )
     .unwrap();
@@ -238,15 +237,15 @@ fn one_follows_the_other() {
         Some(third.clone())
     );
 
-    // Nothing is changed where the new one can't begin, or the old one is somebody else's or nobody's.
+    // Nothing changes if the new one can't start, or the old one is another user's or missing.
     let taken = NewUserSubscription {
         razorpay_subscription_id: Some("sub_3"),
-        ..new(asha, Active)
+        ..NewUserSubscription::new(asha)
     };
     let result = UserSubscription::upgrade(conn, third.id, &taken);
     assert!(matches!(result, Err(SubscriptionError::GatewayIdTaken)));
     for id in [third.id, SubscriptionId::new()] {
-        let result = UserSubscription::upgrade(conn, id, &new(ravi, Active));
+        let result = UserSubscription::upgrade(conn, id, &NewUserSubscription::new(ravi));
         assert!(matches!(result, Err(SubscriptionError::NotFound)));
     }
     assert_eq!(UserSubscription::current(conn, asha).unwrap(), Some(third));
@@ -258,47 +257,44 @@ fn history_comes_in_pages() {
     let database = database();
     let conn = &mut database.connect();
     let user = user(conn);
-    // One transaction, so one moment: the key decides.
+    // One transaction, so one timestamp: the key decides.
     let ids: BTreeSet<_> = conn
         .transaction(|conn| {
             (0..5)
-                .map(|_| Ok(UserSubscription::start(conn, &new(user, Completed))?.id))
+                .map(|_| Ok(start(conn, user, Completed)?.id))
                 .collect::<Result<_, SubscriptionError>>()
         })
         .unwrap();
     let mut seen = Vec::new();
-    let mut after = None;
+    let mut page = Page::first(2);
     loop {
-        let page = UserSubscription::list_by_user(conn, user, after, 2).unwrap();
-        let Some(last) = page.last() else { break };
-        after = Some(Cursor {
-            created_at: last.created_at,
-            id: last.id,
-        });
-        seen.extend(page.iter().map(|row| row.id));
+        let rows = UserSubscription::list_by_user(conn, user, page).unwrap();
+        let Some(last) = rows.last() else { break };
+        page = Page::after(last.cursor(), 2);
+        seen.extend(rows.iter().map(|row| row.id));
     }
     assert_eq!(seen.len(), 5);
     assert_eq!(seen.into_iter().collect::<BTreeSet<_>>(), ids);
 }
 
 #[test]
-fn eight_workers_share_what_is_due() {
+fn eight_workers_share_the_due_subscriptions() {
     let database = database();
     let conn = &mut database.connect();
     let now = Utc::now();
     let mut due = BTreeSet::new();
-    let start = |conn: &mut PgConnection, days, status, auto_renewal, ends| {
+    let begin = |conn: &mut PgConnection, days, status, auto_renewal, ends| {
         let new = NewUserSubscription {
             next_billing_date: Some(now + TimeDelta::days(days)),
             auto_renewal: Some(auto_renewal),
             cancel_at_period_end: Some(ends),
-            ..new(user(conn), status)
+            ..NewUserSubscription::new(user(conn))
         };
-        UserSubscription::start(conn, &new).unwrap().id
+        UserSubscription::start(conn, &new, status).unwrap().id
     };
     for days in 1..=40 {
         let status = if days % 2 == 0 { Active } else { PastDue };
-        due.insert(start(conn, -days, status, true, false));
+        due.insert(begin(conn, -days, status, true, false));
     }
     for (days, status, auto_renewal, ends) in [
         (1, Active, true, false),
@@ -306,11 +302,11 @@ fn eight_workers_share_what_is_due() {
         (-1, Active, false, false),
         (-1, Active, true, true),
     ] {
-        start(conn, days, status, auto_renewal, ends);
+        begin(conn, days, status, auto_renewal, ends);
     }
-    // The longest due first.
+    // Earliest billing date first.
     let first = conn
-        .transaction(|conn| UserSubscription::lock_due(conn, 2))
+        .transaction(|conn| UserSubscription::claim_due(conn, 2))
         .unwrap();
     assert!(first[0].next_billing_date < first[1].next_billing_date);
     assert!(first[0].next_billing_date.unwrap() < now - TimeDelta::days(39));
@@ -320,7 +316,7 @@ fn eight_workers_share_what_is_due() {
         loop {
             let batch = conn
                 .transaction::<_, SubscriptionError, _>(|conn| {
-                    let batch = UserSubscription::lock_due(conn, 3)?;
+                    let batch = UserSubscription::claim_due(conn, 3)?;
                     for row in &batch {
                         let later = now + TimeDelta::days(3);
                         UserSubscription::record_failed_payment(conn, row.id, Some(later))?;
@@ -337,4 +333,35 @@ fn eight_workers_share_what_is_due() {
     .concat();
     assert_eq!(charged.len(), 40);
     assert_eq!(charged.into_iter().collect::<BTreeSet<_>>(), due);
+}
+
+#[test]
+fn a_locked_users_subscription_is_claimed_later() {
+    let database = database();
+    let (conn, other) = (&mut database.connect(), &mut database.connect());
+    let user = user(conn);
+    let new = NewUserSubscription {
+        next_billing_date: Some(Utc::now() - TimeDelta::days(1)),
+        ..NewUserSubscription::new(user)
+    };
+    let id = UserSubscription::start(conn, &new, Active).unwrap().id;
+    let claim = |conn: &mut PgConnection| {
+        let claimed = conn.transaction(|conn| UserSubscription::claim_due(conn, 9));
+        claimed
+            .unwrap()
+            .iter()
+            .map(|row| row.id)
+            .collect::<Vec<_>>()
+    };
+    conn.transaction(|conn| {
+        users::table
+            .find(user)
+            .select(users::id)
+            .for_update()
+            .first::<UserId>(conn)?;
+        assert_eq!(claim(other), []);
+        QueryResult::Ok(())
+    })
+    .unwrap();
+    assert_eq!(claim(other), [id]);
 }

@@ -29,7 +29,7 @@ fn issue(conn: &mut PgConnection, user: UserId, type_: AuthTokenType, number: us
         .unwrap()
 }
 
-/// As if all tokens had been issued two hours earlier.
+/// Moves all tokens two hours into the past.
 fn let_two_hours_pass(database: &TestDatabase) {
     let sql = "UPDATE auth_tokens
                   SET created_at = created_at - interval '2 hours', expires_at = expires_at - interval '2 hours'";
@@ -52,11 +52,11 @@ fn a_new_token_replaces_the_live_one_of_its_type() {
     let second = issue(conn, ada, PasswordReset, 3);
     assert_eq!(live(conn, ada, PasswordReset), [second]);
     assert_eq!(live(conn, ada, EmailVerification).len(), 1);
-    // One that has expired is in nobody's way.
+    // An expired token does not block a new one.
     let_two_hours_pass(&database);
     issue(conn, ada, PasswordReset, 4);
 
-    // Refresh tokens: one for each device.
+    // Each device has a refresh token.
     issue(conn, ada, Refresh, 5);
     issue(conn, ada, Refresh, 6);
     assert_eq!(live(conn, ada, Refresh).len(), 2);
@@ -162,7 +162,7 @@ fn a_link_is_consumed_once() {
     let mut error = |type_, number| AuthToken::consume(conn, &hashed(type_, number)).unwrap_err();
     assert!(matches!(error(PasswordReset, 1), TokenError::Used));
     assert!(matches!(error(PasswordReset, 2), TokenError::NotFound));
-    // As another type, or a type that has a way of its own.
+    // Another type, and types that consume refuses.
     assert!(matches!(error(EmailVerification, 1), TokenError::NotFound));
     for type_ in [Refresh, EmailOtp, EmailChangePending] {
         issue(&mut database.connect(), ada, type_, 3);
@@ -176,7 +176,7 @@ fn a_link_is_consumed_once() {
     // Expired.
     let_two_hours_pass(&database);
     assert!(matches!(error(EmailVerification, 5), TokenError::Expired));
-    // Of somebody who isn't active: even if the token were live.
+    // A live token of an inactive user.
     let token = issue(&mut database.connect(), ada, EmailVerification, 6);
     database.psql("UPDATE users SET is_active = false").unwrap();
     assert!(matches!(error(EmailVerification, 6), TokenError::NotFound));
@@ -184,7 +184,7 @@ fn a_link_is_consumed_once() {
 }
 
 #[test]
-fn of_32_who_present_a_link_one_gets_it() {
+fn of_32_who_present_a_link_one_consumes_it() {
     let database = support::database();
     let ada = user(&mut database.connect(), "ada@example.org");
     issue(&mut database.connect(), ada, EmailVerification, 1);
@@ -196,7 +196,7 @@ fn of_32_who_present_a_link_one_gets_it() {
     assert_eq!(outcomes.iter().flatten().count(), 1);
 }
 
-/// Consume, then lock the user: not in the opposite order to those who replace the token.
+/// Both lock the user before the token.
 #[test]
 fn consuming_and_replacing_do_not_deadlock() {
     let database = support::database();
@@ -232,7 +232,7 @@ fn a_code_survives_a_few_wrong_guesses() {
     for attempts_left in (1..MAX_CODE_ATTEMPTS).rev() {
         assert_eq!(check(ada, EmailOtp, 2), CodeCheck::Wrong { attempts_left });
     }
-    // Neither another user nor another type counts.
+    // Guesses by another user or of another type don't count.
     assert_eq!(check(grace, EmailOtp, 1), CodeCheck::NotFound);
     assert_eq!(check(ada, EmailChangePending, 1), CodeCheck::NotFound);
     let CodeCheck::Right(token) = check(ada, EmailOtp, 1) else {
@@ -256,7 +256,7 @@ fn a_code_survives_a_few_wrong_guesses() {
         check(ada, EmailChangePending, 1),
         CodeCheck::TooManyAttempts
     );
-    // A new one has new attempts; the one that it replaced is not looked at.
+    // A new code has new attempts; the replaced one is not compared.
     issue(EmailChangePending, 3);
     let attempts_left = MAX_CODE_ATTEMPTS - 1;
     assert_eq!(
@@ -266,7 +266,7 @@ fn a_code_survives_a_few_wrong_guesses() {
     let_two_hours_pass(&database);
     assert_eq!(check(ada, EmailChangePending, 3), CodeCheck::Expired);
 
-    // Guesses at links and refresh tokens are not taken here.
+    // Links and refresh tokens are refused.
     issue(Refresh, 4);
     assert_eq!(check(ada, Refresh, 4), CodeCheck::NotFound);
     issue(EmailOtp, 5);
@@ -342,7 +342,8 @@ fn a_refresh_token_has_one_successor() {
     assert!(matches!(rotate(conn, 2, 3), Rotation::Rotated(_)));
     assert_eq!(live(conn, ada, Refresh).len(), 2);
 
-    // A copy of the first one turns up: all devices sign in again; nobody else, and nothing but refresh tokens.
+    // A copy of the first one turns up: all devices sign in again; nobody else, and nothing but
+    // refresh tokens.
     assert_eq!(rotate(conn, 1, 4), Rotation::Reused(ada));
     assert!(live(conn, ada, Refresh).is_empty());
     assert_eq!(live(conn, grace, Refresh).len(), 1);
@@ -351,7 +352,7 @@ fn a_refresh_token_has_one_successor() {
         assert_eq!(rotate(conn, presented, 5), Rotation::Expired);
     }
 
-    // The alarm rings once: the old copies don't end what comes after.
+    // Old copies don't revoke later tokens.
     issue(conn, ada, Refresh, 6);
     for presented in [1, 2] {
         assert_eq!(rotate(conn, presented, 7), Rotation::Expired);
@@ -388,9 +389,9 @@ fn of_two_who_present_a_refresh_token_the_second_revokes_it_all() {
     }
 }
 
-/// The thief rotates on while the user raises the alarm: nothing that he got outlives it.
+/// The thief keeps rotating while the user presents the used token.
 #[test]
-fn no_successor_slips_past_the_alarm() {
+fn no_successor_survives_a_reuse() {
     let database = support::database();
     let conn = &mut database.connect();
     let ada = user(conn, "ada@example.org");
@@ -426,7 +427,7 @@ fn revoking_is_not_using() {
     assert!(AuthToken::revoke(conn, &hashed(Refresh, 1)).unwrap());
     assert!(!AuthToken::revoke(conn, &hashed(Refresh, 1)).unwrap());
     assert!(!AuthToken::revoke(conn, &hashed(Refresh, 9)).unwrap());
-    // Another device stays signed in, though the first presents what it had.
+    // Presenting a revoked token leaves other devices signed in.
     assert_eq!(rotate(conn, 1, 9), Rotation::Expired);
     assert_eq!(live(conn, ada, Refresh).len(), 2);
 
@@ -439,7 +440,7 @@ fn revoking_is_not_using() {
     }
     assert_eq!(live(conn, ada, Refresh).len(), 1);
 
-    // Also what this transaction has just issued.
+    // Also tokens issued in this transaction.
     conn.transaction(|conn| {
         issue(conn, ada, EmailChangePending, 7);
         AuthToken::revoke_all(conn, ada, None)
@@ -452,7 +453,7 @@ fn revoking_is_not_using() {
 }
 
 #[test]
-fn the_purge_takes_what_expired_long_enough_ago() {
+fn purge_deletes_what_expired_long_enough_ago() {
     let database = support::database();
     let conn = &mut database.connect();
     let ada = user(conn, "ada@example.org");
@@ -461,7 +462,7 @@ fn the_purge_takes_what_expired_long_enough_ago() {
     }
     rotate(conn, 0, 40);
     assert_eq!(AuthToken::purge(conn, TimeDelta::zero(), 100).unwrap(), 0);
-    // An hour of life, and an hour since.
+    // All expired one hour ago.
     let_two_hours_pass(&database);
     issue(conn, ada, Refresh, 50);
     assert_eq!(
@@ -479,7 +480,7 @@ fn the_purge_takes_what_expired_long_enough_ago() {
         "the oldest went first"
     );
 
-    // Each row once, though four purge at a time.
+    // Four workers delete each row once.
     let purged = support::at_once(&database, 4, |_, conn| {
         let batches = std::iter::repeat_with(|| AuthToken::purge(conn, hour(), 7).unwrap());
         batches.take_while(|&rows| rows > 0).sum::<usize>()

@@ -51,8 +51,8 @@ fn rename(conn: &mut PgConnection, id: UserId, first_name: &str) -> QueryResult<
     User::update(conn, id, &changes)
 }
 
-/// Lets another connection change a row between the snapshot and the update of the first two attempts. Returns the number
-/// of attempts.
+/// Lets another connection change a row between the snapshot and the update of the first two
+/// attempts. Returns the number of attempts.
 fn attempts_after_conflicts<E: From<Error> + Debug>(database: &TestDatabase) -> u32 {
     let (conn, other) = (&mut database.connect(), &mut database.connect());
     let id = user(conn);

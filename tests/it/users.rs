@@ -1,6 +1,8 @@
-//! Sign-up, login, addresses, and what becomes of an account.
+//! Accounts: sign-up, login, email addresses, deactivation, anonymisation.
 
 use std::cell::RefCell;
+use std::cmp::Reverse;
+use std::sync::mpsc;
 
 use bruhmcp_db::enums::{AuthTokenType, PlanType};
 use bruhmcp_db::ids::{SubscriptionId, UserId};
@@ -10,6 +12,7 @@ use bruhmcp_db::models::{
 use bruhmcp_db::schema::users;
 use bruhmcp_db::{ConstraintViolation, HashedToken, Page, SecretText};
 use chrono::TimeDelta;
+use diesel::connection::InstrumentationEvent;
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
 use proptest::prelude::*;
@@ -49,7 +52,7 @@ fn sign_up_takes_any_spelling_of_an_address_once() {
     let plan = UserPlan::find_by_user(conn, user.id).unwrap().unwrap();
     assert_eq!(plan.plan_type, PlanType::Free);
 
-    // Neither outcome aborts a transaction around it.
+    // The caller's transaction can go on after both errors.
     conn.transaction(|conn| {
         let taken = User::sign_up(conn, &ada("ADA@example.org")).unwrap_err();
         assert!(matches!(taken, UserError::EmailTaken), "{taken:?}");
@@ -156,7 +159,7 @@ fn live(database: &TestDatabase) -> String {
 }
 
 #[test]
-fn a_new_address_takes_nothing_over_from_the_old_one() {
+fn a_new_email_address_revokes_what_was_sent_to_the_old_one() {
     let database = support::database();
     let conn = &mut database.connect();
     let id = user(conn, "ada@example.org");
@@ -167,7 +170,7 @@ fn a_new_address_takes_nothing_over_from_the_old_one() {
     issue(conn, id, AuthTokenType::EmailOtp, 4);
     issue(conn, id, AuthTokenType::EmailChangePending, 5);
 
-    // Neither outcome aborts a transaction around it, or revokes a token.
+    // After both errors the caller's transaction can go on, and no token is revoked.
     conn.transaction(|conn| {
         let taken = User::change_email(conn, id, "Grace@example.org", true).unwrap_err();
         assert!(matches!(taken, UserError::EmailTaken), "{taken:?}");
@@ -216,12 +219,12 @@ fn of_8_changes_to_one_address_one_wins() {
     assert_eq!(outcomes.into_iter().flatten().flatten().count(), 1);
 }
 
-/// Addresses of all sorts, and what is nearly one.
+/// Email addresses, and texts that are nearly one.
 fn almost_an_email() -> impl Strategy<Value = String> {
     let part = prop_oneof![
         "[a-zA-Z0-9.+_-]{1,20}",
         "[\\PC]{1,8}",
-        // Cases that are not one to one, white space of several kinds, NUL.
+        // Letters whose lowercase is longer or shorter, several kinds of white space, NUL.
         "[aßẞİıΣσςǅK\u{a0}\u{85}\u{3000}\u{b}\t \n\0@]{0,4}",
         "[a-z]{120,130}",
     ];
@@ -247,7 +250,7 @@ fn canonical_emails_are_those_of_the_database() {
     TestRunner::new(Config::with_cases(1000))
         .run(&almost_an_email(), |email| {
             let folded = email.trim().to_lowercase();
-            // In the C locale the rule sees white space in ASCII only.
+            // In the C locale the constraint sees only ASCII white space.
             let expected = accepted_by_database(&folded) && !folded.contains(char::is_whitespace);
             match canonical_email(&email) {
                 Ok(canonical) => {
@@ -262,7 +265,7 @@ fn canonical_emails_are_those_of_the_database() {
         .unwrap();
 }
 
-/// A user with rows in every table, most of which name her.
+/// A user with rows in every table; most of them name her.
 const MARIE: &str = r#"
     INSERT INTO users (id, first_name, last_name, email, password, razorpay_customer_id, last_login_at)
     VALUES (:marie, 'Marie', 'Curie', 'marie@radium.example', '$scrypt$radium', 'cust_Marie', now());
@@ -331,12 +334,12 @@ fn anonymising_keeps_the_money_and_nothing_of_the_person() {
         database.psql(money).unwrap(),
         "pro|sub_1|49900|pay_1|receipt_1|49900|49000|5000|rfnd_1|free|none|{}\n"
     );
-    // The counters of the registry went along.
+    // The counters of the registry are right.
     let counters = "SELECT total_instances_created, active_instances_count FROM mcp_table";
     assert_eq!(database.psql(counters).unwrap(), "2|0\n2|0\n");
     assert_eq!(User::find(conn, other).unwrap(), other_before);
 
-    // What names her is still to be processed, or names somebody else.
+    // These events are open, or name another user.
     let events = "SELECT external_event_id FROM webhook_events WHERE payload::text ILIKE '%marie%' ORDER BY 1";
     assert_eq!(database.psql(events).unwrap(), "of_another\nopen\n");
     database
@@ -350,10 +353,89 @@ fn anonymising_keeps_the_money_and_nothing_of_the_person() {
         assert!(!dump.contains(trace), "{trace} is in {dump}");
     }
 
-    // Nobody comes back as her, and once more changes nothing.
+    // The account can't be used again, and a second call changes nothing.
     assert_eq!(User::reactivate(conn, marie).unwrap(), None);
     let error = User::sign_up(conn, &ada(&anonymised.email)).unwrap_err();
     assert!(matches!(error, UserError::InvalidEmail(_)), "{error:?}");
     assert_eq!(User::anonymise(conn, marie).unwrap(), Some(anonymised));
     assert!(User::sign_up(conn, &ada("marie@radium.example")).is_ok());
+}
+
+#[test]
+fn pages_of_users_come_from_one_statement_that_reads_an_index() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    database
+        .psql(
+            "ALTER TABLE users DISABLE TRIGGER ALL;
+             INSERT INTO users (first_name, last_name, email, created_at)
+             SELECT 'Ada', '', n || '@example.org', now() - n / 3 * interval '1 minute'
+               FROM generate_series(1, 20000) AS n;
+             ANALYZE users",
+        )
+        .unwrap();
+    let (sender, statements) = mpsc::channel();
+    conn.set_instrumentation(move |event: InstrumentationEvent<'_>| {
+        if let InstrumentationEvent::StartQuery { query, .. } = event {
+            sender.send(query.to_string()).unwrap();
+        }
+    });
+    let mut page = Page::first(50);
+    let mut listed = Vec::new();
+    for _ in 0..3 {
+        listed.extend(User::list(conn, page).unwrap());
+        page = Page::after(listed[listed.len() - 1].cursor(), 50);
+    }
+    assert_eq!(listed.len(), 150);
+    assert!(listed.is_sorted_by_key(|user| Reverse((user.created_at, user.id))));
+
+    let statements: Vec<String> = statements.try_iter().collect();
+    let [first, _, third] = [0, 1, 2].map(|n: usize| statements[n].split(" -- binds").next());
+    assert_eq!(first, third);
+    let cursor = page.after.unwrap();
+    let plan = database
+        .psql(&format!(
+            "SET plan_cache_mode = force_generic_plan;
+             PREPARE page AS {};
+             EXPLAIN (ANALYZE, COSTS off, TIMING off)
+             EXECUTE page ('{created_at}', '{created_at}', '{}', 50)",
+            first.unwrap(),
+            cursor.id,
+            created_at = cursor.created_at.to_rfc3339(),
+        ))
+        .unwrap();
+    // Sorts only the rows of one timestamp, and reads no row after the page but those.
+    for part in [
+        "Index Scan Backward using users_created_at_idx",
+        "Presorted Key: created_at",
+    ] {
+        assert!(plan.contains(part), "{plan}");
+    }
+    assert!(!plan.contains("Seq Scan"), "{plan}");
+}
+
+#[test]
+fn concurrent_calls_of_anonymise_succeed_at_serializable() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let ids: Vec<UserId> = (0..24)
+        .map(|n| user(conn, &format!("{n}@example.org")))
+        .collect();
+    database
+        .psql(
+            "INSERT INTO webhook_events
+                 (external_event_id, event_type, payment_gateway, payload, processing_status, processed_at)
+             SELECT email, 'a', 'razorpay', json_build_object('email', email), 'processed', now() FROM users",
+        )
+        .unwrap();
+    // Without a retry: none is needed.
+    support::at_once(&database, 8, |thread, conn| {
+        for &id in &ids[thread * 3..][..3] {
+            let transaction = &mut conn.build_transaction().serializable();
+            let anonymised = transaction.run(|conn| User::anonymise(conn, id));
+            assert!(anonymised.unwrap().is_some());
+        }
+    });
+    let left = "SELECT count(*) FROM webhook_events WHERE payload <> '{}'";
+    assert_eq!(database.psql(left).unwrap(), "0\n");
 }

@@ -1,4 +1,4 @@
-//! Webhooks: however often delivered, processed once.
+//! Webhooks: processed once, however often they are delivered.
 
 use std::collections::BTreeSet;
 use std::sync::Barrier;
@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use bruhmcp_db::ConstraintViolation;
 use bruhmcp_db::enums::{PaymentGateway, WebhookStatus};
 use bruhmcp_db::ids::WebhookEventId;
-use bruhmcp_db::models::{NewWebhookEvent, RecordedWebhook, WebhookEvent};
+use bruhmcp_db::models::{NewWebhookEvent, Recorded, WebhookEvent};
 use chrono::{TimeDelta, Utc};
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
@@ -18,18 +18,17 @@ use crate::support::{at_once, database};
 static PAYLOAD: Value = Value::Null;
 
 fn event(external_event_id: &str) -> NewWebhookEvent<'_> {
-    NewWebhookEvent {
-        event_id: Some(WebhookEventId::new()),
+    NewWebhookEvent::new(
+        PaymentGateway::Razorpay,
         external_event_id,
-        event_type: "payment.captured",
-        payment_gateway: PaymentGateway::Razorpay,
-        payload: &PAYLOAD,
-    }
+        "payment.captured",
+        &PAYLOAD,
+    )
 }
 
 fn record(conn: &mut PgConnection, external_event_id: &str) -> WebhookEvent {
     match WebhookEvent::record(conn, &event(external_event_id)).unwrap() {
-        RecordedWebhook::New(event) => event,
+        Recorded::New(event) => event,
         other => panic!("{other:?}"),
     }
 }
@@ -40,7 +39,7 @@ fn find(conn: &mut PgConnection, id: WebhookEventId) -> WebhookEvent {
 
 fn open(conn: &mut PgConnection) -> Vec<WebhookEventId> {
     let retry_before = Some(Utc::now() + TimeDelta::minutes(1));
-    conn.transaction(|conn| WebhookEvent::take_open(conn, retry_before, 100))
+    conn.transaction(|conn| WebhookEvent::claim_due(conn, retry_before, 100))
         .unwrap()
         .into_iter()
         .map(|event| event.event_id)
@@ -56,14 +55,14 @@ fn an_event_is_new_once() {
     });
     let (new, others): (Vec<_>, Vec<_>) = recorded
         .into_iter()
-        .partition(|recorded| matches!(recorded, RecordedWebhook::New(_)));
-    let [RecordedWebhook::New(row)] = &new[..] else {
+        .partition(|recorded| matches!(recorded, Recorded::New(_)));
+    let [Recorded::New(row)] = &new[..] else {
         panic!("{new:?}")
     };
     for other in others {
-        assert_eq!(other, RecordedWebhook::Duplicate(row.clone()));
+        assert_eq!(other, Recorded::Existing(row.clone()));
     }
-    // Another payload is no other event, another gateway is.
+    // Another payload is the same event; another gateway is not.
     let payload = json!({"amount": 1});
     let again = NewWebhookEvent {
         payload: &payload,
@@ -71,7 +70,7 @@ fn an_event_is_new_once() {
     };
     assert_eq!(
         WebhookEvent::record(conn, &again).unwrap(),
-        RecordedWebhook::Duplicate(row.clone())
+        Recorded::Existing(row.clone())
     );
     let stripe = NewWebhookEvent {
         payment_gateway: PaymentGateway::Stripe,
@@ -79,7 +78,7 @@ fn an_event_is_new_once() {
     };
     assert!(matches!(
         WebhookEvent::record(conn, &stripe).unwrap(),
-        RecordedWebhook::New(_)
+        Recorded::New(_)
     ));
     let error = WebhookEvent::record(conn, &event("")).unwrap_err();
     assert!(
@@ -90,19 +89,18 @@ fn an_event_is_new_once() {
 }
 
 #[test]
-fn delivered_by_many_it_is_processed_once() {
+fn an_event_delivered_many_times_is_processed_once() {
     let database = database();
     let processed = AtomicUsize::new(0);
     let all_tried = Barrier::new(32);
     at_once(&database, 32, |_, conn| {
-        let (RecordedWebhook::New(event)
-        | RecordedWebhook::Duplicate(event)
-        | RecordedWebhook::FailedEarlier(event)) =
-            WebhookEvent::record(conn, &event("evt_1")).unwrap();
+        let event = WebhookEvent::record(conn, &event("evt_1"))
+            .unwrap()
+            .into_inner();
         conn.transaction::<_, diesel::result::Error, _>(|conn| {
-            let taken = WebhookEvent::take(conn, event.event_id)?;
+            let claimed = WebhookEvent::claim(conn, event.event_id)?;
             all_tried.wait();
-            if let Some(event) = taken {
+            if let Some(event) = claimed {
                 processed.fetch_add(1, Ordering::SeqCst);
                 assert!(WebhookEvent::mark_processed(conn, event.event_id)?);
             }
@@ -120,17 +118,17 @@ fn recording_does_not_wait_for_a_worker() {
     let row = record(conn, "evt_1");
     worker
         .transaction::<_, diesel::result::Error, _>(|worker| {
-            assert!(WebhookEvent::take(worker, row.event_id)?.is_some());
-            assert!(WebhookEvent::take(conn, row.event_id)?.is_none());
+            assert!(WebhookEvent::claim(worker, row.event_id)?.is_some());
+            assert!(WebhookEvent::claim(conn, row.event_id)?.is_none());
             assert_eq!(open(conn), []);
             assert_eq!(
                 WebhookEvent::record(conn, &event("evt_1"))?,
-                RecordedWebhook::Duplicate(row.clone())
+                Recorded::Existing(row.clone())
             );
             Ok(())
         })
         .unwrap();
-    // The worker ended without a mark.
+    // The worker ended without marking the event.
     assert_eq!(open(conn), [row.event_id]);
 }
 
@@ -147,7 +145,7 @@ fn a_mark_of_an_open_event_is_final_unless_it_failed() {
     assert!(failed.processed_at.is_some());
     assert_eq!(
         WebhookEvent::record(conn, &event("evt_1")).unwrap(),
-        RecordedWebhook::FailedEarlier(failed)
+        Recorded::Existing(failed)
     );
     assert!(WebhookEvent::mark_processed(conn, done).unwrap());
     assert!(WebhookEvent::mark_skipped(conn, skipped).unwrap());
@@ -163,28 +161,28 @@ fn a_mark_of_an_open_event_is_final_unless_it_failed() {
         assert!(!WebhookEvent::mark_failed(conn, id, "late").unwrap());
         assert!(!WebhookEvent::mark_processed(conn, id).unwrap());
         assert!(!WebhookEvent::mark_skipped(conn, id).unwrap());
-        assert_eq!(WebhookEvent::take(conn, id).unwrap(), None);
+        assert_eq!(WebhookEvent::claim(conn, id).unwrap(), None);
         assert_eq!(find(conn, id), closed);
     }
     let nobody = WebhookEventId::new();
     assert!(!WebhookEvent::mark_processed(conn, nobody).unwrap());
-    assert_eq!(WebhookEvent::take(conn, nobody).unwrap(), None);
+    assert_eq!(WebhookEvent::claim(conn, nobody).unwrap(), None);
     assert_eq!(open(conn), []);
 }
 
 #[test]
-fn an_event_that_always_fails_keeps_nobody_waiting() {
+fn an_event_that_keeps_failing_does_not_block_the_queue() {
     let database = database();
     let conn = &mut database.connect();
     let poison = record(conn, "evt_1").event_id;
     let next = record(conn, "evt_2").event_id;
-    let mut take = |retry_before| {
+    let mut claim = |retry_before| {
         conn.transaction::<_, diesel::result::Error, _>(|conn| {
-            let batch = WebhookEvent::take_open(conn, retry_before, 1)?;
+            let batch = WebhookEvent::claim_due(conn, retry_before, 1)?;
             let Some(event) = batch.into_iter().next() else {
                 return Ok(None);
             };
-            // What the processing did is rolled back, the mark is not.
+            // The processing is rolled back, the mark is not.
             let processed: QueryResult<()> = conn.transaction(|conn| {
                 record(conn, "made by the processing");
                 Err(diesel::NotFound)
@@ -196,12 +194,12 @@ fn an_event_that_always_fails_keeps_nobody_waiting() {
         .unwrap()
     };
     let an_hour_ago = Some(Utc::now() - TimeDelta::hours(1));
-    assert_eq!(take(an_hour_ago), Some(poison));
-    assert_eq!(take(an_hour_ago), Some(next));
-    assert_eq!(take(an_hour_ago), None);
-    assert_eq!(take(None), None);
-    // The oldest first again, once it is time.
-    assert_eq!(take(Some(Utc::now() + TimeDelta::hours(1))), Some(poison));
+    assert_eq!(claim(an_hour_ago), Some(poison));
+    assert_eq!(claim(an_hour_ago), Some(next));
+    assert_eq!(claim(an_hour_ago), None);
+    assert_eq!(claim(None), None);
+    // Later, the oldest comes first again.
+    assert_eq!(claim(Some(Utc::now() + TimeDelta::hours(1))), Some(poison));
 }
 
 #[test]
@@ -222,7 +220,7 @@ fn eight_workers_share_the_queue() {
         loop {
             let batch = conn
                 .transaction::<_, diesel::result::Error, _>(|conn| {
-                    let batch = WebhookEvent::take_open(conn, retry_before, 4)?;
+                    let batch = WebhookEvent::claim_due(conn, retry_before, 4)?;
                     for event in &batch {
                         assert!(WebhookEvent::mark_processed(conn, event.event_id)?);
                     }

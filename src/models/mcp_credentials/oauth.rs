@@ -24,25 +24,24 @@ pub struct OauthCompletion {
 /// Whether an instance can be called after its authorization.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum CompletedInstance {
-    /// It can.
+    /// The instance can be called.
     Active,
-    /// It was inactive or expired before, and still is.
+    /// It is still inactive or expired.
     NotActive,
-    /// It was deactivated, because the plan allows no more active instances.
+    /// Deactivated: the plan allows no more active instances.
     LimitReached,
-    /// It was deactivated, because the plan has expired.
+    /// Deactivated: the plan has expired.
     PlanExpired,
-    /// It was deactivated, because the user has no plan.
+    /// Deactivated: the user has no plan.
     PlanMissing,
 }
 
 impl McpCredential {
-    /// Begins an authorization, also a second one. The credentials become pending, so the instance can't be called.
+    /// Begins an authorization, also a second one. The credentials become pending, so the instance
+    /// can't be called.
     ///
-    /// Replaces the state of an authorization that is under way. Old tokens stay until new ones are stored. `state` must
-    /// have at least 128 random bits.
-    ///
-    /// One transaction. Locks the user (`FOR KEY SHARE`), the credentials, then the instance.
+    /// Replaces the state of an authorization that is under way. Old tokens stay until new ones are
+    /// stored. `state` must have at least 128 random bits.
     ///
     /// # Errors
     /// `NotFound`, `StateTaken`.
@@ -71,8 +70,9 @@ impl McpCredential {
 
     /// Consumes the state of a pending authorization and removes the URL. Only one caller succeeds.
     ///
-    /// Commit before you ask the provider for the tokens. Then call [`complete_oauth`](Self::complete_oauth) or
-    /// [`fail_oauth`](Self::fail_oauth): the credentials are still pending.
+    /// Commit before you ask the provider for the tokens. Then call
+    /// [`complete_oauth`](Self::complete_oauth) or [`fail_oauth`](Self::fail_oauth): the
+    /// credentials are still pending.
     ///
     /// # Errors
     /// `UnknownState`.
@@ -95,11 +95,11 @@ impl McpCredential {
 
     /// Completes a pending authorization and replaces all tokens.
     ///
-    /// An active instance can be called from now on. If the plan refuses that, the instance becomes inactive and the
-    /// tokens are stored all the same. An instance past its end becomes expired.
+    /// An active instance can be called from now on. If the plan refuses that, the instance becomes
+    /// inactive and the tokens are stored all the same. An instance past its end becomes expired.
     ///
-    /// One transaction. Locks the plan, the credentials, then the instance. The caller must not defer the constraint
-    /// `mcp_service_table_active_limit_update`, or a refusal fails the commit.
+    /// One transaction. Locks the plan, the credentials, then the instance. The caller must not
+    /// defer the constraint `mcp_service_table_active_limit_update`, or a refusal fails the commit.
     ///
     /// # Errors
     /// `NotFound`; `Conflict` if the credentials are not pending.
@@ -187,11 +187,10 @@ impl McpCredential {
             .get_result(conn)
     }
 
-    /// Marks a pending authorization as failed, because the user or the provider refused. Removes state and URL.
+    /// Marks a pending authorization as failed, because the user or the provider refused. Removes
+    /// state and URL.
     ///
     /// Don't call it for a network error: the user can try again.
-    ///
-    /// One transaction. Locks the user (`FOR KEY SHARE`), the credentials, then the instance.
     ///
     /// # Errors
     /// `NotFound`; `Conflict` if the credentials are not pending.

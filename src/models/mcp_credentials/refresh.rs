@@ -1,4 +1,5 @@
-//! The refresh queue: `claim_due`, then `store_refreshed`, `refresh_failed` or `refresh_refused` for each row.
+//! The refresh queue: `claim_due`, then `store_refreshed`, `refresh_failed` or `refresh_refused`
+//! for each row.
 
 use chrono::{DateTime, Utc};
 use diesel::prelude::*;
@@ -14,14 +15,17 @@ use crate::schema::mcp_credentials;
 const TOKEN_REFRESH: &str = "token_refresh";
 
 impl McpCredential {
-    /// Claims up to `limit` rows with a refresh token whose access token ends before `due`, most urgent first.
+    /// Claims up to `limit` rows with a refresh token whose access token ends before `due`, most
+    /// urgent first.
     ///
-    /// Skips rows that another worker has locked, rows of users that are locked by `User::lock`, and rows whose refresh
-    /// failed after `not_failed_since`, so that one provider's outage doesn't block the others.
+    /// Skips rows that another worker has locked, rows of users that are locked by `User::lock`,
+    /// and rows whose refresh failed after `not_failed_since`, so that one provider's outage
+    /// doesn't block the others.
     ///
-    /// The claim is a row lock: it prevents two workers from spending one refresh token. So ask the provider within the
-    /// transaction, with a short time limit, and claim one row at a time on a connection of the worker's own. Calls of
-    /// the instance don't wait for the lock; changes to its credentials and `User::lock` do.
+    /// The claim is a row lock: it prevents two workers from spending one refresh token. So ask the
+    /// provider within the transaction, with a short time limit, and claim one row at a time on a
+    /// connection of the worker's own. Calls of the instance don't wait for the lock; changes to
+    /// its credentials and `User::lock` do.
     ///
     /// ```no_run
     /// # use bruhmcp_db::models::{CredentialError, McpCredential, OauthTokens};
@@ -58,8 +62,9 @@ impl McpCredential {
         not_failed_since: DateTime<Utc>,
         limit: u16,
     ) -> QueryResult<Vec<Self>> {
-        // The query builder has no FOR … OF. The user is locked for the reason that `lock_user` gives. 'completed' is a
-        // literal, because a bind can't match the predicate of the queue's index in a generic plan.
+        // The query builder has no FOR … OF. The user is locked for the reason that `lock_user`
+        // gives. 'completed' is a literal, because a bind can't match the predicate of the queue's
+        // index in a generic plan.
         diesel::sql_query(
             "SELECT credential.*
                FROM mcp_credentials AS credential
@@ -86,13 +91,13 @@ impl McpCredential {
         .load(conn)
     }
 
-    /// Stores refreshed tokens, if the row still has the version of `claimed`, and records it in the audit log.
-    ///
-    /// One transaction. Locks the user (`FOR KEY SHARE`), the credentials, then the instance.
+    /// Stores refreshed tokens, if the row still has the version of `claimed`, and records it in
+    /// the audit log.
     ///
     /// # Errors
-    /// `NotFound`; `Conflict` with the row as it is now. If that row has the same refresh token, call again with it, or
-    /// the new tokens are lost.
+    /// `NotFound`; `Conflict`. If the row in `Conflict` still has the spent refresh token, because
+    /// only the sealing or the client changed, call again with that row, or the new tokens are
+    /// lost.
     pub fn store_refreshed(
         conn: &mut PgConnection,
         claimed: &Self,
@@ -127,8 +132,8 @@ impl McpCredential {
 
     /// Records a refresh that failed for now, such as a network error or the provider's outage.
     ///
-    /// The credentials stay due. [`claim_due`](Self::claim_due) skips them for a while. `error_type` and
-    /// `error_message` go to the audit log and must not contain a secret.
+    /// The credentials stay due. [`claim_due`](Self::claim_due) skips them for a while.
+    /// `error_type` and `error_message` go to the audit log and must not contain a secret.
     pub fn refresh_failed(
         conn: &mut PgConnection,
         claimed: &Self,
@@ -145,10 +150,9 @@ impl McpCredential {
         )
     }
 
-    /// Marks the authorization as expired, because the provider refused the refresh token (`invalid_grant`), if the row
-    /// still has the version of `claimed`. Records it in the audit log. The user must grant access again.
-    ///
-    /// One transaction. Locks the user (`FOR KEY SHARE`), the credentials, then the instance.
+    /// Marks the authorization as expired, because the provider refused the refresh token
+    /// (`invalid_grant`), if the row still has the version of `claimed`. Records it in the audit
+    /// log. The user must grant access again.
     ///
     /// # Errors
     /// `NotFound`; `Conflict`: the refused token may not be the latest.

@@ -74,7 +74,8 @@ impl<'a> OauthTokens<'a> {
 pub struct Resealed {
     /// The number of rows with newly sealed values.
     pub resealed: usize,
-    /// Rows with a value that doesn't open: the ring lacks its key, or it was altered. The value is unchanged.
+    /// Rows with a value that doesn't open: the ring lacks its key, or it was altered. The value is
+    /// unchanged.
     pub unopened: Vec<CredentialId>,
     /// The `after` of the next batch; `None` after the last one.
     pub next: Option<CredentialId>,
@@ -95,11 +96,11 @@ impl McpCredential {
             .transpose()
     }
 
-    /// Seals old values again under the newest key: up to `limit` rows in the order of their keys, after the row
-    /// `after`. Increments `version`, but leaves `credentials_updated_at`.
+    /// Seals old values again under the newest key: up to `limit` rows in the order of their keys,
+    /// after the row `after`. Increments `version`, but leaves `credentials_updated_at`.
     ///
-    /// One transaction. Skips rows that others have locked, so no change is lost, and a pass may leave rows behind. To
-    /// retire a key once every process seals with the newest:
+    /// One transaction. Skips rows that others have locked, so no change is lost, and a pass may
+    /// leave rows behind. To retire a key once every process seals with the newest:
     ///
     /// ```no_run
     /// # use bruhmcp_db::{crypto::KeyRing, models::McpCredential};
@@ -183,7 +184,8 @@ impl McpCredential {
         })
     }
 
-    /// Counts the rows with a value that isn't sealed under the newest key, including values that don't open.
+    /// Counts the rows with a value that isn't sealed under the newest key, including values that
+    /// don't open.
     ///
     /// Reads the whole table.
     pub fn count_to_reseal(conn: &mut PgConnection, ring: &KeyRing) -> QueryResult<i64> {

@@ -1,7 +1,7 @@
 //! The monitor's sweeps: expired instances, and instances that were never authorized.
 //!
-//! A sweep takes no plan's lock. It locks all its rows at once and skips those that others have locked, so it waits for
-//! nobody while it holds a lock.
+//! A sweep takes no plan's lock. It locks all its rows at once and skips those that others have
+//! locked, so it waits for nobody while it holds a lock.
 
 use chrono::TimeDelta;
 use diesel::dsl::{now, sql};
@@ -14,13 +14,15 @@ use crate::ids::InstanceId;
 use crate::schema::{mcp_credentials, mcp_service_table};
 
 impl McpInstance {
-    /// Marks up to `limit` instances past their `expires_at` as expired and returns them. All are of one service.
+    /// Marks up to `limit` instances past their `expires_at` as expired and returns them. All are
+    /// of one service.
     ///
-    /// Returns none when nothing is due or every due row of the first service is locked. Repeat it until then, each time
-    /// in a transaction of its own. Several sweepers may run.
+    /// Returns none when nothing is due or every due row of the first service is locked. Repeat it
+    /// until then, each time in a transaction of its own. Several sweepers may run.
     pub fn expire_due(conn: &mut PgConnection, limit: u16) -> QueryResult<Vec<Self>> {
-        // The query builder has no CTE. Without MATERIALIZED, the planner may run LIMIT with SKIP LOCKED twice. One
-        // service, because the UPDATE meets its rows in any order and the counters are locked in that order at commit.
+        // The query builder has no CTE. Without MATERIALIZED, the planner may run LIMIT with SKIP
+        // LOCKED twice. One service, because the UPDATE meets its rows in any order and the
+        // counters are locked in that order at commit.
         diesel::sql_query(
             "WITH service AS MATERIALIZED (
                  SELECT mcp_service_id
@@ -48,8 +50,8 @@ impl McpInstance {
         .load(conn)
     }
 
-    /// Lists up to `limit` instances, oldest first, that were never authorized: pending or failed, without an access
-    /// token, and with credentials that didn't change for `idle`.
+    /// Lists up to `limit` instances, oldest first, that were never authorized: pending or failed,
+    /// without an access token, and with credentials that didn't change for `idle`.
     ///
     /// An instance that waits for a second authorization has a token and is not listed.
     pub fn list_abandoned(
@@ -71,11 +73,11 @@ impl McpInstance {
             .load(conn)
     }
 
-    /// Deletes those of these instances that [`list_abandoned`](Self::list_abandoned) would still list, and returns
-    /// them.
+    /// Deletes those of these instances that [`list_abandoned`](Self::list_abandoned) would still
+    /// list, and returns them.
     ///
-    /// One transaction. Skips instances whose row or credentials are locked, for example by an authorization that is
-    /// being completed.
+    /// One transaction. Skips instances whose row or credentials are locked, for example by an
+    /// authorization that is being completed.
     pub fn purge_abandoned(
         conn: &mut PgConnection,
         instance_ids: &[InstanceId],
@@ -101,7 +103,8 @@ impl McpInstance {
     }
 }
 
-/// A literal, because a bind can't match the predicate of `mcp_service_table_created_at_idx` in a generic plan.
+/// A literal, because a bind can't match the predicate of `mcp_service_table_created_at_idx` in a
+/// generic plan.
 fn unauthorized() -> SqlLiteral<Bool> {
     sql("mcp_service_table.oauth_status IN ('pending', 'failed')")
 }

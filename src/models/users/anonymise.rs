@@ -1,6 +1,7 @@
 //! Removal of a person from the database.
 
 use chrono::{DateTime, Utc};
+use diesel::connection::SimpleConnection;
 use diesel::prelude::*;
 use diesel::sql_types::{Array, Text};
 use serde_json::{Value, json};
@@ -16,23 +17,29 @@ use crate::schema::{
 use crate::secret::SecretText;
 
 impl User {
-    /// Removes the person for good and keeps the financial rows; returns `None` if there is no such user.
+    /// Removes the person for good and keeps the financial rows; returns `None` if there is no such
+    /// user.
     ///
-    /// - The user becomes inactive, with the email address `<id>@anonymised.invalid`, and loses names, password, gateway
-    ///   customer and last login.
-    /// - Instances, credentials, tokens and billing details are deleted. The plan becomes free, without gateway ids.
-    /// - Subscriptions lose the gateway customer, the reason and the feedback; transactions the gateway's answer, the method
-    ///   details, the description and the reason of failure; credits the description. Amounts, dates, statuses and the
-    ///   numbers of payments, orders, receipts and invoices stay.
-    /// - Processed and skipped webhook events that name the email address or a gateway customer lose their payload. This
-    ///   reads the whole table. Process open events first: they keep theirs.
+    /// - The user becomes inactive, with the email address `<id>@anonymised.invalid`, and loses
+    ///   names, password, gateway customer and last login.
+    /// - Instances, credentials, tokens and billing details are deleted. The plan becomes free,
+    ///   without gateway ids.
+    /// - Subscriptions lose the gateway customer, the reason and the feedback; transactions the
+    ///   gateway's answer, the method details, the description and the reason of failure; credits
+    ///   the description. Amounts, dates, statuses and the numbers of payments, orders, receipts
+    ///   and invoices stay.
+    /// - Processed and skipped webhook events that name the email address or a gateway customer
+    ///   lose their payload. This reads the whole table. Process open events first: they keep
+    ///   theirs.
     ///
-    /// Not touched: the gateway's own records (end the subscription there first), the audit log (it holds only keys, for 90
-    /// days), the schema `bruhmcp_archive`, and backups.
+    /// Not touched: the gateway's own records (end the subscription there first), the audit log (it
+    /// holds only keys, for 90 days), the schema `bruhmcp_archive`, and backups.
     ///
-    /// Locks the plan, the user (`FOR UPDATE`) and the rows above until the transaction ends.
+    /// Locks the plan, the user (`FOR UPDATE`) and the rows above until the transaction ends. Call
+    /// it at READ COMMITTED: at SERIALIZABLE it needs retries, because it reads all webhook events.
     pub fn anonymise(conn: &mut PgConnection, id: UserId) -> QueryResult<Option<Self>> {
         conn.transaction(|conn| {
+            lock_out_other_calls(conn)?;
             let plan = UserPlan::lock_by_user(conn, id)?;
             let person = users::table
                 .find(id)
@@ -53,7 +60,8 @@ impl User {
             .execute(conn)?;
             delete_instances(conn, id)?;
             diesel::delete(auth_tokens::table.filter(auth_tokens::user_id.eq(id))).execute(conn)?;
-            // Only now: a downgrade would switch the instances off before their credentials are locked.
+            // Only now: a downgrade would switch the instances off before their credentials are
+            // locked.
             reset_plan(conn, id)?;
             let user = diesel::update(users::table.find(id))
                 .set((
@@ -72,6 +80,24 @@ impl User {
             Ok(Some(user))
         })
     }
+}
+
+/// At SERIALIZABLE, makes concurrent calls run one after another: each reads and changes
+/// `webhook_events`, so of two that overlap one fails. Neither statement takes a snapshot, so the
+/// one that waits sees what the other has committed.
+fn lock_out_other_calls(conn: &mut PgConnection) -> QueryResult<()> {
+    let isolation = diesel::sql_query("SHOW transaction_isolation").get_result::<Setting>(conn)?;
+    if isolation.transaction_isolation == "serializable" {
+        // Conflicts with itself, but not with those who read or write the table.
+        conn.batch_execute("LOCK TABLE webhook_events IN SHARE UPDATE EXCLUSIVE MODE")?;
+    }
+    Ok(())
+}
+
+#[derive(QueryableByName)]
+struct Setting {
+    #[diesel(sql_type = Text)]
+    transaction_isolation: String,
 }
 
 /// Returns the gateway customers of the subscriptions.
@@ -144,8 +170,8 @@ fn reset_plan(conn: &mut PgConnection, user_id: UserId) -> QueryResult<()> {
 
 /// Empties the payload of each closed event in which a string is one of `names`, in any case.
 fn anonymise_webhooks(conn: &mut PgConnection, names: &[String]) -> QueryResult<()> {
-    // Not the DSL: it has no set-returning function in FROM. Locked in the order of the key, because an event can name two
-    // users who are anonymised at once.
+    // Not the DSL: it has no set-returning function in FROM. Locked in the order of the key,
+    // because an event can name two users who are anonymised at once.
     diesel::sql_query(
         r#"WITH naming AS MATERIALIZED (
                SELECT event_id
