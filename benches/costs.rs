@@ -7,7 +7,7 @@ use std::error::Error;
 
 use bruhmcp_db::enums::TransactionStatus;
 use bruhmcp_db::ids::{InstanceId, TransactionId, UserId};
-use bruhmcp_db::migrations::Runner;
+use bruhmcp_db::migrations::MIGRATIONS;
 use bruhmcp_db::models::{McpInstance, NewSubscriptionTransaction, User};
 use bruhmcp_db::schema::{mcp_service_table, subscription_transactions};
 use bruhmcp_devdb::{Database, Server};
@@ -15,6 +15,7 @@ use diesel::connection::SimpleConnection;
 use diesel::dsl::sql;
 use diesel::prelude::*;
 use diesel::sql_types::{Array, BigInt, Uuid as SqlUuid};
+use diesel_migrations::MigrationHarness;
 use uuid::Uuid;
 
 type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
@@ -50,8 +51,9 @@ fn ratio(other: i64, taken: i64) -> f64 {
 /// A migrated database of its own with users, so that no case works on what another has left.
 fn database(server: &Server) -> Result<(Database, PgConnection)> {
     let database = server.create_database()?;
-    Runner::new(&database.url())?.run()?;
     let mut conn = PgConnection::establish(&database.url())?;
+    conn.run_pending_migrations(MIGRATIONS)
+        .map_err(|error| error.to_string())?;
     conn.batch_execute(&format!(
         "INSERT INTO users (first_name, last_name, email)
          SELECT 'a', '', n || '@example.in' FROM generate_series(1, {USERS}) AS n;

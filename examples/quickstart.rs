@@ -8,7 +8,7 @@ use std::error::Error;
 use bruhmcp_db::crypto::{KeyRing, SecretColumn};
 use bruhmcp_db::enums::{AuditStatus, AuthType, PaymentGateway, WebhookStatus};
 use bruhmcp_db::ids::{InstanceId, ServiceId, UserId};
-use bruhmcp_db::migrations::{Event, Runner};
+use bruhmcp_db::migrations::{self, Event};
 use bruhmcp_db::models::{
     CredentialError, InstanceError, InstanceFilter, McpCredential, McpInstance, McpService,
     NewMcpCredential, NewMcpInstance, NewMcpService, NewSubscriptionTransaction, NewTokenAudit,
@@ -52,7 +52,7 @@ fn heading(text: &str) {
 /// Applies 000 to 007. `diesel migration run` does the same while you develop.
 fn migrate(url: &str) -> Result {
     heading("Migrations");
-    Runner::new(url)?
+    migrations::runner(url)?
         .on_event(|event| {
             if let Event::Finished(step) = event {
                 println!(

@@ -16,7 +16,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use bruhmcp_db::crypto::{KeyRing, TokenKey};
-use bruhmcp_db::migrations::Runner;
+use bruhmcp_db::migrations;
 use bruhmcp_db::{SecretText, crypto};
 use diesel::pg::PgConnection;
 use diesel::r2d2::{ConnectionManager, Pool, PooledConnection};
@@ -88,7 +88,7 @@ fn main() -> ExitCode {
 
 /// Migrating is the deploy's, once, before the services start.
 fn check_schema(url: &str) -> Result<(), &'static str> {
-    let mut runner = Runner::new(url).map_err(|_| "DATABASE_URL isn't a URL")?;
+    let mut runner = migrations::runner(url).map_err(|_| "DATABASE_URL isn't a URL")?;
     let status = runner
         .status()
         .map_err(|_| "no connection to the database of DATABASE_URL")?;

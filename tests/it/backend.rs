@@ -12,9 +12,11 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use bruhmcp_db::enums::AuthType;
+use bruhmcp_db::migrations::MIGRATIONS;
 use bruhmcp_db::models::{McpService, NewMcpService};
 use bruhmcp_devdb::Server;
 use diesel::pg::PgConnection;
+use diesel_migrations::MigrationHarness;
 use hmac::{Hmac, KeyInit, Mac};
 use serde_json::{Value, json};
 use sha2::Sha256;
@@ -540,9 +542,9 @@ fn it_starts_only_where_it_can_work() {
 fn the_database_goes_away_and_comes_back() {
     let server = Server::private(&[]).unwrap();
     let database = TestDatabase::from(server.create_database().unwrap());
-    bruhmcp_db::migrations::Runner::new(&database.url())
-        .unwrap()
-        .run()
+    database
+        .connect()
+        .run_pending_migrations(MIGRATIONS)
         .unwrap();
     add_services(&mut database.connect());
     let mut service = Service::start(&database);

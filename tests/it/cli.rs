@@ -4,6 +4,7 @@ use std::process::{Child, Command, Output, Stdio};
 
 use serde_json::Value;
 
+use crate::runner::{names, next_version, versions};
 use crate::support::empty_database;
 
 /// How a program ended and what it said.
@@ -79,10 +80,15 @@ fn usage() {
         ],
         &[
             "--database-url",
-            "host=localhost password=hush",
+            "host=localhost password=hush hush",
             "run",
             "--json",
         ],
+        &["--database-url", "postgres://user:hush", "status"],
+        &["postgres://user:hush", "status"],
+        &["--no-such-option=postgres://user:hush", "status"],
+        &["host=localhost", "password=hush", "status"],
+        &["run", "--to", "001", "user:hush@localhost"],
     ] {
         let outcome = bruhmcp("", arguments);
         assert_eq!(outcome.code, Some(2), "{outcome:?}");
@@ -90,25 +96,69 @@ fn usage() {
     }
 }
 
+/// A typing error is quoted, unless an argument may be a part of a URL.
+#[test]
+fn usage_names_the_wrong_argument() {
+    let outcome = bruhmcp("", &["verfiy"]);
+    assert!(outcome.err.contains("'verfiy'"), "{outcome:?}");
+    let outcome = bruhmcp("", &["--database-url", "postgres:///x", "verfiy"]);
+    assert_eq!(outcome.err, "error: unrecognized subcommand. See --help.\n");
+}
+
+/// libpq's other ways to name a server: pairs, and a service file with options of its own.
+#[test]
+fn pairs_and_service_files() {
+    let database = empty_database();
+    let url = database.url();
+    let (name, parameters) = url
+        .strip_prefix("postgresql:///")
+        .and_then(|rest| rest.split_once('?'))
+        .unwrap();
+    let pairs = parameters.replace("%2F", "/").replace('&', "\n");
+    let pairs = format!("dbname={name}\n{pairs}");
+    let status = bruhmcp(&pairs.replace('\n', " "), &["status"]);
+    assert_eq!(status.code, Some(3), "{status:?}");
+
+    let file = std::env::temp_dir().join(format!("{name}_service"));
+    let service = |options: &str| {
+        std::fs::write(&file, format!("[here]\n{pairs}\noptions={options}\n")).unwrap();
+        let output = Command::new(env!("CARGO_BIN_EXE_bruhmcp-db"))
+            .env("PGSERVICEFILE", &file)
+            .args(["--database-url", "service=here", "run"])
+            .output();
+        Outcome::from(output.unwrap())
+    };
+    let refused = service("-cdefault_transaction_read_only=on");
+    assert!(
+        refused.err.contains("the session is read-only"),
+        "{refused:?}"
+    );
+    let run = service("");
+    std::fs::remove_file(&file).unwrap();
+    assert_eq!(run.code, Some(0), "{run:?}");
+}
+
 #[test]
 fn each_command_and_its_exit_code() {
     let database = empty_database();
     let url = database.url();
+    let names = names();
+    let [.., before_last, _] = &versions()[..] else {
+        panic!("two migrations at least")
+    };
+    let last = names.last().unwrap();
     let status = bruhmcp(&url, &["status"]);
     assert_eq!(
         (status.code, status.out.lines().last()),
-        (Some(3), Some("8 pending."))
+        (Some(3), Some(&*format!("{} pending.", names.len())))
     );
-    let plan = bruhmcp(&url, &["plan", "--to", "001"]);
+    let plan = bruhmcp(&url, &["plan", "--to", &versions()[1]]);
     assert_eq!(
-        (plan.code, &plan.out[..]),
-        (Some(0), "000_cleanup_old_tables\n001_microsaas_auth\n")
+        (plan.code, plan.out),
+        (Some(0), format!("{}\n{}\n", names[0], names[1]))
     );
-    assert!(
-        bruhmcp(&url, &["plan", "--sql"])
-            .out
-            .contains("-- 007_add_user_billing_details\n")
-    );
+    let plan = bruhmcp(&url, &["plan", "--sql"]);
+    assert!(plan.out.contains(&format!("-- {last}\n")), "{plan:?}");
 
     let run = bruhmcp(&url, &["run", "--to", "006"]);
     assert_eq!((run.code, run.out.lines().count()), (Some(0), 7), "{run:?}");
@@ -121,23 +171,27 @@ fn each_command_and_its_exit_code() {
         "{drift:?}"
     );
 
+    let run = bruhmcp(&url, &["run", "--to", before_last]);
+    assert_eq!(run.code, Some(0), "{run:?}");
     let run = bruhmcp(&url, &["run"]);
     assert!(
-        run.out
-            .starts_with("applied   007_add_user_billing_details "),
+        run.out.starts_with(&format!("applied   {last} ")),
         "{run:?}"
     );
     assert_eq!(bruhmcp(&url, &["run"]).out, "Nothing to do.\n");
     assert_eq!(bruhmcp(&url, &["verify"]).code, Some(0));
     assert_eq!(bruhmcp(&url, &["status"]).code, Some(0));
     assert_eq!(bruhmcp(&url, &["plan"]).out, "Nothing is pending.\n");
-    assert_eq!(bruhmcp(&url, &["run", "--to", "008"]).code, Some(5));
+    assert_eq!(
+        bruhmcp(&url, &["run", "--to", &next_version()]).code,
+        Some(5)
+    );
 
     // Nothing is in the tables: nothing to confirm.
     let redo = bruhmcp(&url, &["redo", "--all"]);
     assert_eq!(
         (redo.code, redo.out.lines().count()),
-        (Some(0), 16),
+        (Some(0), 2 * names.len()),
         "{redo:?}"
     );
 
@@ -146,14 +200,15 @@ fn each_command_and_its_exit_code() {
     assert_eq!((refused.code, &refused.out[..]), (Some(5), ""));
     assert_eq!(
         refused.err,
-        "Rows that will be lost:\n  public.user_plans: 1 row(s)\n  public.users: 1 row(s)\n\
-         No terminal to ask at: --yes is needed.\nerror: refused: not confirmed; nothing was changed\n"
+        "This deletes:\n  public.user_plans: 1 row\n  public.users: 1 row\n\
+         There is no terminal to ask at. Add --yes to confirm.\n\
+         error: refused, nothing was changed: the revert was not confirmed.\n"
     );
     assert_eq!(database.psql("SELECT count(*) FROM users").unwrap(), "1\n");
     let reverted = bruhmcp(&url, &["revert", "--to", "000", "--yes"]);
     assert_eq!(
         (reverted.code, reverted.out.lines().count()),
-        (Some(0), 7),
+        (Some(0), names.len() - 1),
         "{reverted:?}"
     );
     assert_eq!(bruhmcp(&url, &["revert", "-n", "1"]).code, Some(0));
@@ -166,7 +221,7 @@ fn json_of_each_command() {
     let status = json(&bruhmcp(&url, &["status", "--json"]));
     assert_eq!(
         (&status["pending"], &status["migrations"][0]["applied_at"]),
-        (&8.into(), &Value::Null)
+        (&names().len().into(), &Value::Null)
     );
     let plan = json(&bruhmcp(&url, &["plan", "--json", "--sql"]));
     assert!(
@@ -176,9 +231,10 @@ fn json_of_each_command() {
             .contains("CREATE TABLE users")
     );
     let run = json(&bruhmcp(&url, &["--json", "run"]));
+    let step = run["steps"].as_array().unwrap().last().unwrap();
     assert_eq!(
-        (&run["steps"][7]["version"], &run["steps"][7]["direction"]),
-        (&"007".into(), &"up".into())
+        (&step["version"], &step["direction"]),
+        (&(&**versions().last().unwrap()).into(), &"up".into())
     );
     assert!(run["steps"][1]["duration_ms"].as_f64().unwrap() > 0.0);
     assert_eq!(
@@ -194,8 +250,12 @@ fn json_of_each_command() {
         redo["lost"][1],
         serde_json::json!({ "table": "public.users", "column": null, "rows": 1 })
     );
-    let revert = json(&bruhmcp(&url, &["revert", "--json"]));
-    assert_eq!(revert["steps"][0]["name"], "007_add_user_billing_details");
+    let revert = json(&bruhmcp(
+        &url,
+        &["revert", "--to", "006", "--yes", "--json"],
+    ));
+    let newest = &revert["steps"][0]["name"];
+    assert_eq!(newest, names().last().unwrap());
     database
         .psql("CREATE TABLE user_billing_details ()")
         .unwrap();
@@ -238,10 +298,7 @@ fn asks_at_a_terminal() {
             .unwrap();
         let outcome: Outcome = child.wait_with_output().unwrap().into();
         assert_eq!(outcome.code, Some(code), "{outcome:?}");
-        assert!(
-            outcome.out.contains("public.users: 1 row(s)"),
-            "{outcome:?}"
-        );
-        assert!(outcome.out.contains("Type yes to go on: "), "{outcome:?}");
+        assert!(outcome.out.contains("public.users: 1 row"), "{outcome:?}");
+        assert!(outcome.out.contains("Type yes to confirm: "), "{outcome:?}");
     }
 }

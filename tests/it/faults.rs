@@ -1,117 +1,122 @@
-//! What becomes of a database when something goes wrong around the runner; `docs/faults.md` is this test's report.
+//! Faults around the runner, each with the real binary and a real server. `docs/faults.md` has what
+//! they see: `BRUHMCP_WRITE=1 script/test faults::` writes it.
 
-use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{LazyLock, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use bruhmcp_db::migrations::{MIGRATIONS, Runner};
+use bruhmcp_db::migrations::MIGRATIONS;
 use bruhmcp_devdb::{Database, Server};
 use diesel::connection::SimpleConnection;
 use diesel::prelude::*;
-use diesel_migrations::{FileBasedMigrations, MigrationHarness};
+use diesel_migrations::MigrationHarness;
 
 use crate::cli::{Outcome, bruhmcp, start};
-use crate::runner::{Folder, check_generated};
+use crate::difference::assert_same;
+use crate::runner::{Folder, names, next_version, versions};
 
-const VERSIONS: [&str; 8] = ["000", "001", "002", "003", "004", "005", "006", "007"];
 const USER: &str = "INSERT INTO users (first_name, last_name, email) VALUES ('A', 'B', 'a@b.c')";
+const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/faults.md");
+const HEADER: &str = "\
+# What can go wrong while migrations run
 
-/// A line of the matrix.
+Each row is written by the test of that name in `tests/it/faults.rs`. The test causes the fault with
+the real binary and a real server, and compares what it sees with the row. For the last column it
+checks that the schema is the expected one, that each migration was applied once and that the rows
+from before are still there. Process ids, times and folders are left out (`…`).
+
+| Fault | Reported | State after | The next run | Test |
+| --- | --- | --- | --- | --- |
+";
+
+/// The server of the scenarios that neither stop nor configure one.
+static SERVER: LazyLock<Server> = LazyLock::new(|| Server::private(&[]).unwrap());
+
+/// A row of the page.
 struct Row {
+    test: &'static str,
     fault: &'static str,
     reported: String,
     after: String,
     then: String,
 }
 
-type Scenario = fn(&Server) -> Row;
-
-#[test]
-fn generated_faults() {
-    let scenarios: [Scenario; 27] = [
-        race,
-        killed_run,
-        killed_revert,
-        killed_redo,
-        backend_terminated,
-        server_stopped,
-        server_restarted,
-        no_space,
-        failing_statement,
-        failing_outside_transaction,
-        lock_held,
-        lock_released,
-        table_held,
-        server_down,
-        server_coming_up,
-        wrong_password,
-        wrong_database,
-        no_rights,
-        read_only,
-        replica,
-        search_path,
-        newer_version,
-        unknown_version,
-        out_of_order,
-        diesel_cli,
-        pooler,
-        pooler_that_drops_options,
-    ];
-    let server = Server::private(&[]).unwrap();
-    let next = AtomicUsize::new(0);
-    let rows = Mutex::new(BTreeMap::new());
-    thread::scope(|scope| {
-        for _ in 0..2 {
-            scope.spawn(|| {
-                loop {
-                    let index = next.fetch_add(1, Ordering::Relaxed);
-                    let Some(scenario) = scenarios.get(index) else {
-                        break;
-                    };
-
-                    let row = scenario(&server);
-
-                    rows.lock().unwrap().insert(index, row);
-                }
-            });
+impl Row {
+    /// Compares the row with the page's, or writes it if `BRUHMCP_WRITE` is set.
+    #[track_caller]
+    fn check(self) {
+        let Self {
+            test,
+            fault,
+            reported,
+            after,
+            then,
+        } = self;
+        let row = format!("| {fault} | {reported} | {after} | {then} | `{test}` |");
+        if std::env::var_os("BRUHMCP_WRITE").is_some() {
+            return rewrite(
+                |rows| match rows.iter_mut().find(|row| test_of(row) == test) {
+                    Some(same) => *same = row,
+                    None => rows.push(row),
+                },
+            );
         }
-    });
-    check_generated(
-        "generated_faults",
-        "docs/faults.md",
-        &page(rows.into_inner().unwrap().values()),
-    );
-}
-
-fn page<'a>(rows: impl Iterator<Item = &'a Row>) -> String {
-    let mut page = String::from(
-        "# What can go wrong while migrations run\n\n\
-         Written by a test (`generated_faults` in `tests/it/faults.rs`), which brings each fault about with the real binary \
-         and a real server, compares the outcome with this page, and proves before the last column is filled that the schema \
-         is exactly the expected one, that each migration was applied once and that the rows from before are still there. \
-         Process numbers, times and folders are left out.\n\n\
-         | Fault | Reported | State after | The next run |\n| --- | --- | --- | --- |\n",
-    );
-    for Row {
-        fault,
-        reported,
-        after,
-        then,
-    } in rows
-    {
-        writeln!(page, "| {fault} | {reported} | {after} | {then} |").unwrap();
+        let rows = rows();
+        let committed = rows.iter().find(|row| test_of(row) == test);
+        assert_same(committed.map_or("", String::as_str), &row);
     }
-    page
 }
 
-// Tools.
+/// Rows of the page.
+fn rows() -> Vec<String> {
+    let page = fs::read_to_string(PAGE).unwrap_or_default();
+    let rows = page.lines().filter(|line| line.ends_with("` |"));
+    rows.map(str::to_owned).collect()
+}
+
+/// Name of the test that writes the row.
+fn test_of(row: &str) -> &str {
+    row.rsplit('`').nth(1).unwrap_or_default()
+}
+
+/// Writes the page with changed rows. Tests of one process take turns.
+fn rewrite(change: impl FnOnce(&mut Vec<String>)) {
+    static WRITING: Mutex<()> = Mutex::new(());
+    let _writing = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut rows = rows();
+    change(&mut rows);
+    fs::write(PAGE, format!("{HEADER}{}\n", rows.join("\n"))).unwrap();
+}
+
+/// Each row has its test, and each test its row.
+#[test]
+fn page_is_complete() {
+    let tests = Command::new(std::env::current_exe().unwrap())
+        .args(["faults::", "--list", "--format", "terse"])
+        .output()
+        .unwrap();
+    let tests = String::from_utf8(tests.stdout).unwrap();
+    let mut tests: Vec<&str> = tests
+        .lines()
+        .filter_map(|line| line.strip_prefix("faults::")?.strip_suffix(": test"))
+        .filter(|&test| test != "page_is_complete")
+        .collect();
+    if std::env::var_os("BRUHMCP_WRITE").is_some() {
+        return rewrite(|rows| rows.retain(|row| tests.contains(&test_of(row))));
+    }
+    let rows = rows();
+    let page = fs::read_to_string(PAGE).unwrap();
+    assert_same(&page, &format!("{HEADER}{}\n", rows.join("\n")));
+    let mut listed: Vec<&str> = rows.iter().map(|row| test_of(row)).collect();
+    listed.sort_unstable();
+    tests.sort_unstable();
+    assert_same(&tests.join("\n"), &listed.join("\n"));
+}
 
 fn query(database: &Database, sql: &str) -> String {
     let output = database
@@ -147,7 +152,7 @@ fn dump(database: &Database) -> String {
         .join("\n")
 }
 
-/// Waits for something outside of this process; each try is a query.
+/// Polls for something outside this process.
 fn until(what: &str, mut happened: impl FnMut() -> bool) {
     let begin = Instant::now();
     while !happened() {
@@ -159,7 +164,7 @@ fn until(what: &str, mut happened: impl FnMut() -> bool) {
     }
 }
 
-/// Applied versions in their order.
+/// Returns the applied versions, oldest first.
 fn applied(database: &Database) -> Vec<String> {
     if query(
         database,
@@ -175,29 +180,39 @@ fn applied(database: &Database) -> Vec<String> {
     versions.lines().map(str::to_owned).collect()
 }
 
-/// What is applied, in words.
+/// Describes what is applied, after checking that no version is left out.
 fn state(database: &Database) -> String {
     let applied = applied(database);
-    assert_eq!(applied, VERSIONS[..applied.len()]);
+    assert_eq!(applied, versions()[..applied.len()]);
     match &applied[..] {
         [] => "nothing applied".into(),
-        [.., last] if applied.len() == VERSIONS.len() => format!("all applied, to {last}"),
-        [.., last] => format!("applied to {last}, nothing of the next"),
+        [..] if applied.len() == versions().len() => "all applied".into(),
+        [.., last] => format!("applied to {last}"),
     }
 }
 
-/// A database at 001 with a user in it.
+/// Adds a row to the ledger.
+fn record(database: &Database, version: &str) {
+    let insert = format!("INSERT INTO __diesel_schema_migrations VALUES ('{version}')");
+    query(database, &insert);
+}
+
+/// Deletes a row of the ledger.
+fn forget(database: &Database, version: &str) {
+    let delete = format!("DELETE FROM __diesel_schema_migrations WHERE version = '{version}'");
+    query(database, &delete);
+}
+
+/// Creates a database at 001, with a user in it.
 fn with_user(server: &Server) -> Database {
     let database = server.create_database().unwrap();
-    assert_eq!(
-        bruhmcp(&database.url(), &["run", "--to", "001"]).code,
-        Some(0)
-    );
+    let run = bruhmcp(&database.url(), &["run", "--to", "001"]);
+    assert_eq!(run.code, Some(0), "{run:?}");
     query(&database, USER);
     database
 }
 
-/// Runs what is left and proves that nothing is missing.
+/// Applies what is pending, and checks that nothing is missing.
 fn finish(database: &Database) -> String {
     let url = database.url();
     let users = "SELECT count(*) FROM users";
@@ -208,7 +223,7 @@ fn finish(database: &Database) -> String {
     };
     let run = bruhmcp(&url, &["run"]);
     assert_eq!(run.code, Some(0), "{run:?}");
-    assert_eq!(applied(database), VERSIONS);
+    assert_eq!(applied(database), versions());
     let verify = bruhmcp(&url, &["verify"]);
     assert_eq!(verify.code, Some(0), "{verify:?}");
     assert_eq!(query(database, users), before);
@@ -220,11 +235,10 @@ fn finish(database: &Database) -> String {
     "exit 0, complete".into()
 }
 
-/// What was said, without what differs from run to run.
+/// Returns the exit code and the messages, without what differs from run to run.
 fn said(outcome: &Outcome) -> String {
     let mut text = outcome.err.clone();
     for (before, after) in [
-        ("backend ", ""),
         ("process ", ""),
         ("since ", " UTC"),
         ("up after ", " s"),
@@ -232,7 +246,7 @@ fn said(outcome: &Outcome) -> String {
         ("on socket \"", "\""),
         ("extend file \"", "\""),
         ("was lost (", ")\n"),
-        ("be asked (", "): look"),
+        ("be reached (", "). Run"),
         ("database \"bruhmcp_dev", "\""),
     ] {
         let mut rest = text.as_str();
@@ -249,6 +263,7 @@ fn said(outcome: &Outcome) -> String {
         }
         text = cleaned + rest;
     }
+    let text = text.replace(&next_version(), "…");
     let code = outcome
         .code
         .map_or("killed".into(), |code| format!("exit {code}"));
@@ -264,7 +279,7 @@ fn said(outcome: &Outcome) -> String {
     }
 }
 
-/// A session of the test's own that keeps `users` to itself until it is dropped.
+/// Opens a session that locks `users` until it is dropped.
 fn hold_users(database: &Database) -> PgConnection {
     let mut connection = PgConnection::establish(&database.url()).unwrap();
     connection.batch_execute("BEGIN; LOCK TABLE users").unwrap();
@@ -273,7 +288,7 @@ fn hold_users(database: &Database) -> PgConnection {
 
 const RUNNERS: &str = "FROM pg_stat_activity WHERE datname = current_database() AND application_name LIKE 'bruhmcp-db %'";
 
-/// Starts a run on a database at 001 that gets stuck in the middle of 002, behind the lock of [`hold_users`].
+/// Starts a run on a database at 001 that waits in 002 for the lock of [`hold_users`].
 fn stuck_run(database: &Database, arguments: &[&str]) -> Child {
     let child = start(&database.url(), &[&["run"], arguments].concat());
     until("a runner waiting for the table", || {
@@ -293,9 +308,9 @@ fn with_parameter(database: &Database, parameter: &str) -> String {
     format!("{}&{parameter}", database.url())
 }
 
-// The faults.
-
-fn race(server: &Server) -> Row {
+#[test]
+fn runners_at_once() {
+    let server = &*SERVER;
     for _ in 0..25 {
         let database = server.create_database().unwrap();
         let runners: Vec<Child> = (0..16)
@@ -307,74 +322,79 @@ fn race(server: &Server) -> Row {
             let report: serde_json::Value = serde_json::from_str(&outcome.out).unwrap();
             steps += report["steps"].as_array().unwrap().len();
         }
-        assert_eq!(steps, VERSIONS.len());
+        assert_eq!(steps, versions().len());
         finish(&database);
     }
     Row {
-        fault: "16 runners at once on an empty database, 25 times",
-        reported: "exit 0 from each of the 400; of 16, each migration is reported by one".into(),
-        after: "all applied, to 007".into(),
+        test: "runners_at_once",
+        fault: "16 runners start at once on an empty database, 25 times",
+        reported: "exit 0 from each of the 400; each migration is reported by one of 16".into(),
+        after: "all applied".into(),
         then: "exit 0, nothing to do".into(),
     }
+    .check();
 }
 
-/// Kills a command at 20 moments spread over the time it takes, each on a copy of `template`. `check` gets what is left.
+/// Kills a command at 20 points spread over the time it takes, each on a copy of `template`, and
+/// calls `check` with the database.
 fn killed(server: &Server, template: &Database, arguments: &[&str], check: impl Fn(&Database)) {
-    // The schema at each number of applied versions.
+    // The schema by the number of applied versions.
     let clean = server.create_database().unwrap();
     let mut states = vec![dump(&clean)];
-    for version in VERSIONS {
-        assert_eq!(
-            bruhmcp(&clean.url(), &["run", "--to", version]).code,
-            Some(0)
-        );
+    for version in versions() {
+        let run = bruhmcp(&clean.url(), &["run", "--to", &version]);
+        assert_eq!(run.code, Some(0), "{run:?}");
         states.push(dump(&clean));
     }
     let database = server.create_database_from(template).unwrap();
     let begin = Instant::now();
     assert_eq!(bruhmcp(&database.url(), arguments).code, Some(0));
     let duration = begin.elapsed();
-    for moment in 0..20 {
+    for point in 0..20 {
         let database = server.create_database_from(template).unwrap();
         let mut child = start(&database.url(), arguments);
-        // The moment is what is varied here, not what is waited for.
-        thread::sleep(duration * moment / 20);
+        // Not a wait for something: the time of the kill is what varies.
+        thread::sleep(duration * point / 20);
         child.kill().unwrap();
         child.wait().unwrap();
         until("the end of the killed runner's session", || {
             query(&database, &format!("SELECT count(*) {RUNNERS}")) == "0"
         });
         state(&database);
-        assert!(
-            dump(&database) == states[applied(&database).len()],
-            "moment {moment}"
-        );
+        assert_same(&states[applied(&database).len()], &dump(&database));
         check(&database);
     }
 }
 
-const BOUNDARY: &str = "each time exactly that of a clean run up to some version; its session ends without help, and its locks with it";
+const BOUNDARY: &str = "each time that of a complete run to some version; the session ends by itself and releases its locks";
 
-fn killed_run(server: &Server) -> Row {
+#[test]
+fn kill_minus_9_during_run() {
+    let server = &*SERVER;
     killed(server, &with_user(server), &["run"], |database| {
         finish(database);
         assert_eq!(query(database, "SELECT count(*) FROM users"), "1");
     });
     Row {
-        fault: "kill -9 of the client, run, at 20 moments",
-        reported: "nothing: it was killed".into(),
+        test: "kill_minus_9_during_run",
+        fault: "kill -9 of the client during run, at 20 points",
+        reported: "nothing".into(),
         after: BOUNDARY.into(),
         then: "exit 0, complete".into(),
     }
+    .check();
 }
 
+/// Creates a database with all migrations and a user.
 fn full(server: &Server) -> Database {
     let database = with_user(server);
     assert_eq!(bruhmcp(&database.url(), &["run"]).code, Some(0));
     database
 }
 
-fn killed_revert(server: &Server) -> Row {
+#[test]
+fn kill_minus_9_during_revert() {
+    let server = &*SERVER;
     killed(
         server,
         &full(server),
@@ -382,20 +402,24 @@ fn killed_revert(server: &Server) -> Row {
         |database| {
             let revert = bruhmcp(&database.url(), &["revert", "--to", "001", "--yes"]);
             assert_eq!(revert.code, Some(0), "{revert:?}");
-            assert_eq!(applied(database), VERSIONS[..2]);
+            assert_eq!(applied(database), versions()[..2]);
             finish(database);
             assert_eq!(query(database, "SELECT count(*) FROM users"), "1");
         },
     );
     Row {
-        fault: "kill -9 of the client, revert to 001, at 20 moments",
-        reported: "nothing: it was killed".into(),
+        test: "kill_minus_9_during_revert",
+        fault: "kill -9 of the client during revert to 001, at 20 points",
+        reported: "nothing".into(),
         after: BOUNDARY.into(),
         then: "revert: exit 0, at 001; run: exit 0, complete".into(),
     }
+    .check();
 }
 
-fn killed_redo(server: &Server) -> Row {
+#[test]
+fn kill_minus_9_during_redo() {
+    let server = &*SERVER;
     killed(
         server,
         &full(server),
@@ -406,14 +430,18 @@ fn killed_redo(server: &Server) -> Row {
         },
     );
     Row {
-        fault: "kill -9 of the client, redo of the last 4, at 20 moments",
-        reported: "nothing: it was killed".into(),
+        test: "kill_minus_9_during_redo",
+        fault: "kill -9 of the client during redo of the last 4, at 20 points",
+        reported: "nothing".into(),
         after: BOUNDARY.into(),
         then: "exit 0, complete".into(),
     }
+    .check();
 }
 
-fn backend_terminated(server: &Server) -> Row {
+#[test]
+fn backend_terminated() {
+    let server = &*SERVER;
     let database = with_user(server);
     let holder = hold_users(&database);
     let run = stuck_run(&database, &[]);
@@ -424,14 +452,17 @@ fn backend_terminated(server: &Server) -> Row {
     let outcome = ended(run);
     drop(holder);
     Row {
-        fault: "the backend terminated in the middle of 002",
+        test: "backend_terminated",
+        fault: "pg_terminate_backend in the middle of 002",
         reported: said(&outcome),
         after: state(&database),
         then: finish(&database),
     }
+    .check();
 }
 
-fn server_stopped(_: &Server) -> Row {
+#[test]
+fn server_crashes() {
     let server = Server::private(&[]).unwrap();
     let database = with_user(&server);
     let holder = hold_users(&database);
@@ -441,14 +472,17 @@ fn server_stopped(_: &Server) -> Row {
     drop(holder);
     server.start_again().unwrap();
     Row {
+        test: "server_crashes",
         fault: "the server crashes in the middle of 002",
         reported: said(&outcome),
         after: state(&database),
         then: finish(&database),
     }
+    .check();
 }
 
-fn server_restarted(_: &Server) -> Row {
+#[test]
+fn server_crashes_and_returns() {
     let server = Server::private(&[]).unwrap();
     let database = with_user(&server);
     let holder = hold_users(&database);
@@ -458,17 +492,18 @@ fn server_restarted(_: &Server) -> Row {
     server.start_again().unwrap();
     let outcome = ended(run);
     Row {
-        fault: "the server crashes in the middle of 002 and comes back, run with --wait",
+        test: "server_crashes_and_returns",
+        fault: "the server crashes in the middle of 002 and restarts, with --wait",
         reported: said(&outcome),
         after: state(&database),
         then: finish(&database),
     }
+    .check();
 }
 
-/// Migrations of the test's own through the library: what the binary prints is the error's text.
+/// Runs other migrations by the library. The binary prints the same text.
 fn custom(database: &Database, folder: &Folder) -> Outcome {
-    let source = FileBasedMigrations::from_path(folder.path()).unwrap();
-    match Runner::with_source(&database.url(), &source).unwrap().run() {
+    match folder.runner_at(&database.url()).run() {
         Ok(_) => Outcome {
             code: Some(0),
             out: String::new(),
@@ -482,12 +517,13 @@ fn custom(database: &Database, folder: &Folder) -> Outcome {
     }
 }
 
-/// No file system can be filled up without root's rights, but a limit on the size of the server's files stops it at the
-/// same call.
-fn no_space(_: &Server) -> Row {
+/// Only root could fill a file system. A limit on the size of the server's files makes the same
+/// system call fail.
+#[test]
+fn no_space() {
     let server = Server::private(&[]).unwrap();
     let database = server.create_database().unwrap();
-    // By the server's own account, which may do so to its own process.
+    // The server sets it: its account may limit its own process.
     let limit = |size: &str| {
         let pid = server.postmaster_pid().unwrap();
         query(
@@ -518,14 +554,18 @@ fn no_space(_: &Server) -> Row {
     assert_eq!(custom(&database, &folder).code, Some(0));
     assert_eq!(query(&database, "SELECT count(*) FROM big"), "40000");
     Row {
-        fault: "no space for a table's file (the server's files limited to 25 MB, in place of a full disk)",
+        test: "no_space",
+        fault: "no space for a table's file (simulated: the server's files are limited to 25 MB)",
         reported: said(&outcome),
-        after: "applied to 001, nothing of the next".into(),
+        after: "applied to 001".into(),
         then: "exit 0, complete".into(),
     }
+    .check();
 }
 
-fn failing_statement(server: &Server) -> Row {
+#[test]
+fn failing_statement() {
+    let server = &*SERVER;
     let database = server.create_database().unwrap();
     let broken = [
         (
@@ -557,14 +597,18 @@ fn failing_statement(server: &Server) -> Row {
     ];
     assert_eq!(custom(&database, &Folder::new(&mended)).code, Some(0));
     Row {
+        test: "failing_statement",
         fault: "a statement fails in the middle of a file",
         reported: said(&outcome),
-        after: "applied to 001, nothing of the next".into(),
-        then: "with the file mended: exit 0, complete".into(),
+        after: "applied to 001".into(),
+        then: "with the file corrected: exit 0, complete".into(),
     }
+    .check();
 }
 
-fn failing_outside_transaction(server: &Server) -> Row {
+#[test]
+fn failing_outside_transaction() {
+    let server = &*SERVER;
     let database = server.create_database().unwrap();
     let folder = Folder::new(&[
         (
@@ -591,14 +635,18 @@ fn failing_outside_transaction(server: &Server) -> Row {
     query(&database, "DELETE FROM first WHERE ctid = '(0,1)'");
     assert_eq!(custom(&database, &folder).code, Some(0));
     Row {
-        fault: "CREATE INDEX CONCURRENTLY fails, outside a transaction",
+        test: "failing_outside_transaction",
+        fault: "CREATE INDEX CONCURRENTLY fails outside a transaction",
         reported: said(&outcome),
-        after: "applied to 001, and an invalid index is there".into(),
-        then: "after DROP INDEX and with the rows mended: exit 0, complete".into(),
+        after: "applied to 001, with an invalid index".into(),
+        then: "after DROP INDEX and with the rows corrected: exit 0, complete".into(),
     }
+    .check();
 }
 
-fn lock_held(server: &Server) -> Row {
+#[test]
+fn lock_held() {
+    let server = &*SERVER;
     let database = with_user(server);
     let holder = hold_users(&database);
     let first = stuck_run(&database, &[]);
@@ -607,14 +655,18 @@ fn lock_held(server: &Server) -> Row {
     drop(holder);
     assert_eq!(ended(first).code, Some(0));
     Row {
-        fault: "another runner is at work, --lock-wait 0",
+        test: "lock_held",
+        fault: "another runner works, with --lock-wait 0",
         reported: said(&outcome),
         after,
-        then: format!("once the other is done: {}", finish(&database)),
+        then: format!("when the other has finished: {}", finish(&database)),
     }
+    .check();
 }
 
-fn lock_released(server: &Server) -> Row {
+#[test]
+fn lock_released() {
+    let server = &*SERVER;
     let database = with_user(server);
     let holder = hold_users(&database);
     let first = stuck_run(&database, &[]);
@@ -627,14 +679,18 @@ fn lock_released(server: &Server) -> Row {
     let outcome = ended(second);
     assert_eq!(outcome.out, "Nothing to do.\n");
     Row {
-        fault: "another runner is at work and finishes",
+        test: "lock_released",
+        fault: "another runner works and finishes",
         reported: said(&outcome),
         after: state(&database),
         then: finish(&database),
     }
+    .check();
 }
 
-fn table_held(server: &Server) -> Row {
+#[test]
+fn table_held() {
+    let server = &*SERVER;
     let database = with_user(server);
     let holder = hold_users(&database);
     let outcome = ended(stuck_run(&database, &[]));
@@ -647,14 +703,17 @@ fn table_held(server: &Server) -> Row {
         "{outcome:?}"
     );
     Row {
-        fault: "another session holds a table for longer than 5 s",
+        test: "table_held",
+        fault: "another session locks a table for more than 5 s",
         reported: said(&outcome),
         after,
         then: finish(&database),
     }
+    .check();
 }
 
-fn server_down(_: &Server) -> Row {
+#[test]
+fn server_down() {
     let server = Server::private(&[]).unwrap();
     let database = with_user(&server);
     server.stop(false).unwrap();
@@ -663,18 +722,21 @@ fn server_down(_: &Server) -> Row {
     server.start_again().unwrap();
     assert_eq!(ended(run).code, Some(0));
     Row {
+        test: "server_down",
         fault: "the server is down",
         reported: said(&outcome),
         after: "unchanged".into(),
         then: format!(
-            "with --wait, started before the server: {}",
+            "with --wait, before the server starts: {}",
             finish(&database)
         ),
     }
+    .check();
 }
 
-/// A recovery that waits for a file keeps the server from coming up for as long as the test wants.
-fn server_coming_up(_: &Server) -> Row {
+/// The server starts as long as its recovery waits for a file.
+#[test]
+fn server_starting() {
     let settings = [
         (
             "restore_command",
@@ -702,20 +764,23 @@ fn server_coming_up(_: &Server) -> Row {
         let outcome = bruhmcp(&database.url(), &["run"]);
         let run = start(&database.url(), &["run", "--wait", "3600"]);
         let before = refused();
-        until("the runner's second try", || refused() > before + 20);
+        until("more tries of the runner", || refused() > before + 20);
         fs::write(folder.join("data/go"), "").unwrap();
         (outcome, ended(run))
     });
     assert_eq!(run.code, Some(0), "{run:?}");
     Row {
-        fault: "the server is still starting",
+        test: "server_starting",
+        fault: "the server is starting",
         reported: said(&outcome),
         after: "unchanged".into(),
         then: format!("with --wait: {}", finish(&database)),
     }
+    .check();
 }
 
-fn wrong_password(_: &Server) -> Row {
+#[test]
+fn wrong_password() {
     let server = Server::private(&[]).unwrap();
     let database = with_user(&server);
     query(&database, "CREATE ROLE somebody LOGIN PASSWORD 'right'");
@@ -732,26 +797,34 @@ fn wrong_password(_: &Server) -> Row {
     let outcome = bruhmcp(&url, &["run", "--wait", "86400"]);
     assert!(!format!("{outcome:?}").contains("hush"), "{outcome:?}");
     Row {
+        test: "wrong_password",
         fault: "a wrong password, with --wait 86400",
         reported: said(&outcome),
         after: state(&database),
         then: finish(&database),
     }
+    .check();
 }
 
-fn wrong_database(server: &Server) -> Row {
+#[test]
+fn wrong_database() {
+    let server = &*SERVER;
     let database = with_user(server);
     let url = database.url().replace(database.name(), "no_such_database");
     let outcome = bruhmcp(&url, &["run", "--wait", "86400"]);
     Row {
+        test: "wrong_database",
         fault: "a database that doesn't exist, with --wait 86400",
         reported: said(&outcome),
         after: state(&database),
         then: finish(&database),
     }
+    .check();
 }
 
-fn no_rights(server: &Server) -> Row {
+#[test]
+fn no_rights() {
+    let server = &*SERVER;
     let database = with_user(server);
     query(&database, "CREATE ROLE reader LOGIN");
     query(
@@ -763,21 +836,25 @@ fn no_rights(server: &Server) -> Row {
     let status = bruhmcp(&url, &["status"]);
     assert_eq!(
         (status.code, status.out.matches("pending  ").count()),
-        (Some(3), 6),
+        (Some(3), names().len() - 2),
         "{status:?}"
     );
     let after = state(&database);
     let then = finish(&database);
     assert_eq!(bruhmcp(&url, &["verify"]).code, Some(0));
     Row {
+        test: "no_rights",
         fault: "a role without CREATE",
-        reported: format!("{}; status and verify work", said(&outcome)),
+        reported: format!("{}<br>`status` and `verify` work.", said(&outcome)),
         after,
         then: format!("with the owner's role: {then}"),
     }
+    .check();
 }
 
-fn read_only(server: &Server) -> Row {
+#[test]
+fn read_only() {
+    let server = &*SERVER;
     let database = with_user(server);
     let url = with_parameter(&database, "options=-cdefault_transaction_read_only%3Don");
     let outcome = bruhmcp(&url, &["run"]);
@@ -786,15 +863,18 @@ fn read_only(server: &Server) -> Row {
     let then = finish(&database);
     assert_eq!(bruhmcp(&url, &["verify"]).code, Some(0));
     Row {
+        test: "read_only",
         fault: "a read-only session",
-        reported: format!("{}; status and verify work", said(&outcome)),
+        reported: format!("{}<br>`status` and `verify` work.", said(&outcome)),
         after,
         then: format!("without it: {then}"),
     }
+    .check();
 }
 
-/// A server in recovery, as a replica is; without a primary to follow it waits for one.
-fn replica(_: &Server) -> Row {
+/// A standby without a primary.
+#[test]
+fn replica() {
     let server = Server::private(&[]).unwrap();
     let database = with_user(&server);
     let signal = server.folder().unwrap().join("data/standby.signal");
@@ -810,14 +890,18 @@ fn replica(_: &Server) -> Row {
     fs::remove_file(&signal).unwrap();
     server.start_again().unwrap();
     Row {
+        test: "replica",
         fault: "a replica",
-        reported: format!("{}; status and verify work", said(&outcome)),
+        reported: format!("{}<br>`status` and `verify` work.", said(&outcome)),
         after: state(&database),
         then: format!("on the primary: {}", finish(&database)),
     }
+    .check();
 }
 
-fn search_path(server: &Server) -> Row {
+#[test]
+fn search_path() {
+    let server = &*SERVER;
     let database = with_user(server);
     query(&database, "CREATE SCHEMA other");
     let url = with_parameter(&database, "options=-csearch_path%3Dother");
@@ -825,71 +909,74 @@ fn search_path(server: &Server) -> Row {
     let status = bruhmcp(&url, &["status"]);
     assert_eq!(
         (status.code, status.out.matches("pending  ").count()),
-        (Some(3), 6),
+        (Some(3), names().len() - 2),
         "{status:?}"
     );
     Row {
-        fault: "a search_path that leads elsewhere",
-        reported: format!("{}; status reads public all the same", said(&outcome)),
+        test: "search_path",
+        fault: "a search_path that begins with another schema",
+        reported: format!("{}<br>`status` reads public.", said(&outcome)),
         after: state(&database),
         then: format!("without it: {}", finish(&database)),
     }
+    .check();
 }
 
-fn newer_version(server: &Server) -> Row {
+#[test]
+fn newer_version() {
+    let server = &*SERVER;
     let database = full(server);
-    query(
-        &database,
-        "INSERT INTO __diesel_schema_migrations VALUES ('008')",
-    );
+    record(&database, &next_version());
     let outcome = bruhmcp(&database.url(), &["run"]);
     Row {
-        fault: "a newer version applied by a newer program, nothing pending (a rolling deploy)",
+        test: "newer_version",
+        fault: "a newer program has applied a newer version, nothing is pending (a rolling deploy)",
         reported: said(&outcome),
         after: "unchanged".into(),
         then: "the same".into(),
     }
+    .check();
 }
 
-fn unknown_version(server: &Server) -> Row {
+#[test]
+fn unknown_version() {
+    let server = &*SERVER;
     let database = with_user(server);
-    query(
-        &database,
-        "INSERT INTO __diesel_schema_migrations VALUES ('008')",
-    );
+    record(&database, &next_version());
     let outcome = bruhmcp(&database.url(), &["run"]);
-    query(
-        &database,
-        "DELETE FROM __diesel_schema_migrations WHERE version = '008'",
-    );
+    forget(&database, &next_version());
     Row {
-        fault: "an unknown version together with pending ones",
+        test: "unknown_version",
+        fault: "an unknown version is applied, others are pending",
         reported: said(&outcome),
         after: state(&database),
         then: format!("with the row deleted: {}", finish(&database)),
     }
+    .check();
 }
 
-fn out_of_order(server: &Server) -> Row {
-    let database = full(server);
-    query(
-        &database,
-        "DELETE FROM __diesel_schema_migrations WHERE version = '003'",
-    );
+#[test]
+fn out_of_order() {
+    let server = &*SERVER;
+    let database = with_user(server);
+    let run = bruhmcp(&database.url(), &["run", "--to", "004"]);
+    assert_eq!(run.code, Some(0), "{run:?}");
+    forget(&database, "003");
     let outcome = bruhmcp(&database.url(), &["run"]);
-    query(
-        &database,
-        "INSERT INTO __diesel_schema_migrations VALUES ('003')",
-    );
+    record(&database, "003");
     Row {
-        fault: "a pending version before an applied one",
+        test: "out_of_order",
+        fault: "a pending version is older than an applied one",
         reported: said(&outcome),
         after: "unchanged".into(),
         then: format!("with the row put back: {}", finish(&database)),
     }
+    .check();
 }
 
-fn diesel_cli(server: &Server) -> Row {
+#[test]
+fn diesel_cli() {
+    let server = &*SERVER;
     for _ in 0..5 {
         let database = server.create_database().unwrap();
         let folder = Folder::new(&[("empty", "", "")]);
@@ -913,7 +1000,7 @@ fn diesel_cli(server: &Server) -> Row {
             let outcome = ended(diesel);
             assert!(matches!(outcome.code, Some(0 | 1)), "{outcome:?}");
         } else {
-            // Either outcome is right, as above.
+            // Success and failure are both right, as above.
             let _ = PgConnection::establish(&database.url())
                 .unwrap()
                 .run_pending_migrations(MIGRATIONS);
@@ -924,15 +1011,17 @@ fn diesel_cli(server: &Server) -> Row {
         finish(&database);
     }
     Row {
-        fault: "`diesel migration run` (or its harness, where the CLI is not installed), which takes no lock, at the same time, 5 times",
-        reported: "exit 0, or exit 1 from the one that came second to a migration, which names it"
+        test: "diesel_cli",
+        fault: "`diesel migration run` (or its harness, without the CLI), which takes no lock, at the same time, 5 times",
+        reported: "exit 0, or exit 1 from the one that was second at a migration and names it"
             .into(),
-        after: "applied to some version, nothing of the next, each once".into(),
+        after: "applied to some version, each once".into(),
         then: "exit 0, complete".into(),
     }
+    .check();
 }
 
-/// PgBouncer in transaction mode in front of a server.
+/// PgBouncer in transaction mode, for a server.
 struct Bouncer {
     folder: PathBuf,
     child: Child,
@@ -957,7 +1046,7 @@ impl Bouncer {
         .unwrap();
         let id = Command::new("id").arg("-u").output().unwrap();
         let mut command = Command::new("pgbouncer");
-        // Debian has it where only root's PATH leads.
+        // Debian has pgbouncer in a folder of root's PATH.
         if let Some(path) = std::env::var_os("PATH") {
             let mut folders: Vec<PathBuf> = std::env::split_paths(&path).collect();
             folders.push("/usr/sbin".into());
@@ -1021,7 +1110,7 @@ fn through_pooler(server: &Server, ignored: &str) -> (String, String, String) {
     assert_eq!(bruhmcp(&url, &["verify"]).code, Some(0));
     (
         format!(
-            "{}; status and verify work, and so does run with nothing pending",
+            "{}<br>`status`, `verify`, and `run` with nothing pending work.",
             outcomes[0]
         ),
         after,
@@ -1029,22 +1118,30 @@ fn through_pooler(server: &Server, ignored: &str) -> (String, String, String) {
     )
 }
 
-fn pooler(server: &Server) -> Row {
+#[test]
+fn pooler() {
+    let server = &*SERVER;
     let (reported, after, then) = through_pooler(server, "extra_float_digits");
     Row {
+        test: "pooler",
         fault: "PgBouncer in transaction mode, 4 runners at once",
         reported,
         after,
         then,
     }
+    .check();
 }
 
-fn pooler_that_drops_options(server: &Server) -> Row {
+#[test]
+fn pooler_that_drops_options() {
+    let server = &*SERVER;
     let (reported, after, then) = through_pooler(server, "extra_float_digits, options");
     Row {
+        test: "pooler_that_drops_options",
         fault: "PgBouncer in transaction mode with ignore_startup_parameters = options, 4 runners at once",
         reported,
         after,
         then,
     }
+    .check();
 }

@@ -3,7 +3,7 @@
 
 mod archive;
 mod audit;
-#[cfg(all(feature = "crypto", feature = "r2d2"))]
+#[cfg(all(feature = "crypto", feature = "migrator", feature = "r2d2"))]
 mod backend;
 mod billing;
 #[cfg(feature = "cli")]
@@ -11,6 +11,7 @@ mod cli;
 mod concurrency;
 mod conventions;
 mod credits;
+mod difference;
 mod enums;
 // Limits and poolers are set up the Linux way.
 #[cfg(all(feature = "cli", target_os = "linux"))]
@@ -26,9 +27,10 @@ mod monitor;
 mod oauth;
 mod payments;
 mod plans;
-#[cfg(feature = "crypto")]
+#[cfg(all(feature = "crypto", feature = "migrator"))]
 mod quickstart;
 mod rules;
+#[cfg(feature = "migrator")]
 mod runner;
 #[cfg(feature = "crypto")]
 mod sealing;

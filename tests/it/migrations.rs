@@ -6,10 +6,11 @@ use std::path::Path;
 
 use diesel::connection::SimpleConnection;
 
+use crate::difference::assert_same;
 use crate::rules::with_keys;
 use crate::support::{TestDatabase, database, down_sql, empty_database, up_sql};
 
-/// As Diesel runs it: in one transaction.
+/// Runs a file as Diesel does: in one transaction.
 fn apply(database: &TestDatabase, file: &Path) {
     let sql = fs::read_to_string(file).unwrap();
     database
@@ -25,14 +26,15 @@ fn each_down_undoes_its_up() {
         apply(&database, up);
         let after = database.dump(&[]);
         apply(&database, &down);
-        assert_eq!(database.dump(&[]), before, "{}", down.display());
+        println!("{}", down.display());
+        assert_same(&before, &database.dump(&[]));
         apply(&database, up);
-        assert_eq!(database.dump(&[]), after, "{}", up.display());
+        println!("{}", up.display());
+        assert_same(&after, &database.dump(&[]));
     }
 }
 
-/// Grants are a part of it: where the roles exist, they leave nothing behind either. On a server of its own, because
-/// roles belong to the whole server.
+/// The downs undo the grants too. On a server of its own, because roles belong to the whole server.
 #[test]
 fn each_down_undoes_its_up_where_the_roles_exist() {
     let server = bruhmcp_devdb::Server::private(&[]).unwrap();
@@ -79,7 +81,8 @@ fn each_down_undoes_its_up_where_the_roles_exist() {
         assert!(!may(role, "token_audit_log", "DELETE") && !may(role, "token_audit_log", "UPDATE"));
     }
 
-    // The triggers work for a role without rights on what they write, and a temporary table doesn't fool them.
+    // The triggers work for a role without rights on the tables they write, and don't take a
+    // temporary table for the real one.
     let rows = with_keys(include_str!("../fixtures/rows.sql"));
     database.psql(&rows).unwrap();
     let sql = with_keys(
@@ -107,10 +110,10 @@ fn each_down_undoes_its_up_where_the_roles_exist() {
     for down in down_sql().iter().rev() {
         apply(&database, down);
     }
-    assert_eq!(database.dump(&[]), before);
+    assert_same(&before, &database.dump(&[]));
 }
 
-/// Rows of users that were there before plans were: each gets the free plan, and the limit holds at once.
+/// Users from before 005 get the free plan, and its limit applies at once.
 #[test]
 fn plans_are_backfilled() {
     let database = empty_database();
@@ -188,7 +191,7 @@ fn versions_are_unique_and_ascend() {
     );
 }
 
-/// SQL without its comments and without what stands between `$$`, where BEGIN means something else.
+/// Removes comments and all between `$$`, where BEGIN has another meaning.
 fn bare(sql: &str) -> String {
     let lines = sql
         .lines()
@@ -206,7 +209,7 @@ fn migrations_keep_their_rules() {
         assert!(
             code.trim_start()
                 .starts_with("SET LOCAL LOCK_TIMEOUT = '5S';"),
-            "{name}: no lock_timeout at first"
+            "{name}: does not begin with lock_timeout"
         );
         for statement in code.split(';').map(str::trim) {
             let first = statement.split_whitespace().next().unwrap_or_default();
@@ -255,13 +258,13 @@ fn migrations_keep_their_rules() {
                 .map(|file| file.unwrap().file_name())
                 .collect();
             files.sort();
-            // A metadata.toml, even an empty one, turns the transaction off.
+            // Even an empty metadata.toml turns the transaction off.
             assert_eq!(files, ["down.sql", "up.sql"], "{}", folder.display());
         }
     }
 }
 
-/// A migration after any other in one transaction: what is deferred must not be in the way of the next ALTER TABLE.
+/// Deferred triggers of one migration must not block the ALTER TABLE of the next.
 #[test]
 fn all_migrations_run_in_one_transaction() {
     let database_with_one = empty_database();
@@ -273,5 +276,5 @@ fn all_migrations_run_in_one_transaction() {
         .join("\n");
     conn.batch_execute(&format!("BEGIN;{all};COMMIT")).unwrap();
     let args = ["--exclude-table=__diesel_schema_migrations"];
-    assert_eq!(database_with_one.dump(&args), database().dump(&args));
+    assert_same(&database().dump(&args), &database_with_one.dump(&args));
 }

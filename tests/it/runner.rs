@@ -1,22 +1,21 @@
 //! The migration runner as a library.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bruhmcp_db::migrations::{
-    Difference, Direction, Error, Event, Extent, Loss, MIGRATIONS, Refusal, Reversal, Runner,
-    StateAfter, verify,
+    Direction, Error, Event, Extent, Loss, MIGRATIONS, Note, Refusal, Report, Reversal, Runner,
+    StateAfter, Verification, runner,
 };
-use diesel::connection::SimpleConnection;
 use diesel::migration::MigrationSource;
 use diesel::pg::Pg;
 use diesel_migrations::FileBasedMigrations;
 use sha2::{Digest, Sha256};
 
+use crate::difference::{assert_same, check_generated};
 use crate::support::{TestDatabase, database, empty_database};
 
 /// Migrations of a test's own, in a folder that is removed at its end.
@@ -49,8 +48,12 @@ impl Folder {
     }
 
     pub(crate) fn runner(&self, database: &TestDatabase) -> Runner {
+        self.runner_at(&database.url())
+    }
+
+    pub(crate) fn runner_at(&self, url: &str) -> Runner {
         let source = FileBasedMigrations::from_path(&self.0).unwrap();
-        Runner::with_source(&database.url(), &source).unwrap()
+        Runner::new("test", url, source).unwrap()
     }
 }
 
@@ -60,46 +63,28 @@ impl Drop for Folder {
     }
 }
 
-/// Compares a file that the test `test` generates with the committed one, or writes it when told to.
-pub(crate) fn check_generated(test: &str, path: &str, text: &str) {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
-    if std::env::var_os("BRUHMCP_WRITE").is_some() {
-        fs::write(path, text).unwrap();
-        return;
-    }
-    let committed = fs::read_to_string(&path).unwrap_or_default();
-    assert!(
-        committed == text,
-        "{} is not what the tests find; if that is right, write it by\n\
-         BRUHMCP_WRITE=1 script/test {test}\n{}",
-        path.display(),
-        difference(&committed, text)
-    );
-}
-
-fn difference(committed: &str, found: &str) -> String {
-    let mut text = String::new();
-    for line in committed
-        .lines()
-        .filter(|line| !found.lines().any(|other| other == *line))
-    {
-        writeln!(text, "- {line}").unwrap();
-    }
-    for line in found
-        .lines()
-        .filter(|line| !committed.lines().any(|other| other == *line))
-    {
-        writeln!(text, "+ {line}").unwrap();
-    }
-    text
-}
-
-fn names() -> Vec<String> {
+/// Names of the migrations, oldest first.
+pub(crate) fn names() -> Vec<String> {
     let migrations = MigrationSource::<Pg>::migrations(&MIGRATIONS).unwrap();
     migrations
         .iter()
         .map(|migration| migration.name().to_string())
         .collect()
+}
+
+/// Versions of the migrations, oldest first.
+pub(crate) fn versions() -> Vec<String> {
+    let version = |name: &String| name.split('_').next().unwrap().to_owned();
+    names().iter().map(version).collect()
+}
+
+/// A version that comes after all of them.
+pub(crate) fn next_version() -> String {
+    format!("{:03}", versions().len())
+}
+
+fn verify(url: &str) -> Verification {
+    runner(url).unwrap().verify().unwrap()
 }
 
 fn yes(_: &Reversal) -> bool {
@@ -150,34 +135,14 @@ fn generated_hashes() {
     check_generated("generated_hashes", "migrations/hashes.txt", &text);
 }
 
-/// What `verify` expects is what the migrations build.
+/// `verify` expects what the migrations build.
 #[test]
 fn generated_catalogue() {
-    let verification = verify(&mut database().connect()).unwrap();
-    let committed = include_str!("../../migrations/catalogue.txt");
-    let missing = |line: &str| {
-        verification
-            .differences
-            .contains(&Difference::Missing(line.to_owned()))
-    };
-    let mut lines: Vec<&str> = committed.lines().filter(|line| !missing(line)).collect();
-    lines.extend(
-        verification
-            .differences
-            .iter()
-            .filter_map(|difference| match difference {
-                Difference::Unexpected(line) => Some(line.as_str()),
-                Difference::Missing(_) => None,
-            }),
-    );
-    lines.sort_unstable();
+    let catalogue = runner(&database().url()).unwrap().catalogue().unwrap();
     check_generated(
         "generated_catalogue",
         "migrations/catalogue.txt",
-        &lines
-            .iter()
-            .map(|line| format!("{line}\n"))
-            .collect::<String>(),
+        &catalogue,
     );
 }
 
@@ -187,117 +152,93 @@ fn runs_reverts_and_redoes_what_it_reports() {
     let before = database.dump(&["--exclude-table=__diesel_schema_migrations"]);
     let log = Arc::new(Mutex::new(Vec::new()));
     let writer = Arc::clone(&log);
-    let mut runner = Runner::new(&database.url())
-        .unwrap()
-        .on_event(move |event| {
-            writer.lock().unwrap().push(match event {
-                Event::Started(name, direction) => format!("{direction} {name}"),
-                Event::Finished(step) => format!("{} {} done", step.direction, step.name),
-                other => panic!("{other:?}"),
-            });
+    let mut runner = runner(&database.url()).unwrap().on_event(move |event| {
+        writer.lock().unwrap().push(match event {
+            Event::Started(name, direction) => format!("{direction} {name}"),
+            Event::Finished(step) => format!("{} {} done", step.direction, step.name),
+            other => panic!("{other:?}"),
         });
+    });
 
-    let report = runner.run_to(Some("002")).unwrap();
-    assert_eq!(
-        report
-            .steps
-            .iter()
-            .map(|step| &step.version[..])
-            .collect::<Vec<_>>(),
-        ["000", "001", "002"]
-    );
+    let versions = versions();
+    let steps = |report: Report| -> Vec<String> {
+        let steps = report.steps.into_iter();
+        steps
+            .map(|step| format!("{} {}", step.direction, step.version))
+            .collect()
+    };
+    let expected = |direction: &str, versions: &[String]| -> Vec<String> {
+        let versions = versions.iter();
+        versions
+            .map(|version| format!("{direction} {version}"))
+            .collect()
+    };
+
+    let report = runner.run_to(Some(&versions[2])).unwrap();
     assert!(
         report
             .steps
             .iter()
-            .all(|step| step.direction == Direction::Up && step.duration > Duration::ZERO)
+            .all(|step| step.duration > Duration::ZERO)
     );
+    assert_eq!(steps(report), expected("up", &versions[..3]));
+    let first = &names()[0];
     assert_eq!(
         log.lock().unwrap()[..2],
-        [
-            "up 000_cleanup_old_tables",
-            "up 000_cleanup_old_tables done"
-        ]
+        [format!("up {first}"), format!("up {first} done")]
     );
 
-    assert_eq!(runner.run().unwrap().steps.len(), names().len() - 3);
+    assert_eq!(steps(runner.run().unwrap()), expected("up", &versions[3..]));
     assert!(runner.run().unwrap().steps.is_empty());
-    let status = runner.status().unwrap();
-    assert_eq!(status.pending().count(), 0);
-    assert!(
-        status
-            .migrations
-            .iter()
-            .all(|migration| migration.applied_at.is_some())
-    );
-    assert!(runner.verify().unwrap().differences.is_empty());
+    assert_eq!(runner.status().unwrap().pending().count(), 0);
+    assert_eq!(runner.verify().unwrap().differences, []);
 
-    let steps = |report: bruhmcp_db::migrations::Report| {
-        report
-            .steps
-            .into_iter()
-            .map(|step| format!("{} {}", step.direction, step.version))
-            .collect::<Vec<_>>()
-    };
-    assert_eq!(
-        steps(runner.redo(&Extent::Last(2), yes).unwrap()),
-        ["down 007", "down 006", "up 006", "up 007"]
-    );
-    assert_eq!(
-        steps(runner.revert(&Extent::To("005".into()), yes).unwrap()),
-        ["down 007", "down 006"]
-    );
-    assert_eq!(
-        steps(runner.revert(&Extent::Last(1), yes).unwrap()),
-        ["down 005"]
-    );
+    let newest: Vec<String> = versions.iter().rev().cloned().collect();
+    let redone = runner.redo(&Extent::Last(2), yes).unwrap();
+    let up = expected("up", &versions[versions.len() - 2..]);
+    assert_eq!(steps(redone), [expected("down", &newest[..2]), up].concat());
+    let reverted = runner.revert(&Extent::To(newest[2].clone()), yes).unwrap();
+    assert_eq!(steps(reverted), expected("down", &newest[..2]));
+    let reverted = runner.revert(&Extent::Last(1), yes).unwrap();
+    assert_eq!(steps(reverted), expected("down", &newest[2..3]));
     runner.revert(&Extent::All, yes).unwrap();
-    assert_eq!(
-        database.dump(&["--exclude-table=__diesel_schema_migrations"]),
-        before
+    assert_same(
+        &before,
+        &database.dump(&["--exclude-table=__diesel_schema_migrations"]),
     );
-    assert!(
-        runner
-            .revert(&Extent::All, |_| panic!("nothing to ask about"))
-            .unwrap()
-            .steps
-            .is_empty()
-    );
-    assert_eq!(runner.status().unwrap().pending().count(), names().len());
+    let again = runner.revert(&Extent::All, |_| panic!("nothing to confirm"));
+    assert!(again.unwrap().steps.is_empty());
+    assert_eq!(runner.status().unwrap().pending().count(), versions.len());
 }
 
 #[test]
 fn status_and_plan_write_nothing() {
     let database = empty_database();
     let before = database.dump(&[]);
-    let mut runner = Runner::new(&database.url()).unwrap();
+    let mut runner = runner(&database.url()).unwrap();
     assert_eq!(runner.status().unwrap().pending().count(), names().len());
-    let planned = runner.plan(Some("003")).unwrap();
-    assert_eq!(
-        planned
-            .iter()
-            .map(|planned| &planned.name[..])
-            .collect::<Vec<_>>(),
-        names()[..4]
-    );
+    let planned = runner.plan(Some(&versions()[3])).unwrap();
+    let planned_names: Vec<&str> = planned.iter().map(|planned| &*planned.name).collect();
+    assert_eq!(planned_names, names()[..4]);
     assert!(planned[1].sql.contains("CREATE TABLE users"));
-    assert_eq!(database.dump(&[]), before);
+    assert_same(&before, &database.dump(&[]));
 }
 
 #[test]
 fn says_what_went_to_the_archive() {
     let database = empty_database();
-    let folder = Folder::new(&[(
-        "000_archive",
-        "CREATE SCHEMA bruhmcp_archive; CREATE TABLE bruhmcp_archive.users (a serial);
-         CREATE TYPE bruhmcp_archive.plan AS ENUM ('a');",
-        "DROP SCHEMA bruhmcp_archive CASCADE",
-    )]);
-    let report = folder.runner(&database).run().unwrap();
-    assert_eq!(
-        report.archived,
-        ["sequence users_a_seq", "table users", "type plan"]
-    );
+    database
+        .psql("CREATE TABLE users (a serial); CREATE TYPE plan_type AS ENUM ('a')")
+        .unwrap();
+    let mut runner = runner(&database.url()).unwrap();
+    let note = Note {
+        title: "Moved to the schema bruhmcp_archive".into(),
+        items: ["sequence users_a_seq", "table users", "type plan_type"]
+            .map(Into::into)
+            .into(),
+    };
+    assert_eq!(runner.run_to(Some(&versions()[0])).unwrap().notes, [note]);
+    assert_eq!(runner.run().unwrap().notes, []);
 }
 
 #[test]
@@ -311,7 +252,7 @@ fn a_failure_says_where_and_what_is_left() {
         ),
         (
             "002_second",
-            "CREATE TABLE second (a int);\n-- größer, so that characters and octets differ\n  SELECT 'ä', nothing FROM first;\n",
+            "CREATE TABLE second (a int);\n-- größer, so that characters and bytes differ\n  SELECT 'ä', nothing FROM first;\n",
             "DROP TABLE second",
         ),
     ]);
@@ -338,7 +279,7 @@ fn a_failure_says_where_and_what_is_left() {
     assert_eq!(
         failure.to_string(),
         "applying 002_second failed in up.sql, line 3, column 15: column \"nothing\" does not exist\n\
-         It was rolled back as a whole. The database is at 001."
+         The migration was rolled back. The database is at 001."
     );
     assert_eq!(
         database
@@ -353,7 +294,8 @@ fn detail_and_hint_are_told_but_no_row() {
     let failure = |up: &str| {
         let database = empty_database();
         let folder = Folder::new(&[("001_first", up, "SELECT 1")]);
-        let Err(Error::Failed(failure)) = folder.runner(&database).run() else {
+        let mut runner = folder.runner(&database).secret_tables(&["tokens"]);
+        let Err(Error::Failed(failure)) = runner.run() else {
             panic!("it failed")
         };
         failure.report
@@ -371,13 +313,13 @@ fn detail_and_hint_are_told_but_no_row() {
     for secret in [
         "CREATE TABLE a (b text CHECK (b = '')); INSERT INTO a VALUES ('s3cret')",
         "CREATE TABLE a (b text, c int NOT NULL); INSERT INTO a VALUES ('s3cret')",
-        "CREATE TABLE auth_tokens (b text UNIQUE); INSERT INTO auth_tokens VALUES ('s3cret'), ('s3cret')",
+        "CREATE TABLE tokens (b text UNIQUE); INSERT INTO tokens VALUES ('s3cret'), ('s3cret')",
     ] {
         let report = failure(secret);
         assert!(!report.to_string().contains("s3cret"), "{report}");
         assert_eq!(
             report.detail.as_deref(),
-            Some("withheld, for it may quote a row")
+            Some("withheld because it may quote a row")
         );
     }
 }
@@ -400,7 +342,9 @@ fn outside_a_transaction_a_failure_says_so() {
     .without_transaction("002_index");
     let error = folder.runner(&database).run().unwrap_err().to_string();
     assert!(
-        error.contains("It does not run in a transaction, so that parts of it may have stayed"),
+        error.contains(
+            "The migration does not run in a transaction: some of its changes may remain."
+        ),
         "{error}"
     );
     database.psql("DROP INDEX a_b_idx; DELETE FROM a").unwrap();
@@ -419,7 +363,7 @@ fn outside_a_transaction_a_failure_says_so() {
 #[test]
 fn says_which_rows_a_revert_loses() {
     let database = database();
-    let mut runner = Runner::new(&database.url()).unwrap();
+    let mut runner = runner(&database.url()).unwrap();
     database
         .psql(
             "INSERT INTO users (first_name, last_name, email) VALUES ('A', 'B', 'a@b.c'), ('C', 'D', 'c@d.e');
@@ -451,7 +395,7 @@ fn says_which_rows_a_revert_loses() {
             loss("public.webhook_events", None, 1),
         ]
     );
-    assert_eq!(database.dump(&[]), before);
+    assert_same(&before, &database.dump(&[]));
 
     let folder = Folder::new(&[(
         "001_a",
@@ -469,7 +413,7 @@ fn says_which_rows_a_revert_loses() {
         .unwrap();
 }
 
-fn refusal(result: Result<bruhmcp_db::migrations::Report, Error>) -> Refusal {
+fn refusal(result: Result<Report, Error>) -> Refusal {
     match result {
         Err(Error::Refused(refusal)) => refusal,
         other => panic!("{other:?}"),
@@ -546,7 +490,7 @@ fn a_lost_lock_is_told() {
     let folder = Folder::new(&[("001_a", "SELECT pg_advisory_unlock_all()", "SELECT 1")]);
     assert!(matches!(
         folder.runner(&database).run(),
-        Err(Error::LockLost)
+        Err(Error::LockLost { .. })
     ));
 }
 
@@ -570,13 +514,7 @@ fn settings_stay_in_the_runners_own_session() {
 
 #[test]
 fn verify_names_each_difference() {
-    let database = database();
-    assert!(
-        verify(&mut database.connect())
-            .unwrap()
-            .differences
-            .is_empty()
-    );
+    assert_eq!(verify(&database().url()).differences, []);
     for (change, missing, unexpected) in [
         (
             "ALTER TABLE users ALTER COLUMN email TYPE varchar",
@@ -641,7 +579,7 @@ fn verify_names_each_difference() {
             change.to_owned()
         };
         database.psql(&change).unwrap();
-        let verification = verify(&mut database.connect()).unwrap();
+        let verification = verify(&database.url());
         assert_ne!(verification.expected, verification.found, "{change}");
         let all: Vec<String> = verification
             .differences
@@ -666,21 +604,62 @@ fn verify_names_each_difference() {
 }
 
 #[test]
-fn verify_does_not_depend_on_who_asks() {
+fn verify_does_not_depend_on_the_sessions_settings() {
     let database = database();
-    let mut connection = database.connect();
-    connection
-        .batch_execute("CREATE SCHEMA other; CREATE TYPE other.plan_type AS ENUM ('x'); SET search_path = other, public; SET default_transaction_read_only = on")
+    database
+        .psql("CREATE SCHEMA other; CREATE TYPE other.plan_type AS ENUM ('x')")
         .unwrap();
-    assert_eq!(verify(&mut connection).unwrap().differences, []);
-    connection
-        .batch_execute("RESET search_path; RESET default_transaction_read_only")
-        .unwrap();
-    connection.batch_execute("SELECT 1").unwrap();
-    assert_eq!(
-        database.psql("SHOW search_path").unwrap(),
-        "\"$user\", public\n"
+    let options = "-csearch_path%3Dother,public%20-cdefault_transaction_read_only%3Don";
+    let url = database.url_with(&format!("options={options}"));
+    assert_eq!(verify(&url).differences, []);
+}
+
+#[test]
+fn verify_needs_an_expected_catalogue() {
+    let database = empty_database();
+    let folder = Folder::new(&[("001_a", "CREATE TABLE a (b int)", "DROP TABLE a")]);
+    let mut runner = folder.runner(&database);
+    runner.run().unwrap();
+    let refused = runner.verify().unwrap_err();
+    assert!(
+        matches!(refused, Error::Refused(Refusal::NoCatalogue)),
+        "{refused}"
     );
+    let catalogue = runner.catalogue().unwrap();
+    assert!(catalogue.contains("column a.b integer\n"), "{catalogue}");
+    let mut runner = runner.expect_catalogue(&catalogue);
+    assert_eq!(runner.verify().unwrap().differences, []);
+}
+
+#[test]
+fn another_schema_has_its_own_migrations_and_lock() {
+    let database = empty_database();
+    database.psql("CREATE SCHEMA \"Other 1\"").unwrap();
+    let url = database.url_with("options=-csearch_path%3D%22Other\\%201%22");
+    let folder = Folder::new(&[(
+        "001_a",
+        "CREATE TABLE a AS SELECT objid FROM pg_locks
+         WHERE locktype = 'advisory' AND pid = pg_backend_pid()",
+        "DROP TABLE a",
+    )]);
+    folder.runner(&database).run().unwrap();
+    let mut other = folder.runner_at(&url).schema("Other 1");
+    assert_eq!(other.status().unwrap().pending().count(), 1);
+    other.run().unwrap();
+    assert_eq!(other.status().unwrap().pending().count(), 0);
+    let catalogue = other.catalogue().unwrap();
+    assert!(catalogue.contains("column a.objid oid\n"), "{catalogue}");
+    let locks =
+        "SELECT count(DISTINCT objid) FROM (TABLE public.a UNION ALL TABLE \"Other 1\".a) a";
+    assert_eq!(database.psql(locks).unwrap(), "2\n");
+}
+
+#[test]
+fn a_runner_can_move_to_another_thread() {
+    let database = empty_database();
+    let mut runner = runner(&database.url()).unwrap().on_event(|_| {});
+    let steps = std::thread::spawn(move || runner.run().unwrap().steps.len());
+    assert_eq!(steps.join().unwrap(), names().len());
 }
 
 #[test]
@@ -706,12 +685,13 @@ fn no_password_in_any_text() {
         "postgresql://user@localhost:1/db?password=hu=sh",
         "postgresql://user@localhost:1/db?passwordhush",
         "postgresql://hush:hush@hush:1/db",
+        "postgresql://user:hush",
         "postgresql:/user:hush@localhost/db",
         "host=localhost port=1 password=hush",
         "user:hush@localhost",
         "postgresql://user:hush\0@localhost:1/db",
     ] {
-        let text = match Runner::new(url) {
+        let text = match runner(url) {
             Err(error) => format!("{error} {error:?}"),
             Ok(mut runner) => {
                 let error = runner.run().unwrap_err();
@@ -732,8 +712,6 @@ fn parameters_of_the_url_keep_their_meaning() {
         "CREATE TABLE seen AS SELECT current_setting('work_mem') AS w, current_setting('a.b') AS b",
         "DROP TABLE seen",
     )]);
-    let source = FileBasedMigrations::from_path(folder.path()).unwrap();
-    let mut runner = Runner::with_source(&url, &source).unwrap();
-    runner.run().unwrap();
+    folder.runner_at(&url).run().unwrap();
     assert_eq!(database.psql("TABLE seen").unwrap(), "123kB|\"x\n");
 }

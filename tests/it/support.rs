@@ -10,11 +10,12 @@ use std::process::{Command, Output, Stdio};
 use std::sync::{Barrier, LazyLock};
 use std::thread;
 
-use bruhmcp_db::migrations::Runner;
+use bruhmcp_db::migrations::MIGRATIONS;
 use bruhmcp_devdb::{Database, Server};
 use diesel::connection::SimpleConnection;
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
+use diesel_migrations::MigrationHarness;
 
 static SERVER: LazyLock<Server> =
     LazyLock::new(|| Server::from_env().unwrap_or_else(|error| panic!("{error}")));
@@ -22,7 +23,10 @@ static SERVER: LazyLock<Server> =
 /// Migrated once, then only copied.
 static TEMPLATE: LazyLock<Database> = LazyLock::new(|| {
     let template = SERVER.create_database().unwrap();
-    Runner::new(&template.url()).unwrap().run().unwrap();
+    PgConnection::establish(&template.url())
+        .unwrap()
+        .run_pending_migrations(MIGRATIONS)
+        .unwrap();
     template
 });
 

@@ -1,15 +1,4 @@
-//! A PostgreSQL for development and tests that needs no set-up.
-//!
-//! With `DATABASE_URL` set, [`Server::from_env`] uses that server and makes databases of its own there. Otherwise it
-//! starts a private server from the installed binaries (`BRUHMCP_PG_BIN` names their folder if it isn't found, or isn't
-//! the one to use). Whatever becomes of this process, a panic or a `kill -9` included, what it made is removed again.
-//!
-//! ```no_run
-//! let server = bruhmcp_devdb::Server::from_env()?;
-//! let database = server.create_database()?;
-//! println!("psql '{}'", database.url());
-//! # Ok::<(), bruhmcp_devdb::Error>(())
-//! ```
+#![doc = include_str!("../README.md")]
 #![deny(missing_docs)]
 
 use std::collections::hash_map::RandomState;
@@ -24,52 +13,53 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use diesel::connection::{Connection, SimpleConnection};
 use diesel::pg::PgConnection;
+use libpq_conninfo::Conninfo;
 
 use crate::account::Account;
-use crate::url::Url;
 
 mod account;
 mod find;
-mod url;
 
-/// Why there is no server or no database. No text holds a password.
+/// Why there is no server or no database. No text contains a password.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum Error {
-    /// There is no server to use and none to start.
+    /// No PostgreSQL programs are installed.
     #[error(
-        "no PostgreSQL found: install its server and client programs (Debian, Ubuntu: `apt-get install postgresql`; \
-         macOS: `brew install postgresql@17`), or set BRUHMCP_PG_BIN to the folder they are in, or set DATABASE_URL to a \
-         server to use"
+        "no PostgreSQL found: install its server and client programs (Debian, Ubuntu: \
+         `apt-get install postgresql`; macOS: `brew install postgresql@17`), set BRUHMCP_PG_BIN to \
+         their folder, or set DATABASE_URL to a server to use"
     )]
     NotFound,
-    /// Run by root, who can't run a server, on a machine without an account that can.
+    /// The process runs as root, and there is no other account for the server.
     #[error(
-        "PostgreSQL does not run as root, and there is neither an account `postgres` nor `nobody` to run it as"
+        "PostgreSQL refuses to run as root, and there is no account `postgres` or `nobody` to run \
+         it as"
     )]
     NoAccount,
-    /// `DATABASE_URL` can't be read; the reason is in it.
-    #[error("DATABASE_URL can't be read: {0}")]
+    /// `DATABASE_URL` can't be read. The text says how to write one.
+    #[error("can't read DATABASE_URL: {0}")]
     Url(&'static str),
     /// The server refuses a connection.
     #[error("can't connect to the server: {0}")]
-    Connect(#[from] diesel::ConnectionError),
+    Connect(String),
     /// The server refuses a `CREATE DATABASE`.
     #[error("can't create a database: {0}")]
     Create(#[from] diesel::result::Error),
-    /// A program of PostgreSQL failed.
+    /// A PostgreSQL program failed.
     #[error("{program} failed: {output}")]
     Program {
-        /// Its file name.
+        /// File name.
         program: String,
-        /// What it said, on both of its outputs.
+        /// Its output.
         output: String,
     },
-    /// The operating system refuses something.
+    /// The operating system returned an error.
     #[error("{what}: {source}")]
     Io {
-        /// What was tried.
+        /// The file or program concerned.
         what: String,
-        /// Its answer.
+        /// The error.
         source: io::Error,
     },
 }
@@ -83,12 +73,11 @@ impl Error {
     }
 }
 
-/// A running server. Dropping it stops a private server and removes its data; of a server named by `DATABASE_URL` it
-/// drops the databases made here.
+/// A running server. Dropping it stops a private server and removes its data.
 pub struct Server {
-    admin: Url,
+    admin: Conninfo,
     bin_dir: PathBuf,
-    /// Begins the name of each database made here.
+    /// Prefix of the names of its databases.
     prefix: String,
     next: AtomicU32,
     private: Option<Private>,
@@ -96,9 +85,8 @@ pub struct Server {
 }
 
 impl Server {
-    /// The server of `DATABASE_URL` if that is set and not empty, otherwise a new private one.
-    ///
-    /// On the former this connects to no other database than the URL's own, and there only to create and drop databases.
+    /// Returns the server of `DATABASE_URL` if that is set and not empty, otherwise a new private
+    /// one.
     ///
     /// # Errors
     /// No PostgreSQL is found, it doesn't start, or the URL can't be read.
@@ -110,20 +98,21 @@ impl Server {
         }
     }
 
-    /// The server at `url`, used with that URL's role, which needs the right to create databases.
+    /// Returns the server at `url`. Its role must be allowed to create databases. Connections to
+    /// the database of `url` only create and drop databases.
     ///
     /// # Errors
-    /// The URL can't be read, or there are no client programs.
+    /// The URL can't be read.
     pub fn shared(url: &str) -> Result<Self, Error> {
-        let admin = Url::parse(url)?;
+        let admin = Conninfo::parse(url).map_err(Error::Url)?;
         let prefix = unique_name();
         let bin_dir = find::folder_with(find::CLIENT);
         let guardian = match &bin_dir {
-            // Without psql only a normal end drops the databases.
+            // Without psql, the databases of a killed process stay.
             Err(_) => Guardian(None),
             Ok(bin_dir) => {
                 let mut command = Command::new("sh");
-                if let Some(password) = admin.password() {
+                if let Some(password) = admin.get("password") {
                     command.env("PGPASSWORD", password);
                 }
                 let psql = bin_dir.join("psql");
@@ -133,7 +122,7 @@ impl Server {
                         "shared".as_ref(),
                         prefix.as_ref(),
                         &psql,
-                        admin.public().as_ref(),
+                        admin.public_url().as_ref(),
                     ],
                 )?
             }
@@ -149,11 +138,11 @@ impl Server {
         })
     }
 
-    /// A new private server with settings added to those that make it quick (and unsafe for data that matters), as in
-    /// `[("max_connections", "20")]`.
+    /// Starts a private server with additional settings, such as `[("max_connections", "20")]`. It
+    /// is fast and loses data in a crash of the machine.
     ///
-    /// It listens on a socket only, in a folder of mode 0700, and trusts whoever gets there. That is the server's account
-    /// and root, who could read and write the data files as well: a password would keep nobody out.
+    /// It listens only on a Unix-domain socket, without a password. Only its account and root reach
+    /// the socket's folder, and they could read the data files anyway.
     ///
     /// # Errors
     /// No PostgreSQL is found, or it doesn't start.
@@ -161,13 +150,13 @@ impl Server {
         let bin_dir = find::folder_with(find::SERVER)?;
         let account = Account::for_server()?;
         let prefix = unique_name();
-        // 104 octets is what macOS has for a socket's path; `/.s.PGSQL.5432` and a NUL take 15. An account other than
-        // one's own may be kept out of the temporary folder that the environment names.
+        // macOS allows 104 bytes for a socket's path; `/.s.PGSQL.5432` and a NUL take 15. Another
+        // account may have no access to the temporary folder of this one.
         let mut folder = env::temp_dir().join(&prefix);
         if account.is_other() || folder.as_os_str().len() > 104 - 15 {
             folder = Path::new("/tmp").join(&prefix);
         }
-        // Before there is anything to clean up.
+        // Started before there is anything to clean up.
         let guardian = Guardian::start(
             account.command("sh"),
             &["private".as_ref(), &folder, &bin_dir.join("pg_ctl")],
@@ -179,7 +168,12 @@ impl Server {
         };
         private.initialise(settings)?;
         private.start()?;
-        let admin = Url::of_socket(&private.folder.to_string_lossy());
+        let admin = Conninfo::default()
+            .with("dbname", "postgres")
+            .with("host", &private.folder.to_string_lossy())
+            // Otherwise PGPORT would apply.
+            .with("port", "5432")
+            .with("user", "postgres");
         Ok(Self {
             admin,
             bin_dir,
@@ -190,19 +184,19 @@ impl Server {
         })
     }
 
-    /// An empty database.
+    /// Creates an empty database.
     ///
     /// # Errors
     /// The server is out of reach, or the role may not create databases.
     pub fn create_database(&self) -> Result<Database, Error> {
-        // template1 may hold what an administrator put there.
+        // template1 may contain an administrator's objects.
         self.create("template0")
     }
 
-    /// A copy of `template`, which nobody may be connected to.
+    /// Creates a copy of `template`.
     ///
     /// # Errors
-    /// As [`create_database`](Self::create_database), or somebody is connected to `template`.
+    /// As [`create_database`](Self::create_database), or a session is connected to `template`.
     pub fn create_database_from(&self, template: &Database) -> Result<Database, Error> {
         self.create(template.name())
     }
@@ -213,19 +207,21 @@ impl Server {
             self.prefix,
             self.next.fetch_add(1, Ordering::Relaxed)
         );
-        PgConnection::establish(&self.admin.secret())?
+        PgConnection::establish(&self.admin.secret_url())
+            .map_err(|error| Error::Connect(self.admin.conceal(&error.to_string())))?
             .batch_execute(&format!("CREATE DATABASE {name} TEMPLATE {template}"))?;
         Ok(Database {
-            url: self.admin.with_database(&name),
+            conninfo: self.admin.clone().with("dbname", &name),
+            name,
             admin: self.admin.clone(),
             bin_dir: self.bin_dir.clone(),
         })
     }
 
-    /// The folder of `psql` and `pg_dump`; of the server's programs too if it is a private one.
+    /// Returns the folder of `psql` and `pg_dump`, and of a private server's programs.
     ///
     /// # Errors
-    /// They aren't installed.
+    /// They are not installed.
     pub fn bin_dir(&self) -> Result<&Path, Error> {
         if self.bin_dir.as_os_str().is_empty() {
             Err(Error::NotFound)
@@ -234,24 +230,24 @@ impl Server {
         }
     }
 
-    /// The process id of a private server that runs.
+    /// Returns the process id of a running private server.
     pub fn postmaster_pid(&self) -> Option<u32> {
         let file = fs::read_to_string(self.private.as_ref()?.data().join("postmaster.pid")).ok()?;
         file.lines().next()?.parse().ok()
     }
 
-    /// The folder that holds all of a private server.
+    /// Returns the folder of a private server.
     pub fn folder(&self) -> Option<&Path> {
         self.private
             .as_ref()
             .map(|private| private.folder.as_path())
     }
 
-    /// Stops a private server until [`start_again`](Self::start_again): `immediate` as in a crash, otherwise after it
-    /// has broken off all sessions and written everything out. Does nothing to a server named by `DATABASE_URL`.
+    /// Stops a private server: `immediate` as in a crash, otherwise by ending all sessions and
+    /// writing all data. Does nothing to a server of `DATABASE_URL`.
     ///
     /// # Errors
-    /// It doesn't run, or doesn't stop within 60 seconds.
+    /// It is not running, or doesn't stop within 60 seconds.
     pub fn stop(&self, immediate: bool) -> Result<(), Error> {
         let mode = if immediate { "immediate" } else { "fast" };
         self.private
@@ -259,10 +255,10 @@ impl Server {
             .map_or(Ok(()), |private| private.pg_ctl(&["stop", "-m", mode]))
     }
 
-    /// Starts a private server that was stopped or killed. Does nothing to a server named by `DATABASE_URL`.
+    /// Starts a stopped or killed private server. Does nothing to a server of `DATABASE_URL`.
     ///
     /// # Errors
-    /// It runs already, or doesn't come up within 60 seconds.
+    /// It is running already, or doesn't start within 60 seconds.
     pub fn start_again(&self) -> Result<(), Error> {
         self.private.as_ref().map_or(Ok(()), Private::start)
     }
@@ -272,35 +268,36 @@ impl fmt::Debug for Server {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter
             .debug_tuple("Server")
-            .field(&self.admin.public())
+            .field(&self.admin.public_url())
             .finish()
     }
 }
 
-/// A database of a [`Server`], dropped with this value whoever is still connected.
+/// A database of a [`Server`]. Dropping it drops the database and ends its sessions.
 pub struct Database {
-    url: Url,
-    admin: Url,
+    conninfo: Conninfo,
+    name: String,
+    admin: Conninfo,
     bin_dir: PathBuf,
 }
 
 impl Database {
-    /// Its URL, with the password if the server's URL has one.
+    /// Returns its URL, password included.
     pub fn url(&self) -> String {
-        self.url.secret()
+        self.conninfo.secret_url()
     }
 
-    /// Its name.
+    /// Returns its name.
     pub fn name(&self) -> &str {
-        &self.url.database
+        &self.name
     }
 
-    /// A client program (`psql`, `pg_dump`) with the arguments that make it use this database. The password is passed
-    /// through the environment, for a list of processes shows arguments.
+    /// Returns a command for a client program (`psql`, `pg_dump`) on this database. The password is
+    /// in its environment, not in its arguments, which other users of the machine can see.
     pub fn client(&self, program: &str) -> Command {
         let mut command = Command::new(self.bin_dir.join(program));
-        command.arg("--dbname").arg(self.url.public());
-        if let Some(password) = self.url.password() {
+        command.arg("--dbname").arg(self.conninfo.public_url());
+        if let Some(password) = self.conninfo.get("password") {
             command.env("PGPASSWORD", password);
         }
         command
@@ -311,15 +308,15 @@ impl fmt::Debug for Database {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter
             .debug_tuple("Database")
-            .field(&self.url.public())
+            .field(&self.conninfo.public_url())
             .finish()
     }
 }
 
 impl Drop for Database {
     fn drop(&mut self) {
-        // What fails here is left to the guardian: the server may be stopped, or gone before its databases.
-        if let Ok(mut connection) = PgConnection::establish(&self.admin.secret()) {
+        // If this fails, the guardian does it: the server may be stopped now.
+        if let Ok(mut connection) = PgConnection::establish(&self.admin.secret_url()) {
             let _ = connection.batch_execute(&format!(
                 "DROP DATABASE IF EXISTS {} WITH (FORCE)",
                 self.name()
@@ -340,7 +337,7 @@ impl Private {
     }
 
     fn initialise(&self, settings: &[(&str, &str)]) -> Result<(), Error> {
-        // By a program, so that the folder belongs to the server's account from the start.
+        // A program makes the folder, so that it belongs to the server's account.
         run(self
             .account
             .command("mkdir")
@@ -366,11 +363,11 @@ impl Private {
             ("unix_socket_directories", &*socket_folder),
             ("max_connections", "200"),
             ("shared_buffers", "64MB"),
-            // synchronous_commit stays on: an immediate stop must lose nothing that was committed. Without fsync it
-            // costs next to nothing.
+            // synchronous_commit stays on: an immediate stop must not lose a commit. Without fsync
+            // it is cheap.
             ("fsync", "off"),
             ("full_page_writes", "off"),
-            // A client that was killed leaves no statement running.
+            // Ends the statement of a killed client.
             ("client_connection_check_interval", "1s"),
         ];
         let path = self.data().join("postgresql.conf");
@@ -389,7 +386,7 @@ impl Private {
         let log = self.folder.join("log");
         self.pg_ctl(&["start", "-l", &log.to_string_lossy()])
             .map_err(|error| match error {
-                // pg_ctl itself only says to look there.
+                // pg_ctl only refers to the log.
                 Error::Program { output, .. } => Error::Program {
                     program: "postgres".to_owned(),
                     output: fs::read_to_string(log)
@@ -410,7 +407,8 @@ impl Private {
     }
 }
 
-/// The shell that cleans up once the pipe to it closes. Rust opens pipes close-on-exec: no other child keeps it open.
+/// A shell that cleans up when the pipe to it closes. Rust opens pipes close-on-exec, so no other
+/// child keeps it open.
 struct Guardian(Option<Child>);
 
 impl Guardian {
@@ -422,10 +420,10 @@ impl Guardian {
             .args(arguments)
             .current_dir("/")
             .stdin(Stdio::piped())
-            // Whoever reads this process's output needn't wait for the guardian's end.
+            // A reader of this process's output must not wait for the guardian.
             .stdout(Stdio::null())
             .stderr(Stdio::null())
-            // Ctrl-C at a terminal reaches a whole process group.
+            // Ctrl-C at a terminal ends the process group of this process.
             .process_group(0)
             .spawn()
             .map_err(Error::io("sh"))?;
@@ -437,13 +435,13 @@ impl Drop for Guardian {
     fn drop(&mut self) {
         if let Some(mut child) = self.0.take() {
             drop(child.stdin.take());
-            // It can only fail for a child that somebody else has waited for.
+            // Fails only if the child has been waited for already.
             let _ = child.wait();
         }
     }
 }
 
-/// A name for a folder and for databases that no other process has: short, and no quotes needed in SQL.
+/// Returns a unique name for a folder and databases: short, and valid in SQL without quotes.
 fn unique_name() -> String {
     let random = RandomState::new().build_hasher().finish();
     format!("bruhmcp_dev_{}_{:08x}", process::id(), random >> 32)

@@ -288,7 +288,8 @@ fn errors_hold_no_password() {
 
     for url in [
         "mysql://u:secret@h/d",
-        "host=h password=secret",
+        "host=h password=secret secret",
+        "postgresql://u:secret",
         "postgresql://u:secret/x@h/d",
         "postgresql://u:1/secret@h/d",
         "postgresql://u:x@secret@h/d",

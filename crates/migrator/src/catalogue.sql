@@ -4,7 +4,7 @@
 WITH relation AS (
     SELECT c.*
     FROM pg_class c
-    WHERE c.relnamespace = to_regnamespace('public')
+    WHERE c.relnamespace = to_regnamespace(quote_ident($1))
         AND c.relname <> '__diesel_schema_migrations'
         AND NOT EXISTS (
             SELECT FROM pg_depend d WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.deptype = 'e'
@@ -69,7 +69,7 @@ SELECT format(
 )
 FROM pg_proc p
 JOIN pg_language l ON l.oid = p.prolang
-WHERE p.pronamespace = to_regnamespace('public')
+WHERE p.pronamespace = to_regnamespace(quote_ident($1))
     AND NOT EXISTS (
         SELECT FROM pg_depend d WHERE d.classid = 'pg_proc'::regclass AND d.objid = p.oid AND d.deptype = 'e'
     )
@@ -77,5 +77,5 @@ UNION ALL
 SELECT format('enum %s %s', t.typname, string_agg(quote_literal(e.enumlabel), ', ' ORDER BY e.enumsortorder))
 FROM pg_type t
 JOIN pg_enum e ON e.enumtypid = t.oid
-WHERE t.typnamespace = to_regnamespace('public')
+WHERE t.typnamespace = to_regnamespace(quote_ident($1))
 GROUP BY t.typname

@@ -1,4 +1,4 @@
-//! Which rows a revert would lose: found by doing it, in a transaction that is rolled back.
+//! Rehearses a revert in a transaction that is rolled back, to count the rows it would delete.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -12,16 +12,26 @@ use diesel::sql_query;
 use diesel::sql_types::{BigInt, Nullable, Oid, SmallInt, Text};
 use serde::Serialize;
 
-/// Rows that would be lost.
+/// What a revert would do. The caller of [`Runner::revert`](crate::Runner::revert) confirms it.
+#[derive(Debug, Clone, Serialize)]
+pub struct Reversal {
+    /// Names of the migrations in the order they would be reverted.
+    pub names: Vec<String>,
+    /// Rows that would be deleted; `None` if a migration can't be rehearsed because it does not
+    /// run in a transaction.
+    pub losses: Option<Vec<Loss>>,
+}
+
+/// Rows or values that a revert deletes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, QueryableByName)]
 pub struct Loss {
-    /// The table, with its schema.
+    /// Table with its schema, quoted as in SQL.
     #[diesel(sql_type = Text)]
     pub table: String,
-    /// The column that would be dropped; `None` if the rows themselves would go.
+    /// Dropped column; `None` if whole rows are deleted.
     #[diesel(sql_type = Nullable<Text>)]
     pub column: Option<String>,
-    /// How many rows, or how many that aren't NULL in the column.
+    /// Number of rows; of a column, those that are not NULL.
     #[diesel(sql_type = BigInt)]
     pub rows: i64,
 }
@@ -29,36 +39,36 @@ pub struct Loss {
 impl fmt::Display for Loss {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { table, rows, .. } = self;
+        let s = if *rows == 1 { "" } else { "s" };
         match &self.column {
-            None => write!(formatter, "{table}: {rows} row(s)"),
-            Some(column) => write!(formatter, "{table}, column {column}: {rows} values"),
+            None => write!(formatter, "{table}: {rows} row{s}"),
+            Some(column) => write!(formatter, "{table}.{column}: {rows} value{s}"),
         }
     }
 }
 
-/// Tables that hold rows, and their columns, known by number so that a change of name or schema is no loss. The number 0
-/// stands for the table itself. Names are quoted, a table's with its schema.
+/// Columns by the numbers of table and column, so that a rename is no loss; column 0 is the table
+/// itself. The values are the quoted names of the table and the column.
 type Columns = BTreeMap<(u32, i16), (String, Option<String>)>;
 
-/// `None` if one of the migrations, given in the order they would be reverted, can't be tried in a transaction.
-pub(super) fn find(
+/// Returns `None` if a migration does not run in a transaction. `migrations` are in the order they
+/// would be reverted.
+pub(crate) fn losses(
     connection: &mut PgConnection,
     migrations: &[&dyn Migration<Pg>],
 ) -> Result<Option<Vec<Loss>>> {
-    if migrations
-        .iter()
-        .any(|migration| !migration.metadata().run_in_transaction())
-    {
+    let mut metadata = migrations.iter().map(|migration| migration.metadata());
+    if metadata.any(|metadata| !metadata.run_in_transaction()) {
         return Ok(None);
     }
     AnsiTransactionManager::begin_transaction(connection)?;
-    let tried = revert(connection, migrations);
+    let rehearsed = revert(connection, migrations);
     let rolled_back = AnsiTransactionManager::rollback_transaction(connection);
-    let (gone, mut losses) = tried?;
+    let (gone, mut losses) = rehearsed?;
     rolled_back?;
 
     for (&(oid, number), (table, column)) in &gone {
-        // A table's columns go with it.
+        // Its table is gone as a whole.
         if number != 0 && gone.contains_key(&(oid, 0)) {
             continue;
         }
@@ -77,7 +87,7 @@ pub(super) fn find(
     Ok(Some(losses))
 }
 
-/// What is gone after the migrations are reverted, and the rows that they deleted.
+/// Reverts, and returns the dropped tables and columns, and the rows that were deleted.
 fn revert(
     connection: &mut PgConnection,
     migrations: &[&dyn Migration<Pg>],

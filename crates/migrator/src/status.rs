@@ -1,0 +1,84 @@
+//! Which migrations are applied, and which are pending.
+
+use chrono::{DateTime, Utc};
+use serde::Serialize;
+
+use crate::Refusal;
+
+/// State of a database's migrations.
+#[derive(Debug, Clone, Serialize)]
+pub struct Status {
+    /// Migrations of this program, oldest first.
+    pub migrations: Vec<MigrationStatus>,
+    /// Applied migrations that this program doesn't have, oldest first.
+    pub unknown: Vec<Applied>,
+}
+
+/// A migration of this program.
+#[derive(Debug, Clone, Serialize)]
+pub struct MigrationStatus {
+    /// Version, such as `003`.
+    pub version: String,
+    /// Name of the folder, such as `003_add_plans`.
+    pub name: String,
+    /// Time it was applied (UTC); `None` while it is pending.
+    pub applied_at: Option<DateTime<Utc>>,
+}
+
+/// A row of `__diesel_schema_migrations`.
+#[derive(Debug, Clone, Serialize)]
+pub struct Applied {
+    /// Version, such as `003`.
+    pub version: String,
+    /// Time it was applied (UTC).
+    pub applied_at: DateTime<Utc>,
+}
+
+/// A migration that [`Runner::run`](crate::Runner::run) would apply.
+#[derive(Debug, Clone, Serialize)]
+pub struct Planned {
+    /// Version, such as `003`.
+    pub version: String,
+    /// Name of the folder, such as `003_add_plans`.
+    pub name: String,
+    /// Its `up.sql`.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub sql: String,
+}
+
+impl Status {
+    /// Returns the names of the pending migrations, oldest first.
+    pub fn pending(&self) -> impl Iterator<Item = &str> {
+        self.migrations
+            .iter()
+            .filter(|migration| migration.applied_at.is_none())
+            .map(|migration| &*migration.name)
+    }
+
+    /// Returns why [`Runner::run`](crate::Runner::run) would refuse, if it would.
+    pub fn refusal(&self) -> Option<Refusal> {
+        let is_applied = |migration: &&MigrationStatus| migration.applied_at.is_some();
+        let pending = self.migrations.iter().find(|one| !is_applied(one));
+        let applied = self.migrations.iter().rfind(is_applied);
+        let unknown = self.unknown_after(None);
+        if unknown.len() > self.newer().len() || (pending.is_some() && !unknown.is_empty()) {
+            return Some(Refusal::Unknown(unknown));
+        }
+        let (pending, applied) = pending.zip(applied)?;
+        (pending.version < applied.version).then(|| Refusal::OutOfOrder {
+            pending: pending.name.clone(),
+            applied: applied.name.clone(),
+        })
+    }
+
+    /// Returns the applied versions that are newer than every migration of this program.
+    pub fn newer(&self) -> Vec<String> {
+        self.unknown_after(self.migrations.last().map(|migration| &migration.version))
+    }
+
+    pub(crate) fn unknown_after(&self, version: Option<&String>) -> Vec<String> {
+        let unknown = self.unknown.iter().map(|unknown| &unknown.version);
+        let after = unknown.filter(|unknown| Some(*unknown) > version);
+        after.cloned().collect()
+    }
+}
