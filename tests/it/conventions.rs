@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use bruhmcp_db::migrations::MIGRATIONS;
 use diesel_migrations::MigrationHarness;
 
-use crate::support::{TestDatabase, assert_same_set, database};
+use crate::difference::assert_same_set;
+use crate::support::{TestDatabase, database};
 
 /// Tables and views of the crate.
 const RELATIONS: &str =
