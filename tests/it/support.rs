@@ -1,8 +1,6 @@
 //! Databases for the tests: one server for the whole process, one database per test.
 
-use std::collections::BTreeSet;
 use std::ffi::OsStr;
-use std::fmt::Debug;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -155,22 +153,6 @@ fn result(output: Output) -> Result<String, String> {
     } else {
         Err(String::from_utf8_lossy(&output.stderr).into_owned())
     }
-}
-
-/// Fails with the difference of two sets: what is missing from `found`, and what is extra in it.
-#[track_caller]
-pub(crate) fn assert_same_set<T: Ord + Debug>(
-    expected: impl IntoIterator<Item = T>,
-    found: impl IntoIterator<Item = T>,
-) {
-    let expected: BTreeSet<T> = expected.into_iter().collect();
-    let found: BTreeSet<T> = found.into_iter().collect();
-    let missing: Vec<&T> = expected.difference(&found).collect();
-    let extra: Vec<&T> = found.difference(&expected).collect();
-    assert!(
-        missing.is_empty() && extra.is_empty(),
-        "missing: {missing:#?}\nextra: {extra:#?}"
-    );
 }
 
 /// What `work` returns in `threads` threads that begin together, each with its number and a
