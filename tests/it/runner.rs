@@ -1,6 +1,5 @@
 //! The migration runner as a library.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -13,7 +12,6 @@ use bruhmcp_db::migrations::{
 use diesel::migration::MigrationSource;
 use diesel::pg::Pg;
 use diesel_migrations::FileBasedMigrations;
-use sha2::{Digest, Sha256};
 
 use crate::difference::{assert_same, check_generated};
 use crate::support::{TestDatabase, database, empty_database};
@@ -89,51 +87,6 @@ fn verify(url: &str) -> Verification {
 
 fn yes(_: &Reversal) -> bool {
     true
-}
-
-/// An applied migration is never edited. `BRUHMCP_WRITE=1` adds what is new and leaves the lines
-/// that are there.
-#[test]
-fn generated_hashes() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let mut hashes = BTreeMap::new();
-    for folder in fs::read_dir(root.join("migrations"))
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-    {
-        if !folder.is_dir() {
-            continue;
-        }
-        for file in fs::read_dir(&folder)
-            .unwrap()
-            .map(|entry| entry.unwrap().path())
-        {
-            let text = fs::read_to_string(&file).unwrap().replace("\r\n", "\n");
-            let hash = Sha256::digest(text)
-                .iter()
-                .map(|byte| format!("{byte:02x}"))
-                .collect::<String>();
-            hashes.insert(
-                file.strip_prefix(root.join("migrations"))
-                    .unwrap()
-                    .to_str()
-                    .unwrap()
-                    .replace('\\', "/"),
-                hash,
-            );
-        }
-    }
-    let committed = fs::read_to_string(root.join("migrations/hashes.txt")).unwrap_or_default();
-    if std::env::var_os("BRUHMCP_WRITE").is_some() {
-        for (hash, file) in committed.lines().filter_map(|line| line.split_once("  ")) {
-            hashes.insert(file.to_owned(), hash.to_owned());
-        }
-    }
-    let text: String = hashes
-        .iter()
-        .map(|(file, hash)| format!("{hash}  {file}\n"))
-        .collect();
-    check_generated("generated_hashes", "migrations/hashes.txt", &text);
 }
 
 /// `verify` expects what the migrations build.

@@ -62,6 +62,7 @@ fn migration_files(name: &str) -> Vec<PathBuf> {
 }
 
 /// The program of an example, which `cargo test` builds beside the tests.
+#[cfg(all(feature = "crypto", feature = "migrator"))]
 pub(crate) fn example(name: &str) -> PathBuf {
     let tests = std::env::current_exe().unwrap();
     let program = tests
@@ -90,6 +91,7 @@ impl TestDatabase {
     }
 
     /// The URL with one more parameter.
+    #[cfg(feature = "migrator")]
     pub(crate) fn url_with(&self, parameter: &str) -> String {
         let url = self.url();
         let separator = if url.contains('?') { '&' } else { '?' };

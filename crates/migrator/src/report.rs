@@ -97,7 +97,7 @@ pub trait Hook: Send {
     /// Runs before the first migration.
     ///
     /// # Errors
-    /// An error ends the run before anything is changed.
+    /// An error ends the run before a migration is applied.
     fn before(&mut self, connection: &mut PgConnection) -> QueryResult<()>;
 
     /// Runs after the last migration and returns notes for the report.

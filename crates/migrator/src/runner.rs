@@ -296,21 +296,21 @@ impl Runner {
     }
 
     fn up(&mut self, session: &mut Session, known: &[&Known]) -> Result<(), Error> {
+        if let Some(hook) = &mut self.hook {
+            hook.before(&mut session.connection)
+                .map_err(Error::database("the program's code before the migrations"))?;
+        }
         session
             .connection
             .setup()
             .map_err(Error::database("creating __diesel_schema_migrations"))?;
-        if let Some(hook) = &mut self.hook {
-            hook.before(&mut session.connection)
-                .map_err(Error::database("the check before the first migration"))?;
-        }
         for known in known {
             self.step(session, known, Direction::Up)?;
         }
         if let Some(hook) = &mut self.hook {
             session.done.notes = hook
                 .after(&mut session.connection)
-                .map_err(Error::database("the check after the last migration"))?;
+                .map_err(Error::database("the program's code after the migrations"))?;
         }
         Ok(())
     }
