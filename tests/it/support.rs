@@ -28,7 +28,7 @@ static TEMPLATE: LazyLock<Database> = LazyLock::new(|| {
     template
 });
 
-/// A database of the test's own, dropped at its end.
+/// A database that is dropped when the test ends.
 pub(crate) struct TestDatabase(Database);
 
 /// A database with all migrations applied.
@@ -36,7 +36,7 @@ pub(crate) fn database() -> TestDatabase {
     TestDatabase(SERVER.create_database_from(&TEMPLATE).unwrap())
 }
 
-/// A database without anything in it.
+/// An empty database.
 pub(crate) fn empty_database() -> TestDatabase {
     TestDatabase(SERVER.create_database().unwrap())
 }
@@ -46,7 +46,7 @@ pub(crate) fn up_sql() -> Vec<PathBuf> {
     migration_files("up.sql")
 }
 
-/// The `down.sql` of each migration, in the order of [`up_sql`]; they run the other way round.
+/// The `down.sql` of each migration, in the order of [`up_sql`]; they run in reverse.
 pub(crate) fn down_sql() -> Vec<PathBuf> {
     migration_files("down.sql")
 }
@@ -102,19 +102,19 @@ impl TestDatabase {
         PgConnection::establish(&self.url()).unwrap()
     }
 
-    /// What `pg_dump` prints, with these arguments added, the same for the same contents.
+    /// Returns what `pg_dump` prints with these arguments; equal for equal contents.
     pub(crate) fn dump(&self, args: &[&str]) -> String {
         let dump = result(self.0.client("pg_dump").args(args).output().unwrap()).unwrap();
-        // `\restrict` and `\unrestrict` hold a random key.
+        // `\restrict` and `\unrestrict` have a random key.
         let lines = dump
             .split_inclusive('\n')
             .filter(|line| !line.contains("restrict ") || !line.starts_with('\\'));
         lines.collect()
     }
 
-    /// Runs statements in one `psql`, each in a transaction of its own, up to the first that fails.
-    /// Rows come without header and alignment, fields separated by `|`; the error is what `psql`
-    /// prints, SQLSTATE, DETAIL and HINT included.
+    /// Runs statements in one `psql`, each in its own transaction, until one fails.
+    /// Rows have no header; fields are separated by `|`. The error is what `psql` prints, with
+    /// SQLSTATE, DETAIL and HINT.
     pub(crate) fn psql(&self, sql: &str) -> Result<String, String> {
         let mut psql = self.psql_command("-");
         let mut child = psql
@@ -125,7 +125,7 @@ impl TestDatabase {
             .unwrap();
         let mut stdin = child.stdin.take().unwrap();
         thread::scope(|scope| {
-            // A psql that has stopped at an error reads no more.
+            // A psql that stopped at an error doesn't read the rest.
             scope.spawn(move || stdin.write_all(sql.as_bytes()));
             result(child.wait_with_output().unwrap())
         })
@@ -157,15 +157,15 @@ fn result(output: Output) -> Result<String, String> {
     }
 }
 
-/// What `work` returns in `threads` threads that begin together, each with its number and a
-/// connection of its own.
+/// Runs `work` in `threads` threads that start together, each with its number and its own
+/// connection, and returns the results.
 pub(crate) fn at_once<T: Send>(
     database: &TestDatabase,
     threads: usize,
     work: impl Fn(usize, &mut PgConnection) -> T + Sync,
 ) -> Vec<T> {
     let start = Barrier::new(threads);
-    // All connected before any thread waits for the others.
+    // All connect before any thread waits for the others.
     let connections: Vec<_> = (0..threads).map(|_| database.connect()).collect();
     thread::scope(|scope| {
         let (start, work) = (&start, &work);
