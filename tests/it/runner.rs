@@ -16,11 +16,11 @@ use diesel_migrations::FileBasedMigrations;
 use crate::difference::{assert_same, check_generated};
 use crate::support::{TestDatabase, database, empty_database};
 
-/// Migrations of a test's own, in a folder that is removed at its end.
+/// A temporary folder of migrations.
 pub(crate) struct Folder(PathBuf);
 
 impl Folder {
-    /// `(name, up, down)` each.
+    /// Creates it from `(name, up, down)`.
     pub(crate) fn new(migrations: &[(&str, &str, &str)]) -> Self {
         let path = std::env::temp_dir().join(format!("bruhmcp_{}", uuid::Uuid::new_v4().simple()));
         for (name, up, down) in migrations {
@@ -35,7 +35,7 @@ impl Folder {
         &self.0
     }
 
-    /// Takes a migration out of its transaction.
+    /// Turns a migration's transaction off.
     pub(crate) fn without_transaction(self, name: &str) -> Self {
         fs::write(
             self.0.join(name).join("metadata.toml"),
@@ -402,7 +402,7 @@ fn refuses_to_guess() {
         Some(out_of_order)
     );
 
-    // Only unknown newer ones: a replica of the version before, while the new one is rolled out.
+    // Only newer ones are unknown: an old replica during a rolling deploy.
     let older = Folder::new(&three[..1]);
     assert_eq!(older.runner(&database).run().unwrap().newer, ["003"]);
     assert_eq!(
@@ -416,7 +416,7 @@ fn refuses_to_guess() {
         Refusal::Unknown(vec!["003".into()])
     );
 
-    // An unknown one in between is no rolling deploy.
+    // An unknown older one is no rolling deploy.
     let newest = Folder::new(&three[2..]);
     assert_eq!(
         refusal(newest.runner(&database).run()),
@@ -618,7 +618,7 @@ fn a_runner_can_move_to_another_thread() {
 
 #[test]
 fn no_password_in_any_text() {
-    // Of one word each, so that any part of it shows.
+    // The passwords repeat one word, so that each part of them is found.
     for url in [
         "postgresql://user:hushhush@localhost:1/db",
         "postgresql://user:hush@hush@localhost:1/db",
