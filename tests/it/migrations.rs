@@ -201,7 +201,8 @@ fn bare(sql: &str) -> String {
     code.split("$$").step_by(2).collect::<Vec<_>>().join(" ")
 }
 
-/// An applied migration is never edited. `BRUHMCP_WRITE=1` adds new files and leaves the other lines.
+/// An applied migration is never edited. `BRUHMCP_WRITE=1` adds new files and leaves the other
+/// lines.
 #[test]
 fn generated_hashes() {
     let root = concat!(env!("CARGO_MANIFEST_DIR"), "/migrations");
