@@ -1,7 +1,8 @@
-//! What the frequent writes cost, in counts that don't depend on the machine: octets of WAL, share of HOT updates, growth of
-//! indexes. Each stands beside the choice that was not taken, in the same run.
+//! Costs of frequent writes, as counts that don't depend on the machine: bytes of WAL, the share of
+//! HOT updates, the growth of indexes. Each is compared with the rejected alternative in the same
+//! run.
 //!
-//! `cargo bench --bench costs`. A private server is started and removed.
+//! `cargo bench --bench costs` starts a private server and removes it at the end.
 
 use std::error::Error;
 
@@ -27,7 +28,8 @@ const ROWS: usize = 100_000;
 const INSERTS: usize = 5_000;
 
 fn main() -> Result {
-    // As in production, the first change of a page after a checkpoint writes all of it to the WAL.
+    // As in production: the first change of a page after a checkpoint writes the whole page to the
+    // WAL.
     let server = Server::private(&[("full_page_writes", "on"), ("autovacuum", "off")])?;
 
     println!("One more call: {CALLS}, spread over {INSTANCES} instances");
@@ -48,7 +50,7 @@ fn ratio(other: i64, taken: i64) -> f64 {
     other as f64 / taken as f64
 }
 
-/// A migrated database of its own with users, so that no case works on what another has left.
+/// Creates a migrated database with users for one case, so that cases don't affect each other.
 fn database(server: &Server) -> Result<(Database, PgConnection)> {
     let database = server.create_database()?;
     let mut conn = PgConnection::establish(&database.url())?;
@@ -66,7 +68,7 @@ fn number(conn: &mut PgConnection, query: &str) -> QueryResult<i64> {
     diesel::select(sql::<BigInt>(&format!("({query})::bigint"))).get_result(conn)
 }
 
-/// Octets of WAL that `work` writes.
+/// Returns the bytes of WAL that `work` writes.
 fn wal(
     conn: &mut PgConnection,
     work: impl FnOnce(&mut PgConnection) -> QueryResult<()>,
@@ -90,14 +92,14 @@ fn calls(server: &Server, name: &str, index: Option<&str>) -> Result<i64> {
         conn.batch_execute(index)?;
     }
     conn.batch_execute("VACUUM ANALYZE")?;
-    // In the order of random keys: anywhere in the table.
+    // Ordered by random keys: spread over the table.
     let ids: Vec<InstanceId> = mcp_service_table::table
         .select(mcp_service_table::instance_id)
         .order(mcp_service_table::instance_id)
         .load(conn)?;
     let size = "pg_indexes_size('mcp_service_table')";
     let size_before = number(conn, size)?;
-    let octets = wal(conn, |conn| {
+    let bytes = wal(conn, |conn| {
         for id in ids.iter().cycle().take(CALLS) {
             McpInstance::record_call(conn, *id)?;
         }
@@ -107,12 +109,12 @@ fn calls(server: &Server, name: &str, index: Option<&str>) -> Result<i64> {
     let of_updates = "SELECT 100 * n_tup_hot_upd / n_tup_upd FROM pg_stat_user_tables WHERE relname = 'mcp_service_table'";
     let hot = number(conn, of_updates)?;
     let grown = number(conn, size)? - size_before;
-    let per_call = octets / i64::try_from(CALLS)?;
+    let per_call = bytes / i64::try_from(CALLS)?;
     println!(
-        "  {name:<36} {per_call:>6} octets of WAL, {hot:>3} % HOT, indexes grew by {} kB",
+        "  {name:<36} {per_call:>6} bytes of WAL, {hot:>3} % HOT, indexes grew by {} kB",
         grown / 1024
     );
-    Ok(octets)
+    Ok(bytes)
 }
 
 fn inserts(server: &Server, name: &str, new_key: fn() -> Uuid) -> Result<i64> {
@@ -131,7 +133,7 @@ fn inserts(server: &Server, name: &str, new_key: fn() -> Uuid) -> Result<i64> {
     .bind::<SqlUuid, _>(user_id)
     .execute(conn)?;
     conn.batch_execute("VACUUM ANALYZE")?;
-    let octets = wal(conn, |conn| {
+    let bytes = wal(conn, |conn| {
         for _ in 0..INSERTS {
             let payment = NewSubscriptionTransaction {
                 id: Some(TransactionId(new_key())),
@@ -144,8 +146,8 @@ fn inserts(server: &Server, name: &str, new_key: fn() -> Uuid) -> Result<i64> {
         Ok(())
     })?;
     println!(
-        "  {name:<36} {:>6} octets of WAL",
-        octets / i64::try_from(INSERTS)?
+        "  {name:<36} {:>6} bytes of WAL",
+        bytes / i64::try_from(INSERTS)?
     );
-    Ok(octets)
+    Ok(bytes)
 }

@@ -1,7 +1,7 @@
-//! A first walk through the crate, on real input: from an empty database to a user on the pro plan.
+//! A tutorial: from an empty database to a user on the pro plan.
 //!
-//! `script/quickstart` runs it. It works in a database of its own, on a private server or on that of `DATABASE_URL`, and
-//! drops it at the end.
+//! `script/quickstart` runs it. It creates a database, on a private server or on the server of
+//! `DATABASE_URL`, and drops it at the end.
 
 use std::error::Error;
 
@@ -33,7 +33,8 @@ fn main() -> Result {
 
     register_services(conn)?;
     let user = sign_up(conn)?;
-    // From your secret store, in earnest: an id and 32 random octets for each key, newest first.
+    // In production, keys come from your secret store: an id and 32 random bytes each, newest
+    // first.
     let keys = KeyRing::new([(1, &[7; 32][..])])?;
     let figma = connect_figma(conn, &keys, user.id)?;
     call(conn, figma)?;
@@ -49,7 +50,7 @@ fn heading(text: &str) {
     println!("\n{text}");
 }
 
-/// Applies 000 to 007. `diesel migration run` does the same while you develop.
+/// Applies the migrations. `diesel migration run` does the same during development.
 fn migrate(url: &str) -> Result {
     heading("Migrations");
     migrations::runner(url)?
@@ -66,7 +67,8 @@ fn migrate(url: &str) -> Result {
     Ok(())
 }
 
-/// The registry comes from a file, each time the service starts. Existing services are brought in line with it.
+/// Registers the services of a file, as a service does each time it starts. A service that exists
+/// is brought in line with the file.
 fn register_services(conn: &mut PgConnection) -> Result {
     heading("Services");
     for time in ["first", "second"] {
@@ -102,11 +104,11 @@ struct ServiceRow {
     description: String,
 }
 
-/// An account, under the canonical form of its address. The free plan comes with it.
+/// Creates an account with the free plan. The email address is stored in its canonical form.
 fn sign_up(conn: &mut PgConnection) -> Result<User> {
     heading("Sign-up");
     let new = NewUser {
-        // From argon2 or the like, in earnest. The column refuses what isn't a hash.
+        // In production, a hash made by argon2 or a similar crate. The column refuses plain text.
         password: Some(&SecretText::new(
             "$argon2id$v=19$m=19456,t=2,p=1$c2FsdHNhbHQ$aGFzaA",
         )),
@@ -116,8 +118,8 @@ fn sign_up(conn: &mut PgConnection) -> Result<User> {
     let plan = UserPlan::find_by_user(conn, user.id)?.ok_or("no plan")?;
     println!("  {} has the plan {:?}", user.email, plan.plan_type);
     match User::sign_up(conn, &new) {
-        Err(refused) => println!("  once more: {refused}"),
-        Ok(_) => return Err("one address, two accounts".into()),
+        Err(refused) => println!("  a second sign-up: {refused}"),
+        Ok(_) => return Err("two accounts have the same address".into()),
     }
     Ok(user)
 }
@@ -134,9 +136,10 @@ fn new_instance(user_id: UserId, mcp_service_id: ServiceId) -> NewMcpInstance<'s
     }
 }
 
-/// An instance with an API key, which is sealed before it leaves this process: the database only sees ciphertext.
+/// Connects a service by API key. The key is sealed in this process: the database sees only
+/// ciphertext.
 fn connect_figma(conn: &mut PgConnection, keys: &KeyRing, user_id: UserId) -> Result<InstanceId> {
-    heading("Figma, by an API key");
+    heading("Connect Figma with an API key");
     let new = new_instance(user_id, service_id(conn, "figma")?);
     let api_key = SecretText::from("figd_a_secret");
     let credential = NewMcpCredential::api_key(keys, &api_key)?;
@@ -145,15 +148,15 @@ fn connect_figma(conn: &mut PgConnection, keys: &KeyRing, user_id: UserId) -> Re
         "  instance {:?}, credentials {:?}",
         instance.status, credential.oauth_status
     );
-    println!("  shown by Debug: {:?}", credential.api_key);
+    println!("  Debug shows: {:?}", credential.api_key);
     let opened = credential
         .open(keys, SecretColumn::ApiKey)?
         .ok_or("no key")?;
-    println!("  opened again: {}", opened == api_key);
+    println!("  the opened key is the same: {}", opened == api_key);
     Ok(instance.instance_id)
 }
 
-/// What the gateway does for each call: find the instance with its service and credentials, and count.
+/// Makes three calls: each loads the instance with its service and credentials, and is counted.
 fn call(conn: &mut PgConnection, instance_id: InstanceId) -> Result {
     for _ in 0..3 {
         let found = McpInstance::find_with_credentials(conn, instance_id, "figma")?;
@@ -169,22 +172,22 @@ fn call(conn: &mut PgConnection, instance_id: InstanceId) -> Result {
     Ok(())
 }
 
-/// The free plan allows one active instance, whoever asks and however many ask at a time.
+/// The free plan allows one active instance, also when several requests arrive at once.
 fn reach_the_limit(conn: &mut PgConnection, keys: &KeyRing, user_id: UserId) -> Result {
-    heading("A second active instance");
+    heading("Activate a second instance on the free plan");
     let new = new_instance(user_id, service_id(conn, "airtable")?);
     let credential = NewMcpCredential::api_key(keys, &"pat_a_secret".into())?;
     match McpInstance::create(conn, &new, &credential) {
         Err(refused @ InstanceError::LimitReached) => println!("  refused: {refused}"),
         Err(other) => return Err(other.into()),
-        Ok(_) => return Err("the limit doesn't hold".into()),
+        Ok(_) => return Err("the plan limit was not enforced".into()),
     }
     Ok(())
 }
 
-/// A gateway delivers a webhook more than once: it is recorded first, and processed once.
+/// A gateway may deliver an event several times. It is recorded first and processed once.
 fn upgrade_once(conn: &mut PgConnection, user_id: UserId) -> Result {
-    heading("Upgrade, by a webhook that is delivered twice");
+    heading("Upgrade the plan by a webhook that arrives twice");
     let payload = json!({"event": "payment.captured", "payment": "pay_1", "amount": 49900});
     let webhook = NewWebhookEvent {
         event_id: None,
@@ -237,9 +240,9 @@ fn upgrade_once(conn: &mut PgConnection, user_id: UserId) -> Result {
     Ok(())
 }
 
-/// OAuth: the user is sent away with a state, and comes back with it.
+/// Connects a service by OAuth: the user leaves with a state and returns with it.
 fn connect_gmail(conn: &mut PgConnection, keys: &KeyRing, user_id: UserId) -> Result<InstanceId> {
-    heading("Gmail, by OAuth");
+    heading("Connect Gmail with OAuth");
     let new = new_instance(user_id, service_id(conn, "gmail")?);
     let client = NewMcpCredential::oauth(keys, "client-1", &"client_secret".into())?;
     let (instance, credential) = McpInstance::create(conn, &new, &client)?;
@@ -252,10 +255,10 @@ fn connect_gmail(conn: &mut PgConnection, keys: &KeyRing, user_id: UserId) -> Re
     ));
     McpCredential::begin_oauth(conn, credential.credential_id, &state, &url)?;
 
-    // Back at the callback. The state is good for one time.
+    // The callback: a state can be used once.
     let credential = McpCredential::consume_state(conn, &state)?;
     if let Err(refused) = McpCredential::consume_state(conn, &state) {
-        println!("  the same state again: {refused}");
+        println!("  the same state a second time: {refused}");
     }
     // Here the backend asks the provider for the tokens.
     let tokens = |number: u32| {
@@ -271,7 +274,7 @@ fn connect_gmail(conn: &mut PgConnection, keys: &KeyRing, user_id: UserId) -> Re
     let completed = McpCredential::complete_oauth(conn, credential.credential_id, &tokens(1)?)?;
     println!("  completed: the instance is {:?}", completed.instance);
 
-    // Two workers read this version and refresh the tokens. The second is told that it comes too late.
+    // Two workers read this version and refresh the tokens. The second gets a conflict.
     let read = completed.credential;
     for worker in [1, 2] {
         match McpCredential::store_refreshed(conn, &read, &tokens(worker + 1)?) {
@@ -280,7 +283,10 @@ fn connect_gmail(conn: &mut PgConnection, keys: &KeyRing, user_id: UserId) -> Re
                 read.version, row.version
             ),
             Err(CredentialError::Conflict(row)) => {
-                println!("  refused to worker {worker}: version {}", row.version)
+                println!(
+                    "  worker {worker} is refused: the version is {}",
+                    row.version
+                )
             }
             Err(other) => return Err(other.into()),
         }
@@ -288,7 +294,7 @@ fn connect_gmail(conn: &mut PgConnection, keys: &KeyRing, user_id: UserId) -> Re
     Ok(instance.instance_id)
 }
 
-/// Two browsers read version 1 and both write: the second is told, with the row as it is now.
+/// Two browsers read the same version and both write. The second gets the current row instead.
 fn rename_twice(conn: &mut PgConnection, user_id: UserId, instance_id: InstanceId) -> Result {
     heading("Optimistic locking");
     let read = McpInstance::find(conn, instance_id)?.ok_or("gone")?;
@@ -300,7 +306,7 @@ fn rename_twice(conn: &mut PgConnection, user_id: UserId, instance_id: InstanceI
             ),
             Err(InstanceError::Conflict(row)) => {
                 println!(
-                    "  not renamed to {name}: it is {:?} by now, version {}",
+                    "  not renamed to {name}: the name is {:?} now, version {}",
                     row.custom_name, row.version
                 );
             }
@@ -310,7 +316,7 @@ fn rename_twice(conn: &mut PgConnection, user_id: UserId, instance_id: InstanceI
     Ok(())
 }
 
-/// The audit log is append-only; its summary is a view.
+/// Appends to the audit log, reads its summary, and shows that rows can't be deleted.
 fn audit(conn: &mut PgConnection, user_id: UserId, instance_id: InstanceId) -> Result {
     heading("Audit");
     for status in [
@@ -337,7 +343,7 @@ fn audit(conn: &mut PgConnection, user_id: UserId, instance_id: InstanceId) -> R
     }
     match conn.batch_execute("DELETE FROM token_audit_log") {
         Err(refused) => println!("  DELETE: {refused}"),
-        Ok(()) => return Err("the log can be changed".into()),
+        Ok(()) => return Err("a row of the audit log was deleted".into()),
     }
     Ok(())
 }

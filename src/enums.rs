@@ -1,7 +1,8 @@
-//! The database's enum types. A label is the same snake_case word in SQL, serde, `Display` and `FromStr`.
+//! The database's enum types. A label is the same snake_case word in SQL, serde, `Display` and
+//! `FromStr`.
 //!
-//! A row with a label that this crate doesn't know fails to load. Add a new label here, release the crate, and use the
-//! label after that.
+//! A row with a label that this crate doesn't know fails to load. Add a new label here, release the
+//! crate, and use the label after that.
 
 use diesel_derive_enum::DbEnum;
 use serde::{Deserialize, Serialize};
@@ -56,16 +57,15 @@ pub enum AuthTokenType {
 #[ExistingTypePath = "crate::schema::sql_types::SubscriptionPlan"]
 #[serde(rename_all = "snake_case")]
 #[strum(serialize_all = "snake_case")]
+#[expect(missing_docs, reason = "labels without a doc explain themselves")]
 pub enum SubscriptionPlan {
-    /// No payment.
     Free,
-    /// The pro plan.
     Pro,
-    /// The plus plan.
     Plus,
 }
 
-/// The status of a subscription, in the gateway's terms. A user has at most one that is active, past due or paused.
+/// The status of a subscription, in the gateway's terms. A user has at most one that is active,
+/// past due or paused.
 #[derive(
     Debug,
     Clone,
@@ -83,12 +83,11 @@ pub enum SubscriptionPlan {
 #[ExistingTypePath = "crate::schema::sql_types::SubscriptionStatus"]
 #[serde(rename_all = "snake_case")]
 #[strum(serialize_all = "snake_case")]
+#[expect(missing_docs, reason = "labels without a doc explain themselves")]
 pub enum SubscriptionStatus {
-    /// Created at the gateway, not paid yet.
     Created,
     /// The payment method is confirmed.
     Authenticated,
-    /// Paid.
     Active,
     /// A payment failed; the grace period runs.
     PastDue,
@@ -96,7 +95,6 @@ pub enum SubscriptionStatus {
     Cancelled,
     /// Ended after its last period.
     Completed,
-    /// Paused by the user.
     Paused,
     /// Stopped after failed payments.
     Halted,
@@ -107,8 +105,8 @@ pub enum SubscriptionStatus {
 }
 
 impl SubscriptionStatus {
-    /// Whether this status is final: cancelled, completed, upgraded or replaced. Halted is not: the gateway resumes a halted
-    /// subscription when the user pays.
+    /// Whether this status is final: cancelled, completed, upgraded or replaced. Halted is not: the
+    /// gateway resumes a halted subscription when the user pays.
     #[must_use]
     pub fn is_final(self) -> bool {
         matches!(
@@ -136,10 +134,9 @@ impl SubscriptionStatus {
 #[ExistingTypePath = "crate::schema::sql_types::BillingCycle"]
 #[serde(rename_all = "snake_case")]
 #[strum(serialize_all = "snake_case")]
+#[expect(missing_docs, reason = "labels without a doc explain themselves")]
 pub enum BillingCycle {
-    /// Every month.
     Monthly,
-    /// Every year.
     Yearly,
 }
 
@@ -161,16 +158,13 @@ pub enum BillingCycle {
 #[ExistingTypePath = "crate::schema::sql_types::TransactionType"]
 #[serde(rename_all = "snake_case")]
 #[strum(serialize_all = "snake_case")]
+#[expect(missing_docs, reason = "labels without a doc explain themselves")]
 pub enum TransactionType {
-    /// A payment for a subscription.
     Subscription,
-    /// A payment for an extra.
     Addon,
     /// Money returned to the user; its amounts are negative.
     Refund,
-    /// A correction.
     Adjustment,
-    /// A fee.
     Fee,
 }
 
@@ -192,18 +186,16 @@ pub enum TransactionType {
 #[ExistingTypePath = "crate::schema::sql_types::TransactionStatus"]
 #[serde(rename_all = "snake_case")]
 #[strum(serialize_all = "snake_case")]
+#[expect(missing_docs, reason = "labels without a doc explain themselves")]
 pub enum TransactionStatus {
     /// Created, not paid yet.
     Created,
     /// Reserved on the payer's account.
     Authorized,
-    /// Paid.
     Captured,
     /// Paid and fully refunded.
     Refunded,
-    /// The payment failed.
     Failed,
-    /// Cancelled before payment.
     Cancelled,
 }
 
@@ -225,12 +217,12 @@ pub enum TransactionStatus {
 #[ExistingTypePath = "crate::schema::sql_types::CreditSource"]
 #[serde(rename_all = "snake_case")]
 #[strum(serialize_all = "snake_case")]
+#[expect(missing_docs, reason = "labels without a doc explain themselves")]
 pub enum CreditSource {
     /// A refund, credited once per `source_id`.
     Refund,
     /// A correction, or the remainder of a partly spent credit.
     Adjustment,
-    /// A promotion.
     Promotion,
     /// The unused part of a higher plan, credited once per `source_id`.
     Downgrade,
@@ -254,10 +246,9 @@ pub enum CreditSource {
 #[ExistingTypePath = "crate::schema::sql_types::McpAuthType"]
 #[serde(rename_all = "snake_case")]
 #[strum(serialize_all = "snake_case")]
+#[expect(missing_docs, reason = "labels without a doc explain themselves")]
 pub enum AuthType {
-    /// An API key of the user.
     ApiKey,
-    /// OAuth 2.0.
     Oauth,
 }
 
@@ -335,12 +326,10 @@ pub enum InstanceStatus {
 #[ExistingTypePath = "crate::schema::sql_types::TokenAuditStatus"]
 #[serde(rename_all = "snake_case")]
 #[strum(serialize_all = "snake_case")]
+#[expect(missing_docs, reason = "labels without a doc explain themselves")]
 pub enum AuditStatus {
-    /// It succeeded.
     Success,
-    /// It failed.
     Failure,
-    /// It has begun.
     Pending,
     /// It succeeded, but somebody should look at it.
     Warning,
@@ -389,12 +378,11 @@ pub enum PlanType {
 #[ExistingTypePath = "crate::schema::sql_types::PlanPaymentStatus"]
 #[serde(rename_all = "snake_case")]
 #[strum(serialize_all = "snake_case")]
+#[expect(missing_docs, reason = "labels without a doc explain themselves")]
 pub enum PlanPaymentStatus {
     /// No payment is expected.
     None,
-    /// Paid.
     Active,
-    /// Cancelled.
     Cancelled,
     /// The last payment failed and will not be retried.
     Failed,
@@ -420,10 +408,9 @@ pub enum PlanPaymentStatus {
 #[ExistingTypePath = "crate::schema::sql_types::PaymentGateway"]
 #[serde(rename_all = "snake_case")]
 #[strum(serialize_all = "snake_case")]
+#[expect(missing_docs, reason = "labels without a doc explain themselves")]
 pub enum PaymentGateway {
-    /// Stripe.
     Stripe,
-    /// Razorpay.
     Razorpay,
 }
 
@@ -445,10 +432,10 @@ pub enum PaymentGateway {
 #[ExistingTypePath = "crate::schema::sql_types::WebhookStatus"]
 #[serde(rename_all = "snake_case")]
 #[strum(serialize_all = "snake_case")]
+#[expect(missing_docs, reason = "labels without a doc explain themselves")]
 pub enum WebhookStatus {
     /// Recorded, not processed yet.
     Pending,
-    /// Processed.
     Processed,
     /// Processing failed and can be retried.
     Failed,

@@ -48,8 +48,8 @@ macro_rules! uuid_keys {
         impl $name {
             /// Generates a key, so that it is known before the row is inserted.
             ///
-            /// Busy tables get UUIDv7, which ascend with time: new rows share index pages. Keys in public URLs and
-            /// of small tables are random (UUIDv4).
+            /// Busy tables get UUIDv7, which ascend with time: new rows share index pages. Keys in
+            /// public URLs and of small tables are random (UUIDv4).
             #[must_use]
             #[expect(clippy::new_without_default, reason = "a default is expected to be the same each time")]
             pub fn new() -> Self {

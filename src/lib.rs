@@ -1,8 +1,8 @@
 //! The database layer of BruhMCP, for [Diesel](https://diesel.rs) on PostgreSQL.
 //!
 //! BruhMCP hosts MCP connections (Figma, Gmail, Slack …) for its users. A user has a plan, connects
-//! services as *instances*, and calls them through the platform. This crate has the migrations of the
-//! twelve tables behind that, a row type for each table, and the operations on them.
+//! services as *instances*, and calls them through the platform. This crate has the migrations of
+//! the twelve tables behind that, a row type for each table, and the operations on them.
 //!
 //! # Example
 //!
@@ -42,8 +42,8 @@
 //! # fn main() {}
 //! ```
 //!
-//! `examples/quickstart.rs` in the repository walks through all tables, and `examples/backend/` puts
-//! them behind HTTP.
+//! `examples/quickstart.rs` in the repository walks through all tables, and `examples/backend/`
+//! puts them behind HTTP.
 //!
 //! # Where things are
 //!
@@ -68,21 +68,21 @@
 //! # What all operations have in common
 //!
 //! - **Connection.** Each takes a [`PgConnection`](diesel::PgConnection) first. It works alone and
-//!   inside a transaction of the caller; an operation with several statements opens a transaction or a
-//!   savepoint.
+//!   inside a transaction of the caller; an operation with several statements opens a transaction
+//!   or a savepoint.
 //! - **Errors.** A function that returns `QueryResult` returns errors of the connection, and of
-//!   constraints that its doc names. An outcome that a caller branches on is a variant of the table's
-//!   error type. [`ConstraintViolation`] names the constraint that any other error violated. A failed
-//!   statement aborts the caller's transaction, unless the doc says otherwise: wrap the call in
-//!   `conn.transaction` to go on after it.
-//! - **Locks.** All operations lock rows in one order, so that they don't deadlock. A transaction with
-//!   several operations begins with [`User::lock`](models::User::lock). [`retry_transaction`] retries
-//!   serialization failures.
+//!   constraints that its doc names. An outcome that a caller branches on is a variant of the
+//!   table's error type. [`ConstraintViolation`] names the constraint that any other error
+//!   violated. A failed statement aborts the caller's transaction, unless the doc says otherwise:
+//!   wrap the call in `conn.transaction` to go on after it.
+//! - **Locks.** All operations lock rows in one order, so that they don't deadlock. A transaction
+//!   with several operations begins with [`User::lock`](models::User::lock). [`retry_transaction`]
+//!   retries serialization failures.
 //! - **Lists** are newest first and come in a [`Page`].
 //! - **Units.** Times are UTC with microseconds, as PostgreSQL stores them. Money is in minor units
 //!   (paise).
-//! - **Secrets** are [`SecretText`], [`Sealed`] or [`HashedToken`]: never serialized, never shown by
-//!   `Debug`.
+//! - **Secrets** are [`SecretText`], [`Sealed`] or [`HashedToken`]: never serialized, never shown
+//!   by `Debug`.
 //!
 //! Rules that must always hold are kept by the database, also for statements written by hand.
 #![deny(missing_docs)]

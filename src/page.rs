@@ -52,7 +52,8 @@ impl<Id> Page<Id> {
 
 /// The position of a row in a list, given by the row's `cursor()`.
 ///
-/// Unlike an `OFFSET`, it costs the same on every page, and rows inserted or deleted meanwhile move nothing.
+/// Unlike an `OFFSET`, it costs the same on every page, and rows inserted or deleted meanwhile move
+/// nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cursor<Id> {
     /// The row's `created_at`.
@@ -63,9 +64,9 @@ pub struct Cursor<Id> {
 
 /// Restricts a query to a [`Page`] and sorts it newest first by `created_at` and the table's key.
 ///
-/// `created_at <= x AND (created_at < x OR id < y)` means `(created_at, id) < (x, y)`, which Diesel can't write. The first
-/// half is what an index on `created_at` can start from. Without a cursor, `x` is later than any row: the statement is the
-/// same on every page, so it is prepared once.
+/// `created_at <= x AND (created_at < x OR id < y)` means `(created_at, id) < (x, y)`, which Diesel
+/// can't write. The first half is what an index on `created_at` can start from. Without a cursor,
+/// `x` is later than any row: the statement is the same on every page, so it is prepared once.
 macro_rules! newest_first {
     ($query:expr, $table:ident, $key:ident, $page:expr) => {{
         let page = $page;

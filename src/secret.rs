@@ -1,5 +1,5 @@
-//! Types of secret columns. None has `Serialize`, and their `Debug` shows nothing. A row that derives `Serialize` must skip
-//! such a column, or it doesn't compile:
+//! Types of secret columns. None has `Serialize`, and their `Debug` shows nothing. A row that
+//! derives `Serialize` must skip such a column, or it doesn't compile:
 //!
 //! ```compile_fail,E0277
 //! use bruhmcp_db::{Sealed, SecretText, TokenDigest};
@@ -38,8 +38,8 @@ use crate::enums::AuthTokenType;
 
 /// A secret string: a password hash, a credential, a one-time secret, an authorization URL.
 ///
-/// It is wiped from memory when it is dropped. It can be read from a request (`Deserialize`), but not written to a
-/// response or a log: there is no `Serialize`, and `Debug` shows nothing.
+/// It is wiped from memory when it is dropped. It can be read from a request (`Deserialize`), but
+/// not written to a response or a log: there is no `Serialize`, and `Debug` shows nothing.
 #[derive(Clone, PartialEq, Eq, AsExpression, FromSqlRow)]
 #[diesel(sql_type = Text)]
 pub struct SecretText(String);
@@ -163,8 +163,8 @@ macro_rules! silent_debug {
 }
 silent_debug!(SecretText TokenDigest Sealed);
 
-/// Secrets have no `Serialize`, and rows and inserts have no `Deserialize`: a client's request can't make one. The first
-/// example shows that the others fail for that reason alone.
+/// Secrets have no `Serialize`, and rows and inserts have no `Deserialize`: a client's request
+/// can't make one. The first example shows that the others fail for that reason alone.
 ///
 /// ```
 /// fn shown<T: serde::Serialize>() {}

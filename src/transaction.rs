@@ -16,7 +16,8 @@ pub const MAX_ATTEMPTS: u32 = 16;
 /// The isolation level of a transaction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Isolation {
-    /// Each statement sees what was committed before it began. Every operation of this crate is safe at this level.
+    /// Each statement sees what was committed before it began. Every operation of this crate is
+    /// safe at this level.
     #[default]
     ReadCommitted,
     /// All statements see what was committed before the first one.
@@ -25,18 +26,21 @@ pub enum Isolation {
     Serializable,
 }
 
-/// Runs `work` in a transaction and retries it after a serialization failure (SQLSTATE 40001) or a deadlock (40P01).
+/// Runs `work` in a transaction and retries it after a serialization failure (SQLSTATE 40001) or a
+/// deadlock (40P01).
 ///
-/// It gives up after [`MAX_ATTEMPTS`] attempts. Before each retry it sleeps for a random time of at most 5 ms, doubled with
-/// each attempt up to 640 ms. `work` runs again from its start, so its effects outside the database are repeated.
+/// It gives up after [`MAX_ATTEMPTS`] attempts. Before each retry it sleeps for a random time of at
+/// most 5 ms, doubled with each attempt up to 640 ms. `work` runs again from its start, so its
+/// effects outside the database are repeated.
 ///
-/// `E` may wrap the database error in any way (`anyhow`, thiserror's `transparent`): the cause is seen on the connection, by
-/// Diesel's instrumentation. This function installs one that passes all events on to
-/// [the default one](diesel::connection::set_default_instrumentation). It replaces an instrumentation that was set on this
-/// connection only, because Diesel can't combine two.
+/// `E` may wrap the database error in any way (`anyhow`, thiserror's `transparent`): the cause is
+/// seen on the connection, by Diesel's instrumentation. This function installs one that passes all
+/// events on to [the default one](diesel::connection::set_default_instrumentation). It replaces an
+/// instrumentation that was set on this connection only, because Diesel can't combine two.
 ///
 /// # Errors
-/// The last error of `work` or of COMMIT; `AlreadyInTransaction` inside another transaction, which a retry could not help.
+/// The last error of `work` or of COMMIT; `AlreadyInTransaction` inside another transaction, which
+/// a retry could not help.
 pub fn retry_transaction<T, E>(
     conn: &mut PgConnection,
     isolation: Isolation,
@@ -64,8 +68,8 @@ where
     }
 }
 
-/// Whether a retry of the transaction is likely to succeed: the error, or one that caused it, is a serialization failure
-/// or a deadlock.
+/// Whether a retry of the transaction is likely to succeed: the error, or one that caused it, is a
+/// serialization failure or a deadlock.
 #[must_use]
 pub fn is_transient(error: &(dyn StdError + 'static)) -> bool {
     match error.downcast_ref::<Error>() {
@@ -116,7 +120,8 @@ impl Instrumentation for Watcher {
     }
 }
 
-/// A random time up to 5 ms × 2^(attempt − 1). The range starts at 0, so that transactions that collided don't meet again.
+/// A random time up to 5 ms × 2^(attempt − 1). The range starts at 0, so that transactions that
+/// collided don't meet again.
 fn pause(attempt: u32) -> Duration {
     let longest = 5_000 << (attempt - 1).min(7);
     let micros = uuid::Uuid::new_v4().as_u128() % longest;

@@ -1,4 +1,5 @@
-//! Sign-up, and sessions: a session is a refresh token, which the client shows with each request and renews before it ends.
+//! Sign-up and sessions. A session is a refresh token: the client sends it with each request and
+//! renews it before it expires.
 
 use argon2::password_hash::phc::PasswordHash;
 use argon2::{Argon2, PasswordHasher, PasswordVerifier};
@@ -28,7 +29,7 @@ pub(crate) struct SignUp {
     password: SecretText,
 }
 
-/// Makes an account. That the address is the user's, a mail would have to prove.
+/// Creates an account. A real service also sends a mail to prove the address.
 pub(crate) fn sign_up(app: &App, new: &SignUp) -> Answer {
     if new.password.expose().chars().count() < 8 {
         return Err(Error::Refused(422, "a password has at least 8 characters"));
@@ -50,7 +51,8 @@ pub(crate) struct LogIn {
 
 pub(crate) fn log_in(app: &App, login: &LogIn) -> Answer {
     let user = User::find_active_by_email(&mut *app.db()?, &login.email)?;
-    // A password is verified in each case, so that the time taken doesn't tell which addresses have an account.
+    // Verify a password also if there is no such user: the response time must not show which
+    // addresses have an account.
     let password = user.as_ref().and_then(|user| user.password.as_ref());
     let is_right = verify(&login.password, password.unwrap_or(&app.nobodys_password));
     let user = user.filter(|_| is_right).ok_or(WRONG)?;
@@ -61,12 +63,12 @@ pub(crate) fn log_in(app: &App, login: &LogIn) -> Answer {
         User::record_login(conn, user.id)?;
         AuthToken::issue(conn, user.id, &hashed, SESSION)
     })?;
-    // None: deactivated since.
+    // `None` if the user was deactivated in the meantime.
     issued.map(|issued| session(&token, &issued)).ok_or(WRONG)
 }
 
-/// Puts a new token in the place of the one shown. Who shows one again has it from somebody else, or somebody else has it:
-/// all sessions of the user end.
+/// Replaces the presented token with a new one. A token that is presented twice may be stolen: all
+/// sessions of the user end.
 pub(crate) fn renew(app: &App, request: &Request<Body>) -> Answer {
     let presented = presented(app, request)?;
     let token = new_secret();
@@ -85,7 +87,7 @@ pub(crate) fn log_out(app: &App, request: &Request<Body>) -> Answer {
     Ok((200, json!({})))
 }
 
-/// Whose session the request belongs to.
+/// Returns the user of the request's session.
 pub(crate) fn user(app: &App, request: &Request<Body>) -> Result<UserId, Error> {
     let presented = presented(app, request)?;
     AuthToken::find_live(&mut *app.db()?, &presented)?
@@ -110,7 +112,7 @@ fn session(token: &SecretText, issued: &AuthToken) -> (u16, serde_json::Value) {
 pub(crate) fn hash(password: &SecretText) -> Result<SecretText, Error> {
     let hash = Argon2::default().hash_password(password.expose().as_bytes());
     hash.map(|hash| SecretText::new(hash.to_string()))
-        .map_err(|_| Error::Internal("no password can be hashed"))
+        .map_err(|_| Error::Internal("hashing a password failed"))
 }
 
 /// Compares in constant time.

@@ -1,4 +1,4 @@
-//! Requests read, outcomes answered.
+//! Reading requests, and mapping outcomes to responses.
 
 use std::io::Read;
 
@@ -12,14 +12,14 @@ use serde_json::Value;
 
 pub(crate) type Answer = Result<(u16, Value), Error>;
 
-pub(crate) const NOT_FOUND: Error = Error::Refused(404, "there is no such thing");
+pub(crate) const NOT_FOUND: Error = Error::Refused(404, "not found");
 
 const MAX_BODY_LEN: u64 = 64 * 1024;
 
-/// Why a request isn't done.
+/// Why a request failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
-    /// By this status; the client hears why.
+    /// The request is refused with this status and message.
     #[error("{1}")]
     Refused(u16, &'static str),
     #[error("no database connection is free")]
@@ -31,16 +31,16 @@ pub(crate) enum Error {
 }
 
 impl Error {
-    /// What the client is told, where it is about the request: the same request would be refused again.
+    /// Status and message for the client, if the request itself is at fault.
     pub(crate) fn refusal(&self) -> Option<(u16, String)> {
         match self {
             Self::Refused(status, why) => Some((*status, (*why).to_owned())),
-            Self::Database(error) => ConstraintViolation::of(error).map(|broken| {
-                let status = match broken.kind {
+            Self::Database(error) => ConstraintViolation::of(error).map(|violation| {
+                let status = match violation.kind {
                     ConstraintKind::Unique => 409,
                     _ => 422,
                 };
-                (status, format!("breaks the rule {}", broken.constraint))
+                (status, format!("violates {}", violation.constraint))
             }),
             Self::Unavailable | Self::Internal(_) => None,
         }
@@ -62,7 +62,7 @@ impl From<InstanceError> for Error {
     fn from(error: InstanceError) -> Self {
         match error {
             InstanceError::LimitReached => {
-                Error::Refused(403, "the plan allows no further active instance")
+                Error::Refused(403, "the plan allows no more active instances")
             }
             InstanceError::PlanExpired => Error::Refused(403, "the plan has expired"),
             InstanceError::PlanMissing => Error::Refused(403, "there is no plan"),
@@ -71,7 +71,7 @@ impl From<InstanceError> for Error {
             InstanceError::NotFound => NOT_FOUND,
             InstanceError::InstanceExpired => Error::Refused(409, "the instance has expired"),
             InstanceError::Database(error) => error.into(),
-            _ => Self::Internal("an instance was refused"),
+            _ => Self::Internal("the instance was not changed"),
         }
     }
 }
@@ -83,7 +83,7 @@ impl From<CredentialError> for Error {
             CredentialError::Conflict(_) => Error::Refused(409, "the authorization isn't pending"),
             CredentialError::NotFound => Error::Refused(409, "the instance is gone"),
             CredentialError::Database(error) => error.into(),
-            _ => Self::Internal("credentials were refused"),
+            _ => Self::Internal("the credentials were not changed"),
         }
     }
 }
@@ -93,7 +93,7 @@ impl From<PaymentError> for Error {
         match error {
             PaymentError::Database(error) => error.into(),
             PaymentError::Differs(_) => Error::Refused(409, "another payment has this id"),
-            // Refunds and steps of a payment, which this service doesn't know.
+            // This service neither refunds nor advances payments.
             _ => Error::Refused(422, "not a payment"),
         }
     }
@@ -121,7 +121,7 @@ impl From<crypto::SealError> for Error {
     }
 }
 
-/// The body, up to a length.
+/// Reads the body, if it is not longer than [`MAX_BODY_LEN`] bytes.
 pub(crate) fn body(request: &mut Request<Body>) -> Result<Vec<u8>, Error> {
     let mut body = Vec::new();
     let mut reader = request.body_mut().take(MAX_BODY_LEN + 1);
@@ -139,20 +139,20 @@ pub(crate) fn json<T: DeserializeOwned>(request: &mut Request<Body>) -> Result<T
 }
 
 pub(crate) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Error> {
-    // PostgreSQL can't store NUL, which JSON can only spell so.
+    // PostgreSQL can't store NUL. In JSON it can only be written this way.
     if body.windows(6).any(|text| text == br"\u0000") {
-        return Err(Error::Refused(422, "a text holds NUL"));
+        return Err(Error::Refused(422, "a text contains NUL"));
     }
     serde_json::from_slice(body).map_err(|error| {
         if error.is_data() {
-            Error::Refused(422, "a field is missing, or of another type")
+            Error::Refused(422, "a field is missing or has the wrong type")
         } else {
             Error::Refused(400, "not JSON")
         }
     })
 }
 
-/// The value of a key of the query, as it is: what this service expects there needs no escapes.
+/// Returns a value of the query string. The values that this service expects need no unescaping.
 pub(crate) fn query<'a>(request: &'a Request<Body>, key: &str) -> Option<&'a str> {
     let mut pairs = request.uri().query()?.split('&');
     pairs.find_map(|pair| pair.strip_prefix(key)?.strip_prefix('='))
@@ -179,10 +179,11 @@ pub(crate) fn response(answer: Answer) -> Response<Body> {
     response
 }
 
-/// What the client is told of a failure that isn't the client's: nothing. What the database refuses beyond its rules is
-/// a conflict that outlived its retries, or an outage; Diesel can't always tell which, and both pass.
+/// Returns status and message of a failure that is not the client's fault, and logs it.
 ///
-/// The log gets the kind of error only, for PostgreSQL's messages may quote values. It writes them into its own log.
+/// A database error that is no violated constraint is an outage or a conflict after all retries:
+/// the client can try again. The log gets the kind of error only, because PostgreSQL's messages may
+/// quote values.
 fn failure(error: &Error) -> (u16, String) {
     match error {
         Error::Database(DieselError::DatabaseError(kind, _)) => eprintln!("{error}: {kind:?}"),
@@ -190,7 +191,7 @@ fn failure(error: &Error) -> (u16, String) {
         error => eprintln!("{error}"),
     }
     match error {
-        Error::Internal(_) => (500, "something is wrong here".to_owned()),
+        Error::Internal(_) => (500, "internal error".to_owned()),
         _ => (503, "try again in a moment".to_owned()),
     }
 }

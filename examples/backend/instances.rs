@@ -1,4 +1,4 @@
-//! Instances: created, listed, called, switched on and off, and authorised by OAuth.
+//! Instances: create, list, call, activate and deactivate, authorize by OAuth.
 
 use bruhmcp_db::crypto::{SecretColumn, new_secret};
 use bruhmcp_db::enums::{AuthType, InstanceStatus};
@@ -26,7 +26,7 @@ pub(crate) struct Create {
     client_secret: Option<SecretText>,
 }
 
-/// Makes an instance with an API key, which can be called at once, or with an OAuth client, which can be called once the
+/// Creates an instance. With an API key it can be called at once; with an OAuth client, after the
 /// user has granted access at the `authorization_url`.
 pub(crate) fn create(app: &App, user_id: UserId, new: &Create) -> Answer {
     let conn = &mut app.db()?;
@@ -49,7 +49,10 @@ pub(crate) fn create(app: &App, user_id: UserId, new: &Create) -> Answer {
         }
         (AuthType::Oauth, None, Some(client_id), Some(client_secret)) => {
             if !client_id.bytes().all(needs_no_escape) {
-                return Err(Error::Refused(422, "the client's id can't stand in a URL"));
+                return Err(Error::Refused(
+                    422,
+                    "the client id has characters that a URL does not allow",
+                ));
             }
             let credential = NewMcpCredential::oauth(&app.key_ring, client_id, client_secret)?;
             let state = new_secret();
@@ -70,7 +73,8 @@ pub(crate) fn create(app: &App, user_id: UserId, new: &Create) -> Answer {
     }
 }
 
-/// A page of the user's instances, newest first. `next`, given back as `after`, leads to the next one.
+/// Lists a page of the user's instances, newest first. The next page is `?after=` the value of
+/// `next`.
 pub(crate) fn list(app: &App, user_id: UserId, request: &Request<Body>) -> Answer {
     let limit = match query(request, "limit").map(str::parse) {
         None => 20,
@@ -78,7 +82,7 @@ pub(crate) fn list(app: &App, user_id: UserId, request: &Request<Body>) -> Answe
         Some(_) => return Err(Error::Refused(400, "limit is a number from 1 to 100")),
     };
     let after = match query(request, "after").map(place) {
-        Some(None) => return Err(Error::Refused(400, "after is no place in the list")),
+        Some(None) => return Err(Error::Refused(400, "after is not a cursor")),
         after => after.flatten(),
     };
     let filter = InstanceFilter::default();
@@ -91,11 +95,11 @@ pub(crate) fn list(app: &App, user_id: UserId, request: &Request<Body>) -> Answe
     Ok((200, json!({ "instances": instances, "next": next })))
 }
 
-/// Microseconds since 1970 and a key.
+/// A cursor as text: microseconds since 1970, and the key.
 fn place(text: &str) -> Option<Cursor<InstanceId>> {
     let (micros, id) = text.split_once('_')?;
     let created_at = DateTime::from_timestamp_micros(micros.parse().ok()?)?;
-    // Where PostgreSQL and chrono agree on what a date is.
+    // The range of dates that PostgreSQL and chrono share.
     (1970..=9999).contains(&created_at.year()).then_some(())?;
     Some(Cursor {
         created_at,
@@ -119,7 +123,7 @@ pub(crate) fn toggle(app: &App, user_id: UserId, id: &str, toggle: &Toggle) -> A
     Ok((200, json!({ "instance": instance })))
 }
 
-/// Calls the service on the user's behalf and counts that.
+/// Calls the service for the user and counts the call.
 pub(crate) fn call(app: &App, user_id: UserId, service: &str, id: &str) -> Answer {
     let id = instance_id(id)?;
     let found = McpInstance::find_with_credentials(&mut *app.db()?, id, service)?;
@@ -140,10 +144,10 @@ pub(crate) fn call(app: &App, user_id: UserId, service: &str, id: &str) -> Answe
     Ok((200, json!({ "answer": answer })))
 }
 
-/// Where the provider sends the user's browser, with the state and either a code or an error.
+/// The provider redirects the user's browser here, with the state and a code or an error.
 pub(crate) fn oauth_callback(app: &App, request: &Request<Body>) -> Answer {
-    let state = query(request, "state").ok_or(Error::Refused(400, "there is no state"))?;
-    // A statement of its own, so that whoever comes with the same state, the code is redeemed once.
+    let state = query(request, "state").ok_or(Error::Refused(400, "the state is missing"))?;
+    // Committed at once, so that of several requests with this state only one redeems the code.
     let credential = McpCredential::consume_state(&mut *app.db()?, &SecretText::new(state))?;
     let id = credential.credential_id;
 
@@ -152,7 +156,7 @@ pub(crate) fn oauth_callback(app: &App, request: &Request<Body>) -> Answer {
         .and_then(|code| stand_in_for_the_token_endpoint(&credential, &client_secret, code));
     let Some(granted) = granted else {
         McpCredential::fail_oauth(&mut *app.db()?, id)?;
-        return Err(Error::Refused(409, "the authorisation failed"));
+        return Err(Error::Refused(409, "the authorization failed"));
     };
     let tokens = OauthTokens::seal(
         &app.key_ring,
@@ -165,7 +169,8 @@ pub(crate) fn oauth_callback(app: &App, request: &Request<Body>) -> Answer {
     let completion = McpCredential::complete_oauth(&mut *app.db()?, id, &tokens)?;
     let body = json!({
         "instance_id": completion.credential.instance_id,
-        // False where the plan has no room: the tokens are stored, and the user may switch another one off.
+        // False if the plan limit is reached: the tokens are stored, and the user can deactivate
+        // another instance.
         "active": completion.instance == CompletedInstance::Active,
     });
     Ok((200, body))
@@ -174,8 +179,8 @@ pub(crate) fn oauth_callback(app: &App, request: &Request<Body>) -> Answer {
 fn open(app: &App, from: &McpCredential, column: SecretColumn) -> Result<SecretText, Error> {
     match from.open(&app.key_ring, column) {
         Ok(Some(secret)) => Ok(secret),
-        Ok(None) => Err(Error::Internal("credentials without their secret")),
-        Err(_) => Err(Error::Internal("credentials that don't open")),
+        Ok(None) => Err(Error::Internal("the credentials have no secret")),
+        Err(_) => Err(Error::Internal("the credentials can't be opened")),
     }
 }
 
@@ -183,8 +188,8 @@ fn instance_id(text: &str) -> Result<InstanceId, Error> {
     text.parse().map_err(|_| NOT_FOUND)
 }
 
-fn needs_no_escape(octet: u8) -> bool {
-    octet.is_ascii_alphanumeric() || b"-._~".contains(&octet)
+fn needs_no_escape(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"-._~".contains(&byte)
 }
 
 struct Granted {
@@ -193,8 +198,8 @@ struct Granted {
     lifetime: TimeDelta,
 }
 
-/// Stands in for the HTTP request to the provider's token endpoint, with a time limit, which redeems the code. `None`: the
-/// provider refuses it.
+/// Stands for the HTTP request, with a timeout, that redeems the code at the provider's token
+/// endpoint. Returns `None` if the provider refuses.
 fn stand_in_for_the_token_endpoint(
     _client: &McpCredential,
     _client_secret: &SecretText,
@@ -207,7 +212,7 @@ fn stand_in_for_the_token_endpoint(
     })
 }
 
-/// Stands in for the request to the service that listens on `service.port`, with a time limit.
+/// Stands for the request, with a timeout, to the service that listens on `service.port`.
 fn stand_in_for_calling_the_service(service: &McpService, _secret: &SecretText) -> String {
     format!("hello from {}", service.display_name)
 }

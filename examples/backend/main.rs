@@ -1,13 +1,16 @@
-//! A small HTTP service on this crate, to start from: accounts, instances, OAuth and the payment gateway's webhook.
+//! A small HTTP service to start from: accounts, instances, OAuth and the payment gateway's
+//! webhook.
 //!
-//! A thread per connection and a pool of database connections. It speaks plain HTTP on the loopback interface, and belongs
-//! behind a proxy that does TLS and limits rates. JSON in and out; the environment configures it:
+//! It has one thread per connection and a pool of database connections. It speaks plain HTTP and
+//! JSON on the loopback interface; put it behind a proxy that does TLS and limits rates. The
+//! environment configures it:
 //!
-//! - `DATABASE_URL`: a database that is migrated already;
-//! - `PORT`: 0, as without it, for any free one; the first line of standard output says which;
-//! - `TOKEN_KEY`: 64 hexadecimal digits, the key of the digests of session tokens;
-//! - `CREDENTIAL_KEYS`: the keys that seal credentials, newest first: `2:<64 hexadecimal digits>,1:<the same>`;
-//! - `WEBHOOK_SECRET`: what the gateway signs its webhooks with.
+//! - `DATABASE_URL`: a migrated database
+//! - `PORT`: 0 or unset for any free port; the first line of standard output has the address
+//! - `TOKEN_KEY`: 64 hexadecimal digits, the key for digests of session tokens
+//! - `CREDENTIAL_KEYS`: the keys that seal credentials, newest first: `2:<64 hexadecimal
+//!   digits>,1:…`
+//! - `WEBHOOK_SECRET`: the secret with which the gateway signs its webhooks
 
 use std::env;
 use std::io;
@@ -30,13 +33,13 @@ mod http;
 mod instances;
 mod webhooks;
 
-/// What all threads share.
+/// The state that all threads share.
 struct App {
     pool: Pool<ConnectionManager<PgConnection>>,
     token_key: TokenKey,
     key_ring: KeyRing,
     webhook_secret: SecretText,
-    /// The hash of a password that nobody has.
+    /// A hash to verify against if there is no such user.
     nobodys_password: SecretText,
 }
 
@@ -49,24 +52,24 @@ impl App {
         let url = variable("DATABASE_URL")?;
         check_schema(&url)?;
         Ok(Self {
-            // A connection is tried before it is handed out, and replaced where it is broken: so the pool outlives the
-            // server's absence.
+            // The pool tests each connection before it hands it out, and replaces broken ones: it
+            // survives a restart of the database server.
             pool: Pool::builder()
                 .max_size(8)
                 .connection_timeout(Duration::from_secs(2))
                 .build(ConnectionManager::new(url))
-                .map_err(|_| "the database gives too few connections")?,
+                .map_err(|_| "the pool can't connect to the database")?,
             token_key: TokenKey::new(&token_key).map_err(|_| "TOKEN_KEY is too short")?,
             key_ring: KeyRing::new(keys.iter().map(|(id, key)| (*id, &key[..])))
-                .map_err(|_| "CREDENTIAL_KEYS needs different ids, and 32 octets for each key")?,
+                .map_err(|_| "CREDENTIAL_KEYS needs different ids, and 32 bytes for each key")?,
             webhook_secret: variable("WEBHOOK_SECRET")?.into(),
             nobodys_password: accounts::hash(&crypto::new_secret())
-                .map_err(|_| "no password can be hashed")?,
+                .map_err(|_| "hashing a password failed")?,
         })
     }
 
-    /// A connection, given back when it is dropped. Hold it for as long as the database is talked to, and not while
-    /// passwords are hashed or others are waited for.
+    /// Takes a connection from the pool. Hold it only while using the database, not while hashing a
+    /// password or waiting for another service.
     fn db(&self) -> Result<PooledConnection<ConnectionManager<PgConnection>>, Error> {
         self.pool.get().map_err(|_| Error::Unavailable)
     }
@@ -78,7 +81,7 @@ fn main() -> ExitCode {
             Ok(()) => ExitCode::SUCCESS,
             Err(_) => ExitCode::FAILURE,
         },
-        // None of these shows a value: that of DATABASE_URL has a password in it.
+        // No message contains a value: DATABASE_URL has a password in it.
         Err(error) => {
             eprintln!("{error}");
             ExitCode::FAILURE
@@ -86,7 +89,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Migrating is the deploy's, once, before the services start.
+/// Refuses to start on a database with pending migrations. The deploy runs them, once.
 fn check_schema(url: &str) -> Result<(), &'static str> {
     let mut runner = migrations::runner(url).map_err(|_| "DATABASE_URL isn't a URL")?;
     let status = runner
@@ -139,7 +142,7 @@ fn route(app: &App, request: &mut Request<Body>) -> Answer {
     }
 }
 
-/// The port to listen on, for the server doesn't tell which one it got.
+/// Finds a free port first, because the server doesn't tell which port it got.
 fn free_port(port: u16) -> io::Result<u16> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port))?;
     Ok(listener.local_addr()?.port())
@@ -162,6 +165,6 @@ fn credential_key(text: &str) -> Option<(u8, Vec<u8>)> {
 fn from_hex(text: &str) -> Option<Vec<u8>> {
     let digits: Option<Vec<u32>> = text.chars().map(|digit| digit.to_digit(16)).collect();
     let (pairs, rest) = digits.as_ref()?.as_chunks::<2>();
-    let octets = pairs.iter().map(|[high, low]| (high * 16 + low) as u8);
-    rest.is_empty().then(|| octets.collect())
+    let bytes = pairs.iter().map(|[high, low]| (high * 16 + low) as u8);
+    rest.is_empty().then(|| bytes.collect())
 }

@@ -1,4 +1,4 @@
-//! The webhook of the payment gateway: recorded first, then processed, once.
+//! The payment gateway's webhook: record the event first, then process it once.
 
 use bruhmcp_db::enums::{PaymentGateway, TransactionStatus};
 use bruhmcp_db::ids::{TransactionId, UserId, WebhookEventId};
@@ -19,7 +19,7 @@ use sha2::Sha256;
 use crate::http::{Answer, Error, body, header, parse};
 use crate::{App, from_hex};
 
-/// What a payment pays for.
+/// The time that a payment pays for.
 const PAID: TimeDelta = TimeDelta::days(31);
 
 pub(crate) fn razorpay(app: &App, request: &mut Request<Body>) -> Answer {
@@ -37,16 +37,16 @@ pub(crate) fn razorpay(app: &App, request: &mut Request<Body>) -> Answer {
     let event = NewWebhookEvent {
         event_id: Some(WebhookEventId::new()),
         external_event_id: header(request, "x-razorpay-event-id")
-            .ok_or(Error::Refused(400, "there is no event id"))?,
+            .ok_or(Error::Refused(400, "the event id is missing"))?,
         event_type: payload["event"]
             .as_str()
-            .ok_or(Error::Refused(422, "there is no event type"))?,
+            .ok_or(Error::Refused(422, "the event type is missing"))?,
         payment_gateway: PaymentGateway::Razorpay,
         payload: &payload,
     };
     let event = WebhookEvent::record(conn, &event)?.into_inner();
-    // Now it isn't lost any more. If what follows fails, it stays open: the gateway is told and delivers it again, or a
-    // worker finds it by `WebhookEvent::claim_due`.
+    // The event is stored. If processing fails, it stays open: the gateway gets an error and
+    // delivers it again, or a worker finds it with `WebhookEvent::claim_due`.
     let status = retry_transaction(conn, Isolation::ReadCommitted, |conn| {
         process(conn, event.event_id)
     })?;
@@ -61,7 +61,7 @@ fn process(conn: &mut PgConnection, event_id: WebhookEventId) -> Result<&'static
         WebhookEvent::mark_skipped(conn, event_id)?;
         return Ok("skipped");
     }
-    // A savepoint: the event can be marked after what failed is rolled back.
+    // A savepoint, so that the event can be marked after a failed payment is rolled back.
     match conn.transaction(|conn| record_payment(conn, &event.payload)) {
         Ok(()) => {
             WebhookEvent::mark_processed(conn, event_id)?;
@@ -78,7 +78,7 @@ fn process(conn: &mut PgConnection, event_id: WebhookEventId) -> Result<&'static
 #[derive(Deserialize)]
 struct Payment {
     id: String,
-    /// In paise, as the fee and the tax in it.
+    /// In paise; so are the fee and the tax in it.
     amount: i64,
     currency: String,
     fee: i64,
@@ -86,7 +86,7 @@ struct Payment {
     notes: Notes,
 }
 
-/// What this service gave the gateway with the order.
+/// The notes that this service attached to the order.
 #[derive(Deserialize)]
 struct Notes {
     user_id: UserId,
@@ -94,7 +94,7 @@ struct Notes {
 
 fn record_payment(conn: &mut PgConnection, payload: &Value) -> Result<(), Error> {
     let payment = Payment::deserialize(&payload["payload"]["payment"]["entity"])
-        .map_err(|_| Error::Refused(422, "not a payment of this service"))?;
+        .map_err(|_| Error::Refused(422, "the payment was not made through this service"))?;
     let user_id = payment.notes.user_id;
     User::lock(conn, user_id)?;
     let plan = UserPlan::find_by_user(conn, user_id)?
@@ -114,7 +114,7 @@ fn record_payment(conn: &mut PgConnection, payload: &Value) -> Result<(), Error>
     };
     match SubscriptionTransaction::record_payment(conn, &new)? {
         Recorded::New(_) => {
-            // Who pays early loses nothing.
+            // A payment before the plan ends extends it.
             let begin = plan.expires_at.unwrap_or_default().max(Utc::now());
             let pro = ProPlan {
                 subscription_id: plan.subscription_id.as_deref(),
@@ -123,7 +123,7 @@ fn record_payment(conn: &mut PgConnection, payload: &Value) -> Result<(), Error>
             };
             UserPlan::upgrade(conn, user_id, &pro)?;
         }
-        // Told of by another event.
+        // Another event has reported this payment.
         Recorded::Existing(_) => {}
     }
     Ok(())

@@ -147,8 +147,8 @@ impl AccountCredit {
         }
     }
 
-    /// Grants a credit, or a debit if the amount is negative. A refund or downgrade is granted once per
-    /// `source_id`, any other source each time.
+    /// Grants a credit, or a debit if the amount is negative. A refund or downgrade is granted once
+    /// per `source_id`, any other source each time.
     ///
     /// It waits for a transaction that grants for the same source.
     ///
@@ -202,8 +202,8 @@ impl AccountCredit {
         }
     }
 
-    /// Returns the user's balance in a currency, in minor units: the sum of all credits and debits that
-    /// are neither used nor expired. It is negative if debits exceed credits.
+    /// Returns the user's balance in a currency, in minor units: the sum of all credits and debits
+    /// that are neither used nor expired. It is negative if debits exceed credits.
     ///
     /// # Errors
     /// [`CreditError::OutOfRange`].
@@ -225,11 +225,13 @@ impl AccountCredit {
 
     /// Spends `amount` minor units of the user's balance in a currency.
     ///
-    /// It settles all debits and uses up credits for both, earliest expiry first. The unspent part of
-    /// the last credit becomes a new credit: an adjustment with the same expiry, whose `source_id` is
-    /// the old credit's id. Every call spends: call it in the transaction that records the purchase.
+    /// It settles all debits and uses up credits for both, earliest expiry first. The unspent part
+    /// of the last credit becomes a new credit: an adjustment with the same expiry, whose
+    /// `source_id` is the old credit's id. Every call spends: call it in the transaction that
+    /// records the purchase.
     ///
-    /// One transaction, which locks the user, then the credits: a user's calls run one after another.
+    /// One transaction, which locks the user, then the credits: a user's calls run one after
+    /// another.
     ///
     /// # Errors
     /// [`CreditError::NotPositive`]; [`CreditError::Insufficient`]; [`CreditError::OutOfRange`].
@@ -243,8 +245,8 @@ impl AccountCredit {
             return Err(CreditError::NotPositive);
         }
         conn.transaction(|conn| {
-            // Locks on the credits alone are not enough: a waiting transaction would not see the rest that
-            // the other one inserts.
+            // Locks on the credits alone are not enough: a waiting transaction would not see the
+            // rest that the other one inserts.
             users::table
                 .find(user_id)
                 .select(users::id)

@@ -224,7 +224,7 @@ impl McpInstance {
         })
     }
 
-    /// Returns the instance with this key, of whatever user.
+    /// Returns the instance with this key, of any user.
     pub fn find(conn: &mut PgConnection, instance_id: InstanceId) -> QueryResult<Option<Self>> {
         mcp_service_table::table
             .find(instance_id)

@@ -1,6 +1,8 @@
-//! The tables: a file each, named after the table, with its row, its insert, its changeset and its operations.
+//! The tables: a file each, named after the table, with its row, its insert, its changeset and its
+//! operations.
 //!
-//! All operations take the connection first and work inside a transaction of the caller's as well as alone.
+//! All operations take the connection first and work inside a transaction of the caller's as well
+//! as alone.
 
 use diesel::prelude::*;
 
@@ -71,8 +73,8 @@ const DEFAULT_CURRENCY: &str = "INR";
 
 /// Locks a user's key before an INSERT that references it.
 ///
-/// The foreign key takes this lock anyway, but only after the new row's unique keys have made others
-/// wait: too late in the lock order.
+/// The foreign key takes this lock anyway, but only after the new row's unique keys have made
+/// others wait: too late in the lock order.
 fn lock_user_key(conn: &mut PgConnection, id: UserId) -> QueryResult<()> {
     use crate::schema::users as t;
     t::table
@@ -83,7 +85,8 @@ fn lock_user_key(conn: &mut PgConnection, id: UserId) -> QueryResult<()> {
         .map(|_| ())
 }
 
-/// What an update of one row returns: an empty changeset finds the row as it is, and a row that isn't there is none.
+/// What an update of one row returns: an empty changeset finds the row as it is, and a row that
+/// isn't there is none.
 fn found<T>(
     updated: QueryResult<Option<T>>,
     find: impl FnOnce() -> QueryResult<Option<T>>,

@@ -216,8 +216,8 @@ pub enum PaymentError {
     /// The amount is zero or negative.
     #[error("the amount is not positive")]
     NotPositive,
-    /// The gateway id is recorded for another user, amount, currency or refunded payment. Holds that
-    /// row.
+    /// The gateway id is recorded for another user, amount, currency or refunded payment. Holds
+    /// that row.
     #[error("the gateway id belongs to another transaction")]
     Differs(Box<SubscriptionTransaction>),
     /// The refunds would exceed the payment.
@@ -346,8 +346,8 @@ impl SubscriptionTransaction {
     /// Only [`refund`](Self::refund) makes a payment refunded. One statement, which locks the row.
     ///
     /// # Errors
-    /// [`PaymentError::Conflict`] for every other step, also if the payment already has status `to`,
-    /// so that each step's consequences happen once; [`PaymentError::NotFound`].
+    /// [`PaymentError::Conflict`] for every other step, also if the payment already has status
+    /// `to`, so that each step's consequences happen once; [`PaymentError::NotFound`].
     pub fn advance(
         conn: &mut PgConnection,
         id: TransactionId,
@@ -376,17 +376,17 @@ impl SubscriptionTransaction {
         }
     }
 
-    /// Records a refund of a captured payment once per gateway id. When nothing of the payment is left,
-    /// the payment becomes refunded.
+    /// Records a refund of a captured payment once per gateway id. When nothing of the payment is
+    /// left, the payment becomes refunded.
     ///
     /// The refund is a row with the payment's user, subscription and currency. Its amounts are
-    /// **negative**, so the sum of all amounts is what the user has paid. One transaction, which locks
-    /// the payment: concurrent refunds of a payment never exceed it. Failed and cancelled refunds don't
-    /// count.
+    /// **negative**, so the sum of all amounts is what the user has paid. One transaction, which
+    /// locks the payment: concurrent refunds of a payment never exceed it. Failed and cancelled
+    /// refunds don't count.
     ///
     /// # Errors
-    /// [`PaymentError::NotPositive`]; [`PaymentError::NotFound`]; [`PaymentError::Conflict`] if it isn't
-    /// a captured payment; [`PaymentError::ExceedsPayment`]; [`PaymentError::Differs`].
+    /// [`PaymentError::NotPositive`]; [`PaymentError::NotFound`]; [`PaymentError::Conflict`] if it
+    /// isn't a captured payment; [`PaymentError::ExceedsPayment`]; [`PaymentError::Differs`].
     pub fn refund(
         conn: &mut PgConnection,
         payment_id: TransactionId,
@@ -403,8 +403,8 @@ impl SubscriptionTransaction {
                 .optional()?
                 .ok_or(PaymentError::NotFound)?;
             lock_user_key(conn, user_id)?;
-            // An UPDATE without a change: with only a lock, a transaction at REPEATABLE READ would miss
-            // the refunds recorded since its snapshot.
+            // An UPDATE without a change: with only a lock, a transaction at REPEATABLE READ would
+            // miss the refunds recorded since its snapshot.
             let payment = diesel::update(subscription_transactions::table.find(payment_id))
                 .set(subscription_transactions::status.eq(subscription_transactions::status))
                 .returning(Self::as_returning())

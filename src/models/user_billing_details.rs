@@ -17,8 +17,8 @@ use crate::models::{User, lock_user_key};
 use crate::schema::user_billing_details;
 use crate::secret::SecretText;
 
-/// A saved card: the gateway's token and what may be shown of the card, never its number or security
-/// code.
+/// A saved card: the gateway's token and what may be shown of the card, never its number or
+/// security code.
 ///
 /// `Serialize` leaves out the token, so a card can be sent to its owner.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -152,7 +152,8 @@ pub enum BillingError {
     /// The user has no card with this id.
     #[error("no such card")]
     CardNotFound,
-    /// This field of the card is empty, malformed or looks like a card number. Its value is not shown.
+    /// This field of the card is empty, malformed or looks like a card number. Its value is not
+    /// shown.
     #[error("the card's {0} is invalid")]
     InvalidCard(&'static str),
     /// Any other database error.
@@ -163,8 +164,8 @@ pub enum BillingError {
 /// An SQL fragment with one value in it.
 type WithValue = SqlLiteral<Jsonb, UncheckedBind<SqlLiteral<Jsonb>, AsExprOf<Value, Jsonb>>>;
 
-/// The array `cards` without the card with this id. The UPDATE that writes the array evaluates this under
-/// the row's lock, so no concurrent change is lost.
+/// The array `cards` without the card with this id. The UPDATE that writes the array evaluates this
+/// under the row's lock, so no concurrent change is lost.
 fn cards_without(card_id: &str) -> WithValue {
     sql("jsonb_path_query_array(cards, '$[*] ? (!(@.id == $id))', ")
         .bind::<Jsonb, _>(json!({"id": card_id}))
@@ -212,8 +213,8 @@ impl UserBillingDetails {
         })
     }
 
-    /// Adds a card as the last one, or replaces the card with the same id. A user's first card becomes
-    /// the default.
+    /// Adds a card as the last one, or replaces the card with the same id. A user's first card
+    /// becomes the default.
     ///
     /// One statement, which locks the row.
     ///

@@ -288,8 +288,8 @@ impl UserSubscription {
     /// # Errors
     /// [`SubscriptionError::Ended`] if `from` [is final](SubscriptionStatus::is_final): a late
     /// webhook revives nothing. [`SubscriptionError::Conflict`]; [`SubscriptionError::NotFound`].
-    /// [`SubscriptionError::LiveExists`] and [`SubscriptionError::GatewayIdTaken`] abort the caller's
-    /// transaction: wrap the call in `conn.transaction` to continue after them.
+    /// [`SubscriptionError::LiveExists`] and [`SubscriptionError::GatewayIdTaken`] abort the
+    /// caller's transaction: wrap the call in `conn.transaction` to continue after them.
     pub fn change_status(
         conn: &mut PgConnection,
         id: SubscriptionId,
@@ -419,10 +419,10 @@ impl UserSubscription {
     /// Claims up to `limit` active and past due subscriptions whose billing date has come, earliest
     /// first, for a worker that charges them. It skips those that end with their period.
     ///
-    /// Call it in a transaction: the rows and their users' keys stay locked until that ends, and other
-    /// workers skip them. The worker must change `next_billing_date`, whether the charge succeeds or
-    /// fails, or the row stays due. Change the user's plan in another transaction: a plan is locked
-    /// before its user.
+    /// Call it in a transaction: the rows and their users' keys stay locked until that ends, and
+    /// other workers skip them. The worker must change `next_billing_date`, whether the charge
+    /// succeeds or fails, or the row stays due. Change the user's plan in another transaction: a
+    /// plan is locked before its user.
     pub fn claim_due(conn: &mut PgConnection, limit: u16) -> QueryResult<Vec<Self>> {
         let mut due: Vec<Self> = user_subscriptions::table
             .filter(is_charged())
@@ -435,8 +435,8 @@ impl UserSubscription {
             .skip_locked()
             .select(Self::as_select())
             .load(conn)?;
-        // The worker will insert payments of these users. It must not wait for a user while it holds
-        // the subscription, so a locked user's subscription is left to the next call.
+        // The worker will insert payments of these users. It must not wait for a user while it
+        // holds the subscription, so a locked user's subscription is left to the next call.
         let users: HashSet<UserId> = users::table
             .filter(users::id.eq_any(due.iter().map(|row| row.user_id)))
             .for_key_share()

@@ -25,7 +25,8 @@ pub struct WebhookEvent {
     /// The event's type in the gateway's words.
     pub event_type: String,
     pub payment_gateway: PaymentGateway,
-    /// The time of the last processing, skip or failure; `None` if and only if the event is pending.
+    /// The time of the last processing, skip or failure; `None` if and only if the event is
+    /// pending.
     pub processed_at: Option<DateTime<Utc>>,
     pub payload: Value,
     pub processing_status: WebhookStatus,
@@ -65,8 +66,8 @@ impl<'a> NewWebhookEvent<'a> {
     }
 }
 
-/// Pending or failed: the predicate of the index `webhook_events_created_at_idx`. It is a literal because
-/// the planner can't match bind parameters with a partial index.
+/// Pending or failed: the predicate of the index `webhook_events_created_at_idx`. It is a literal
+/// because the planner can't match bind parameters with a partial index.
 fn is_open() -> SqlLiteral<Bool> {
     sql("webhook_events.processing_status IN ('pending', 'failed')")
 }
@@ -98,9 +99,9 @@ impl WebhookEvent {
     /// Records a webhook once, before it is processed. Of concurrent deliveries, one gets
     /// [`Recorded::New`].
     ///
-    /// An existing event keeps its first payload. If its status is failed, try it again now. It locks
-    /// no existing event, so a delivery doesn't wait for a worker. Commit before processing, or a
-    /// failure loses the event.
+    /// An existing event keeps its first payload. If its status is failed, try it again now. It
+    /// locks no existing event, so a delivery doesn't wait for a worker. Commit before processing,
+    /// or a failure loses the event.
     ///
     /// # Errors
     /// Violated constraints, such as an empty external id.
@@ -131,12 +132,13 @@ impl WebhookEvent {
         }
     }
 
-    /// Claims a pending or failed event for a worker that processes it. Returns `None` if it is closed,
-    /// claimed by another worker or missing.
+    /// Claims a pending or failed event for a worker that processes it. Returns `None` if it is
+    /// closed, claimed by another worker or missing.
     ///
-    /// Call it in a transaction that marks the event at its end: the row stays locked until that ends.
-    /// Process the event in a nested `conn.transaction`, so that a failure is rolled back before the
-    /// event is [marked failed](Self::mark_failed). If the worker dies, the event is open again.
+    /// Call it in a transaction that marks the event at its end: the row stays locked until that
+    /// ends. Process the event in a nested `conn.transaction`, so that a failure is rolled back
+    /// before the event is [marked failed](Self::mark_failed). If the worker dies, the event is
+    /// open again.
     pub fn claim(conn: &mut PgConnection, event_id: WebhookEventId) -> QueryResult<Option<Self>> {
         webhook_events::table
             .find(event_id)
@@ -148,11 +150,11 @@ impl WebhookEvent {
             .optional()
     }
 
-    /// Claims up to `limit` events like [`claim`](Self::claim), oldest first: pending ones, and those
-    /// that failed before `retry_before`. `None` claims only pending ones.
+    /// Claims up to `limit` events like [`claim`](Self::claim), oldest first: pending ones, and
+    /// those that failed before `retry_before`. `None` claims only pending ones.
     ///
-    /// Other workers skip them. With `retry_before` some minutes ago, an event that keeps failing does
-    /// not block the queue.
+    /// Other workers skip them. With `retry_before` some minutes ago, an event that keeps failing
+    /// does not block the queue.
     pub fn claim_due(
         conn: &mut PgConnection,
         retry_before: Option<DateTime<Utc>>,
@@ -183,8 +185,8 @@ impl WebhookEvent {
         Self::mark(conn, event_id, WebhookStatus::Skipped, None)
     }
 
-    /// Marks an open event as failed with a message, which must not contain secrets. Returns false if
-    /// there is none.
+    /// Marks an open event as failed with a message, which must not contain secrets. Returns false
+    /// if there is none.
     pub fn mark_failed(
         conn: &mut PgConnection,
         event_id: WebhookEventId,
@@ -210,11 +212,11 @@ impl WebhookEvent {
             .map(|marked| marked == 1)
     }
 
-    /// Deletes up to `limit` events that were processed or skipped before this time, and returns their
-    /// number. Repeat until that is less than `limit`.
+    /// Deletes up to `limit` events that were processed or skipped before this time, and returns
+    /// their number. Repeat until that is less than `limit`.
     ///
-    /// A purged event that is delivered again counts as new: keep events longer than gateways retry.
-    /// Each call reads the table up to the last row it deletes.
+    /// A purged event that is delivered again counts as new: keep events longer than gateways
+    /// retry. Each call reads the table up to the last row it deletes.
     ///
     /// # Errors
     /// A missing right: the application role may not delete events.

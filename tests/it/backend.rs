@@ -32,7 +32,7 @@ const WEBHOOK_SECRET: &str = "webhook-secret-0123456789";
 const TOKEN_KEY: &str = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
 const CREDENTIAL_KEY: &str = "ffeeddccbbaa99887766554433221100ffeeddccbbaa99887766554433221100";
 
-/// How long anything may take before the test gives up.
+/// The time after which a test gives up.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The running service, killed when it is dropped.
@@ -87,7 +87,7 @@ impl Service {
         command
     }
 
-    /// A request of bytes, as they are.
+    /// Sends these bytes as a request.
     fn raw(&self, request: &[u8]) -> (u16, Value) {
         let mut stream = TcpStream::connect(&self.address).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -135,16 +135,13 @@ impl Service {
         let mut mac = Hmac::<Sha256>::new_from_slice(secret.as_bytes()).unwrap();
         mac.update(body.as_bytes());
         let signature = mac.finalize().into_bytes();
-        let signature: String = signature
-            .iter()
-            .map(|octet| format!("{octet:02x}"))
-            .collect();
+        let signature: String = signature.iter().map(|byte| format!("{byte:02x}")).collect();
         let headers =
             format!("X-Razorpay-Signature: {signature}\r\nX-Razorpay-Event-Id: {event_id}\r\n");
         self.send("POST", "/webhooks/razorpay", &headers, body)
     }
 
-    /// Ends the service as a process manager does, and returns all it has printed.
+    /// Stops the service as a process manager does, and returns what it printed.
     fn stop(&mut self) -> String {
         let pid = self.child.id().to_string();
         assert!(Command::new("kill").arg(pid).status().unwrap().success());
@@ -156,13 +153,13 @@ impl Service {
 
 impl Drop for Service {
     fn drop(&mut self) {
-        // It fails where the service has ended.
+        // Fails if the service has ended.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// A user who has logged in.
+/// A signed-in user.
 struct Session<'a> {
     service: &'a Service,
     token: String,
@@ -203,9 +200,9 @@ fn text(value: &Value) -> String {
     value.as_str().unwrap().to_owned()
 }
 
-/// None of the secrets is in what was printed or stored.
+/// Checks that no secret was printed or stored.
 #[track_caller]
-fn assert_tight_lipped(text: &str, others: &[&str]) {
+fn assert_no_secrets(text: &str, others: &[&str]) {
     let access = format!("access-{CODE}");
     let refresh = format!("refresh-{CODE}");
     let secrets = [
@@ -260,7 +257,7 @@ fn a_customer_from_sign_up_to_pro() {
     assert_eq!(wrong, expect(401, service.post("/sessions", &unknown)));
     let asha = service.log_in("asha@example.in");
 
-    // The free plan has room for one.
+    // The free plan allows one active instance.
     let figma = json!({ "service": "figma", "api_key": API_KEY, "name": "drawings" });
     let first = expect(201, asha.create(&figma))["instance"].clone();
     let first = text(&first["instance_id"]);
@@ -272,7 +269,7 @@ fn a_customer_from_sign_up_to_pro() {
     assert_eq!(listed["instances"][0]["instance"]["usage_count"], 3);
     assert_eq!(listed["next"], Value::Null);
 
-    // Somebody else's isn't there.
+    // Another user's instance is not found.
     service.sign_up("ravi@example.in");
     let ravi = service.log_in("ravi@example.in");
     expect(404, ravi.call("figma", &first));
@@ -285,7 +282,7 @@ fn a_customer_from_sign_up_to_pro() {
     let on = expect(200, asha.toggle(&first, true));
     assert_eq!(on["instance"]["status"], "active");
 
-    // Authorised while the plan has no room: the tokens are kept, the instance is off.
+    // Authorized when the plan limit is reached: the tokens are stored, the instance is inactive.
     let gmail =
         json!({ "service": "gmail", "client_id": "client", "client_secret": CLIENT_SECRET });
     let begun = expect(201, asha.create(&gmail));
@@ -308,7 +305,7 @@ fn a_customer_from_sign_up_to_pro() {
     expect(409, service.get(&callback));
     expect(400, service.get(&callback));
 
-    // Paid: told by 32 deliveries at once, and by another event about the same payment.
+    // 32 concurrent deliveries and another event report the same payment.
     let payment = payment(&user);
     expect(401, service.webhook("evt_1", &payment, "another secret"));
     assert_eq!(
@@ -346,7 +343,7 @@ fn a_customer_from_sign_up_to_pro() {
         "evt_1|processed\nevt_2|processed\n"
     );
 
-    // Now there is room.
+    // The plan has no limit now.
     expect(200, asha.toggle(&second, true));
     expect(200, asha.call("gmail", &second));
     let mut path = "/instances?limit=2".to_owned();
@@ -365,7 +362,7 @@ fn a_customer_from_sign_up_to_pro() {
     }
     assert_eq!(pages, [vec![refused, second], vec![first]]);
 
-    // A session that is renewed twice from one token ends, and with it the user's others.
+    // Renewing one token twice ends all sessions of the user.
     let renewed = expect(201, ravi.send("PUT", "/sessions", ""));
     let renewed = Session {
         service: &service,
@@ -380,7 +377,7 @@ fn a_customer_from_sign_up_to_pro() {
 
     let stored = database.dump(&[]);
     let tokens = [&asha.token, &ravi.token, &renewed.token];
-    assert_tight_lipped(&stored, &tokens.map(String::as_str));
+    assert_no_secrets(&stored, &tokens.map(String::as_str));
     let output = service.stop();
     assert_eq!(output, format!("http://{}\n", service.address));
 }
@@ -422,7 +419,7 @@ fn bad_requests() {
         let cut = format!(
             "POST /users HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{{"
         );
-        // The server library's own answer, to a client that has gone.
+        // The server library answers this itself.
         expect(500, service.raw(cut.as_bytes()));
     }
     expect(400, service.raw(b"nonsense\r\n\r\n"));
@@ -487,7 +484,7 @@ fn bad_requests() {
     );
     let nobody = json!({ "id": nobodys });
     assert_eq!(status("evt_3", &payment(&nobody)), "failed");
-    // Tried again, as long as it fails.
+    // A failed event is processed again when it is delivered again.
     assert_eq!(status("evt_3", &payment(&nobody)), "failed");
     let failed =
         "SELECT error_message FROM webhook_events WHERE processing_status = 'failed' ORDER BY 1";
@@ -500,7 +497,7 @@ fn bad_requests() {
 }
 
 #[test]
-fn it_starts_only_where_it_can_work() {
+fn it_refuses_to_start_with_a_wrong_configuration() {
     let refused = |command: &mut Command| {
         let output = command.output().unwrap();
         assert_eq!(output.status.code(), Some(1));
@@ -560,11 +557,11 @@ fn the_database_goes_away_and_comes_back() {
             assert!(began.elapsed() < PATIENCE, "it never answers {status}");
         }
     };
-    // `immediate`, as in a crash, and not: sessions are told.
+    // `immediate` is like a crash; `fast` tells the sessions.
     for immediate in [false, true] {
         let over = AtomicBool::new(false);
         let statuses = thread::scope(|scope| {
-            // Some requests are under way, whenever it happens.
+            // Some requests are running at that time.
             let clients: Vec<_> = (0..4)
                 .map(|_| {
                     scope.spawn(|| {
@@ -592,10 +589,10 @@ fn the_database_goes_away_and_comes_back() {
         });
         assert_eq!(statuses, BTreeSet::from([200, 503]));
     }
-    // Delivered again, as gateways do.
+    // Gateways deliver again what failed.
     let answer = service.webhook("evt_1", &payment, WEBHOOK_SECRET);
     assert_eq!(expect(200, answer)["status"], "processed");
     let token = asha.token;
-    assert_tight_lipped(&service.stop(), &[&token, &database.url()]);
+    assert_no_secrets(&service.stop(), &[&token, &database.url()]);
     assert_eq!(service.child.wait().unwrap().signal(), Some(15));
 }

@@ -7,7 +7,7 @@ use serde_json::Value;
 use crate::runner::{names, next_version, versions};
 use crate::support::empty_database;
 
-/// How a program ended and what it said.
+/// Exit code and output of a program.
 #[derive(Debug)]
 pub(crate) struct Outcome {
     pub(crate) code: Option<i32>,
@@ -37,7 +37,7 @@ pub(crate) fn start(url: &str, arguments: &[&str]) -> Child {
         .unwrap()
 }
 
-/// Runs the binary on the database at `url` to its end.
+/// Runs the binary on the database at `url`.
 pub(crate) fn bruhmcp(url: &str, arguments: &[&str]) -> Outcome {
     start(url, arguments).wait_with_output().unwrap().into()
 }
@@ -187,7 +187,7 @@ fn each_command_and_its_exit_code() {
         Some(5)
     );
 
-    // Nothing is in the tables: nothing to confirm.
+    // The tables are empty, so there is nothing to confirm.
     let redo = bruhmcp(&url, &["redo", "--all"]);
     assert_eq!(
         (redo.code, redo.out.lines().count()),
@@ -270,7 +270,7 @@ fn json_of_each_command() {
     );
 }
 
-/// `script` (of util-linux) gives the program a terminal.
+/// `script` of util-linux gives the program a terminal.
 #[cfg(target_os = "linux")]
 #[test]
 fn asks_at_a_terminal() {

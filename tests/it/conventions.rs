@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use bruhmcp_db::migrations::MIGRATIONS;
 use diesel_migrations::MigrationHarness;
 
-use crate::support::{TestDatabase, assert_same_set, database};
+use crate::difference::assert_same_set;
+use crate::support::{TestDatabase, database};
 
 /// Tables and views of the crate.
 const RELATIONS: &str =
@@ -446,4 +447,33 @@ fn imports_point_downwards() {
         }
     }
     assert!(upwards.is_empty(), "{upwards:#?}");
+}
+
+/// Each row of the table in `docs/architecture.md` leads to a row struct and functions that exist.
+#[test]
+fn the_map_names_what_exists() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let map = fs::read_to_string(root.join("docs/architecture.md")).unwrap();
+    let (_, table) = map.split_once("| Main operations |\n").unwrap();
+    let (table, _) = table.split_once("\n\n").unwrap();
+    let sources = rust_files(&root.join("src/models"));
+    let mut missing = Vec::new();
+    for line in table.lines().skip(1) {
+        let names: Vec<&str> = line.split('`').skip(1).step_by(2).collect();
+        let [table, row, operations @ ..] = &names[..] else {
+            panic!("{line}")
+        };
+        let texts = sources
+            .iter()
+            .filter(|file| file.with_extension("").iter().any(|part| part == *table))
+            .map(|file| fs::read_to_string(file).unwrap());
+        let text: String = texts.collect();
+        let items = operations.iter().map(|name| format!("pub fn {name}("));
+        for item in items.chain([format!("pub struct {row} {{")]) {
+            if !text.contains(&item) {
+                missing.push(format!("{table}: {item}"));
+            }
+        }
+    }
+    assert!(missing.is_empty(), "{missing:#?}");
 }

@@ -1,5 +1,7 @@
 //! Assertions that fail with the difference, and files that tests generate.
 
+use std::collections::BTreeSet;
+use std::fmt::Debug;
 use std::fs;
 use std::path::Path;
 
@@ -7,6 +9,22 @@ use std::path::Path;
 #[track_caller]
 pub(crate) fn assert_same(expected: &str, found: &str) {
     assert!(expected == found, "{}", difference(expected, found));
+}
+
+/// Fails with the difference of two sets: what is missing from `found`, and what is extra in it.
+#[track_caller]
+pub(crate) fn assert_same_set<T: Ord + Debug>(
+    expected: impl IntoIterator<Item = T>,
+    found: impl IntoIterator<Item = T>,
+) {
+    let expected: BTreeSet<T> = expected.into_iter().collect();
+    let found: BTreeSet<T> = found.into_iter().collect();
+    let missing: Vec<&T> = expected.difference(&found).collect();
+    let extra: Vec<&T> = found.difference(&expected).collect();
+    assert!(
+        missing.is_empty() && extra.is_empty(),
+        "missing: {missing:#?}\nextra: {extra:#?}"
+    );
 }
 
 /// Compares a file that the test `test` generates with the committed one. With `BRUHMCP_WRITE` set

@@ -15,7 +15,8 @@ use diesel::sql_types::{Array, Text};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::support::{assert_same_set, database};
+use crate::difference::assert_same_set;
+use crate::support::database;
 
 fn pascal_case(snake_case: &str) -> String {
     let words = snake_case.split('_').map(|word| {

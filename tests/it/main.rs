@@ -1,4 +1,4 @@
-//! All tests that need a server, in one binary, so that they share one.
+//! All tests that need a server. They are one binary, so that they share the server.
 #![expect(clippy::unwrap_used, reason = "a test that can't go on panics")]
 
 mod archive;

@@ -1,12 +1,13 @@
 //! The migrations as files, and each of them up, down and up again.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
 use diesel::connection::SimpleConnection;
+use sha2::{Digest, Sha256};
 
-use crate::difference::assert_same;
+use crate::difference::{assert_same, check_generated};
 use crate::rules::with_keys;
 use crate::support::{TestDatabase, database, down_sql, empty_database, up_sql};
 
@@ -198,6 +199,32 @@ fn bare(sql: &str) -> String {
         .map(|line| line.split("--").next().unwrap_or_default());
     let code = lines.collect::<Vec<_>>().join("\n");
     code.split("$$").step_by(2).collect::<Vec<_>>().join(" ")
+}
+
+/// An applied migration is never edited. `BRUHMCP_WRITE=1` adds new files and leaves the other lines.
+#[test]
+fn generated_hashes() {
+    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/migrations");
+    let digest = |file: &Path| {
+        let text = fs::read_to_string(file).unwrap().replace("\r\n", "\n");
+        let digest = Sha256::digest(text);
+        let hash: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+        let name = file.strip_prefix(root).unwrap().to_str().unwrap();
+        (name.replace('\\', "/"), hash)
+    };
+    let files = up_sql().into_iter().chain(down_sql());
+    let mut hashes: BTreeMap<String, String> = files.map(|file| digest(&file)).collect();
+    let committed = fs::read_to_string(format!("{root}/hashes.txt")).unwrap_or_default();
+    if std::env::var_os("BRUHMCP_WRITE").is_some() {
+        for (hash, file) in committed.lines().filter_map(|line| line.split_once("  ")) {
+            hashes.insert(file.to_owned(), hash.to_owned());
+        }
+    }
+    let lines = hashes
+        .iter()
+        .map(|(file, hash)| format!("{hash}  {file}\n"));
+    let text: String = lines.collect();
+    check_generated("generated_hashes", "migrations/hashes.txt", &text);
 }
 
 #[test]

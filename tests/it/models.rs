@@ -1,4 +1,4 @@
-//! Each model written, read back, changed and deleted; and what of it is shown.
+//! Every row type: write, read back, change, and hide secrets.
 
 use bigdecimal::BigDecimal;
 use bruhmcp_db::enums::*;
@@ -15,7 +15,7 @@ use serde_json::json;
 use crate::fixtures;
 use crate::support::database;
 
-/// A moment as PostgreSQL keeps it: in microseconds.
+/// A time in microseconds, as PostgreSQL stores it.
 fn in_days(days: i64) -> DateTime<Utc> {
     (Utc::now() + TimeDelta::days(days))
         .duration_round(TimeDelta::microseconds(1))
@@ -35,7 +35,7 @@ fn user(conn: &mut PgConnection) -> User {
     user
 }
 
-/// Nothing of these may be seen, however a row is shown. (Octets show as a list of numbers.)
+/// Checks that neither `Debug` nor `Serialize` shows these columns. (Bytes would show as numbers.)
 fn hides(row: &(impl Serialize + std::fmt::Debug), columns: &[&str]) {
     let json = serde_json::to_value(row).unwrap();
     for column in columns {
@@ -272,7 +272,7 @@ fn instances_and_credentials() {
     assert_eq!(credential.client_id.as_deref(), Some("client"));
     assert_eq!(credential.client_secret, Some(whispered.clone()));
 
-    // Every secret column has a value but the API key, which goes with none of the others.
+    // Every secret column has a value, except the API key, which excludes the others.
     let credential: McpCredential = diesel::update(&credential)
         .set((
             mcp_credentials::access_token.eq(&whispered),
@@ -431,7 +431,7 @@ fn plan_webhook_and_billing() {
     assert_eq!(billing.cards, []);
 }
 
-/// Every key of the crate's making is new, and those of tables with many inserts ascend.
+/// Generated keys are unique; keys of tables with many inserts ascend.
 #[test]
 fn keys_ascend_where_many_are_inserted() {
     let keys: Vec<UserId> = (0..1000).map(|_| UserId::new()).collect();

@@ -1,4 +1,4 @@
-//! The tutorial runs, in a database of its own, and shows what it says.
+//! The quickstart runs in a database of its own and prints what it did.
 
 use std::process::{Command, Stdio};
 
@@ -27,12 +27,12 @@ fn the_quickstart_runs_and_leaves_nothing_behind() {
         "first time: 9 new, 0 existing",
         "second time: 0 new, 9 existing",
         "asha@example.in has the plan Free",
-        "once more: the email address is taken",
+        "a second sign-up: the email address is taken",
         "3 calls counted, version still 2",
         "refused: the plan allows no more active instances",
         "duplicate of evt_1: nothing to do",
         "completed: the instance is Active",
-        "refused to worker 2: version 5",
+        "worker 2 is refused: the version is 5",
         "not renamed to Drafts",
         "list_messages  Success  2",
         "DELETE: token_audit_log is append-only",

@@ -8,7 +8,8 @@ use diesel::pg::PgConnection;
 use diesel::prelude::*;
 use diesel::sql_types::Text;
 
-use crate::support::{TestDatabase, assert_same_set, database};
+use crate::difference::assert_same_set;
+use crate::support::{TestDatabase, database};
 
 /// Replaces `:u1` and the like with UUIDs, the same ones each time.
 pub(crate) fn with_keys(sql: &str) -> String {

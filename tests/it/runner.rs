@@ -1,6 +1,5 @@
 //! The migration runner as a library.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -13,16 +12,15 @@ use bruhmcp_db::migrations::{
 use diesel::migration::MigrationSource;
 use diesel::pg::Pg;
 use diesel_migrations::FileBasedMigrations;
-use sha2::{Digest, Sha256};
 
 use crate::difference::{assert_same, check_generated};
 use crate::support::{TestDatabase, database, empty_database};
 
-/// Migrations of a test's own, in a folder that is removed at its end.
+/// A temporary folder of migrations.
 pub(crate) struct Folder(PathBuf);
 
 impl Folder {
-    /// `(name, up, down)` each.
+    /// Creates it from `(name, up, down)`.
     pub(crate) fn new(migrations: &[(&str, &str, &str)]) -> Self {
         let path = std::env::temp_dir().join(format!("bruhmcp_{}", uuid::Uuid::new_v4().simple()));
         for (name, up, down) in migrations {
@@ -37,7 +35,7 @@ impl Folder {
         &self.0
     }
 
-    /// Takes a migration out of its transaction.
+    /// Turns a migration's transaction off.
     pub(crate) fn without_transaction(self, name: &str) -> Self {
         fs::write(
             self.0.join(name).join("metadata.toml"),
@@ -89,50 +87,6 @@ fn verify(url: &str) -> Verification {
 
 fn yes(_: &Reversal) -> bool {
     true
-}
-
-/// An applied migration is never edited. `BRUHMCP_WRITE=1` adds what is new and leaves the lines that are there.
-#[test]
-fn generated_hashes() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let mut hashes = BTreeMap::new();
-    for folder in fs::read_dir(root.join("migrations"))
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-    {
-        if !folder.is_dir() {
-            continue;
-        }
-        for file in fs::read_dir(&folder)
-            .unwrap()
-            .map(|entry| entry.unwrap().path())
-        {
-            let text = fs::read_to_string(&file).unwrap().replace("\r\n", "\n");
-            let hash = Sha256::digest(text)
-                .iter()
-                .map(|byte| format!("{byte:02x}"))
-                .collect::<String>();
-            hashes.insert(
-                file.strip_prefix(root.join("migrations"))
-                    .unwrap()
-                    .to_str()
-                    .unwrap()
-                    .replace('\\', "/"),
-                hash,
-            );
-        }
-    }
-    let committed = fs::read_to_string(root.join("migrations/hashes.txt")).unwrap_or_default();
-    if std::env::var_os("BRUHMCP_WRITE").is_some() {
-        for (hash, file) in committed.lines().filter_map(|line| line.split_once("  ")) {
-            hashes.insert(file.to_owned(), hash.to_owned());
-        }
-    }
-    let text: String = hashes
-        .iter()
-        .map(|(file, hash)| format!("{hash}  {file}\n"))
-        .collect();
-    check_generated("generated_hashes", "migrations/hashes.txt", &text);
 }
 
 /// `verify` expects what the migrations build.
@@ -448,7 +402,7 @@ fn refuses_to_guess() {
         Some(out_of_order)
     );
 
-    // Only unknown newer ones: a replica of the version before, while the new one is rolled out.
+    // Only newer ones are unknown: an old replica during a rolling deploy.
     let older = Folder::new(&three[..1]);
     assert_eq!(older.runner(&database).run().unwrap().newer, ["003"]);
     assert_eq!(
@@ -462,7 +416,7 @@ fn refuses_to_guess() {
         Refusal::Unknown(vec!["003".into()])
     );
 
-    // An unknown one in between is no rolling deploy.
+    // An unknown older one is no rolling deploy.
     let newest = Folder::new(&three[2..]);
     assert_eq!(
         refusal(newest.runner(&database).run()),
@@ -664,7 +618,7 @@ fn a_runner_can_move_to_another_thread() {
 
 #[test]
 fn no_password_in_any_text() {
-    // Of one word each, so that any part of it shows.
+    // The passwords repeat one word, so that each part of them is found.
     for url in [
         "postgresql://user:hushhush@localhost:1/db",
         "postgresql://user:hush@hush@localhost:1/db",

@@ -1,8 +1,6 @@
 //! Databases for the tests: one server for the whole process, one database per test.
 
-use std::collections::BTreeSet;
 use std::ffi::OsStr;
-use std::fmt::Debug;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -30,7 +28,7 @@ static TEMPLATE: LazyLock<Database> = LazyLock::new(|| {
     template
 });
 
-/// A database of the test's own, dropped at its end.
+/// A database that is dropped when the test ends.
 pub(crate) struct TestDatabase(Database);
 
 /// A database with all migrations applied.
@@ -38,7 +36,7 @@ pub(crate) fn database() -> TestDatabase {
     TestDatabase(SERVER.create_database_from(&TEMPLATE).unwrap())
 }
 
-/// A database without anything in it.
+/// An empty database.
 pub(crate) fn empty_database() -> TestDatabase {
     TestDatabase(SERVER.create_database().unwrap())
 }
@@ -48,7 +46,7 @@ pub(crate) fn up_sql() -> Vec<PathBuf> {
     migration_files("up.sql")
 }
 
-/// The `down.sql` of each migration, in the order of [`up_sql`]; they run the other way round.
+/// The `down.sql` of each migration, in the order of [`up_sql`]; they run in reverse.
 pub(crate) fn down_sql() -> Vec<PathBuf> {
     migration_files("down.sql")
 }
@@ -64,6 +62,7 @@ fn migration_files(name: &str) -> Vec<PathBuf> {
 }
 
 /// The program of an example, which `cargo test` builds beside the tests.
+#[cfg(all(feature = "crypto", feature = "migrator"))]
 pub(crate) fn example(name: &str) -> PathBuf {
     let tests = std::env::current_exe().unwrap();
     let program = tests
@@ -92,6 +91,7 @@ impl TestDatabase {
     }
 
     /// The URL with one more parameter.
+    #[cfg(feature = "migrator")]
     pub(crate) fn url_with(&self, parameter: &str) -> String {
         let url = self.url();
         let separator = if url.contains('?') { '&' } else { '?' };
@@ -102,18 +102,19 @@ impl TestDatabase {
         PgConnection::establish(&self.url()).unwrap()
     }
 
-    /// What `pg_dump` prints, with these arguments added, the same for the same contents.
+    /// Returns what `pg_dump` prints with these arguments; equal for equal contents.
     pub(crate) fn dump(&self, args: &[&str]) -> String {
         let dump = result(self.0.client("pg_dump").args(args).output().unwrap()).unwrap();
-        // `\restrict` and `\unrestrict` hold a random key.
+        // `\restrict` and `\unrestrict` have a random key.
         let lines = dump
             .split_inclusive('\n')
             .filter(|line| !line.contains("restrict ") || !line.starts_with('\\'));
         lines.collect()
     }
 
-    /// Runs statements in one `psql`, each in a transaction of its own, up to the first that fails. Rows come without
-    /// header and alignment, fields separated by `|`; the error is what `psql` prints, SQLSTATE, DETAIL and HINT included.
+    /// Runs statements in one `psql`, each in its own transaction, until one fails.
+    /// Rows have no header; fields are separated by `|`. The error is what `psql` prints, with
+    /// SQLSTATE, DETAIL and HINT.
     pub(crate) fn psql(&self, sql: &str) -> Result<String, String> {
         let mut psql = self.psql_command("-");
         let mut child = psql
@@ -124,7 +125,7 @@ impl TestDatabase {
             .unwrap();
         let mut stdin = child.stdin.take().unwrap();
         thread::scope(|scope| {
-            // A psql that has stopped at an error reads no more.
+            // A psql that stopped at an error doesn't read the rest.
             scope.spawn(move || stdin.write_all(sql.as_bytes()));
             result(child.wait_with_output().unwrap())
         })
@@ -156,30 +157,15 @@ fn result(output: Output) -> Result<String, String> {
     }
 }
 
-/// Fails with the difference of two sets: what is missing from `found`, and what is extra in it.
-#[track_caller]
-pub(crate) fn assert_same_set<T: Ord + Debug>(
-    expected: impl IntoIterator<Item = T>,
-    found: impl IntoIterator<Item = T>,
-) {
-    let expected: BTreeSet<T> = expected.into_iter().collect();
-    let found: BTreeSet<T> = found.into_iter().collect();
-    let missing: Vec<&T> = expected.difference(&found).collect();
-    let extra: Vec<&T> = found.difference(&expected).collect();
-    assert!(
-        missing.is_empty() && extra.is_empty(),
-        "missing: {missing:#?}\nextra: {extra:#?}"
-    );
-}
-
-/// What `work` returns in `threads` threads that begin together, each with its number and a connection of its own.
+/// Runs `work` in `threads` threads that start together, each with its number and its own
+/// connection, and returns the results.
 pub(crate) fn at_once<T: Send>(
     database: &TestDatabase,
     threads: usize,
     work: impl Fn(usize, &mut PgConnection) -> T + Sync,
 ) -> Vec<T> {
     let start = Barrier::new(threads);
-    // All connected before any thread waits for the others.
+    // All connect before any thread waits for the others.
     let connections: Vec<_> = (0..threads).map(|_| database.connect()).collect();
     thread::scope(|scope| {
         let (start, work) = (&start, &work);

@@ -1,4 +1,4 @@
-//! The account that a private server runs as.
+//! The account of a private server.
 
 use std::ffi::OsStr;
 use std::os::unix::process::CommandExt;
@@ -6,7 +6,7 @@ use std::process::Command;
 
 use crate::Error;
 
-/// One's own account, or another one for root, as whom PostgreSQL refuses to run.
+/// The current account, or another for root: PostgreSQL refuses to run as root.
 pub(crate) struct Account(Option<Ids>);
 
 struct Ids {
@@ -31,7 +31,7 @@ impl Account {
         self.0.is_some()
     }
 
-    /// A command that runs as this account, without root's other groups.
+    /// Returns a command that runs as this account, without root's groups.
     pub(crate) fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new(program);
         if let Some(Ids { user, group }) = self.0 {
@@ -41,7 +41,7 @@ impl Account {
     }
 }
 
-/// What the program `id` answers, `None` for an account that doesn't exist.
+/// Returns the answer of `id`, or `None` if the account doesn't exist.
 fn id(arguments: &[&str]) -> Result<Option<u32>, Error> {
     let output = Command::new("id")
         .args(arguments)

@@ -1,4 +1,4 @@
-//! Where the installed PostgreSQL is.
+//! Finds the installed PostgreSQL.
 
 use std::env;
 use std::fs;
@@ -10,11 +10,11 @@ use crate::Error;
 pub(crate) const SERVER: &[&str] = &["initdb", "pg_ctl", "postgres", "psql", "pg_dump"];
 pub(crate) const CLIENT: &[&str] = &["psql", "pg_dump"];
 
-/// The first folder that holds all of `programs`.
+/// Returns the first folder with all of `programs`.
 pub(crate) fn folder_with(programs: &[&str]) -> Result<PathBuf, Error> {
     candidates()
         .into_iter()
-        // An entry of PATH may be relative, and an empty one means the current folder.
+        // An entry of PATH may be relative or empty.
         .filter(|folder| folder.is_absolute())
         .find(|folder| {
             programs
@@ -44,7 +44,7 @@ fn candidates() -> Vec<PathBuf> {
     folders
 }
 
-/// `parent/<prefix><major>/bin` for each major version there is.
+/// Returns `parent/<prefix><major>/bin` of each installed major version.
 fn newest_first(parent: &Path, prefix: &str) -> Vec<PathBuf> {
     let mut majors: Vec<u32> = fs::read_dir(parent)
         .into_iter()

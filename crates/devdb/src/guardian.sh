@@ -1,12 +1,12 @@
-# Cleans up after a server's process, however that ended: the kernel closes the other end of this
-# shell's standard input even on `kill -9`.
+# Cleans up when the process that started it ends. The kernel closes the pipe to this shell even
+# after `kill -9`.
 trap '' HUP INT TERM
 read -r _
 
 case $1 in
 private)
     folder=$2 pg_ctl=$3
-    # Again until the folder is gone: an `initdb` or a start that was under way may still write to it.
+    # Repeats until the folder is gone: a running `initdb` or start may still write to it.
     for _ in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
         if [ -e "$folder/data/postmaster.pid" ]; then
             "$pg_ctl" stop -D "$folder/data" -m immediate -t 10
@@ -17,7 +17,7 @@ private)
     done
     ;;
 shared)
-    # The password, if there is one, is in PGPASSWORD, where no list of processes shows it.
+    # The password is in PGPASSWORD, which other users can't see.
     prefix=$2 psql=$3 url=$4
     "$psql" -XAtq -d "$url" -c "SELECT datname FROM pg_database WHERE starts_with(datname, '$prefix')" |
         while read -r name; do

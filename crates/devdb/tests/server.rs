@@ -1,4 +1,4 @@
-//! Servers and databases come, and go again however their process ends.
+//! Servers and databases are created, and removed however their process ends.
 #![expect(clippy::unwrap_used, reason = "a test that can't go on panics")]
 
 use std::fs;
@@ -13,7 +13,7 @@ use bruhmcp_devdb::{Database, Error, Server};
 
 const WITH_DATABASE: &str = env!("CARGO_BIN_EXE_with-database");
 
-/// Rows of a query, one a line.
+/// Returns the rows of a query, one per line.
 fn query(database: &Database, sql: &str) -> String {
     let output = database
         .client("psql")
@@ -30,7 +30,7 @@ fn query(database: &Database, sql: &str) -> String {
 
 fn runs(pid: u32) -> bool {
     match fs::read_to_string(format!("/proc/{pid}/stat")) {
-        // An orphan that has ended stays a zombie where process 1 collects none, as in many containers.
+        // An orphan stays a zombie if process 1 collects none, as in many containers.
         Ok(stat) => !stat.contains(") Z "),
         Err(_) if Path::new("/proc/self").exists() => false,
         Err(_) => Command::new("kill")
@@ -50,7 +50,7 @@ fn eventually(what: &str, condition: impl Fn() -> bool) {
     }
 }
 
-/// `with-database` around a shell that tells the server's folder or the database's name, then waits to be killed.
+/// Starts `with-database` with a shell that prints the result of `query` and waits to be killed.
 fn start_with_database(database_url: &str, query: &str) -> (Child, String) {
     let script = format!(r#""$PSQL" -XAtqd "$DATABASE_URL" -c "{query}" && exec sleep 60"#);
     let mut child = Command::new(WITH_DATABASE)
@@ -132,7 +132,7 @@ fn a_kill_leaves_nothing() {
     let pid: u32 = postmaster.lines().next().unwrap().parse().unwrap();
     assert!(runs(pid));
 
-    // SIGKILL. The shell that it started lives on, and must not keep the guardian's pipe open.
+    // SIGKILL. The shell it started lives on, and must not keep the guardian's pipe open.
     child.kill().unwrap();
     child.wait().unwrap();
     eventually("the server is gone", || !runs(pid));
@@ -190,7 +190,7 @@ fn the_command_gets_a_database_and_its_exit_code_is_passed_on() {
     assert_eq!(status.code(), Some(7));
 }
 
-/// A server as somebody else's: with a role that may only create databases, and a password with odd characters.
+/// A server with a role that may only create databases, and a password with odd characters.
 fn somebody_elses_server() -> (Server, Database, String) {
     let server = Server::private(&[]).unwrap();
     let home = server.create_database().unwrap();
@@ -203,7 +203,7 @@ fn somebody_elses_server() -> (Server, Database, String) {
     let with_password = "local all developer scram-sha-256\nlocal all all trust\n";
     fs::write(&rules, with_password).unwrap();
     query(&home, "SELECT pg_reload_conf()");
-    // The postmaster takes the new rules up when it gets to the signal.
+    // The new rules apply once the postmaster has handled the signal.
     let as_developer = home.url().replace("user=postgres", "user=developer");
     let refused = || {
         let attempt = Command::new(server.bin_dir().unwrap().join("psql"))
@@ -250,7 +250,7 @@ fn a_given_server_keeps_only_its_own() {
             "developer\n"
         );
         assert_ne!(query(&home, DATABASES), before);
-        // Left to the guardian.
+        // The guardian drops this one.
         std::mem::forget(copy);
     }
     assert_eq!(query(&home, DATABASES), before);

@@ -1,7 +1,5 @@
-//! The command line: `run`, `revert`, `redo`, `status`, `plan` and `verify`.
-//!
-//! Exit codes: 0 done or current, 1 failed, 2 usage, 3 pending (`status`), 4 lock busy, 5 refused,
-//! 6 no connection, 7 drift (`verify`).
+//! The command line: `run`, `revert`, `redo`, `status`, `plan` and `verify`. `--help` lists the
+//! exit codes.
 
 use std::env;
 use std::fmt::Display;
@@ -33,14 +31,12 @@ const EXIT_CODES: &str = "Exit codes: 0 done or current, 1 failed, 2 usage, 3 pe
 /// Interval between two lines about a migration that is still running.
 const LIVE: Duration = Duration::from_secs(2);
 
-/// A program, as its `--help` and `--version` describe it.
+/// What `--help` and `--version` say about a program.
+#[expect(missing_docs, reason = "the names say it")]
 #[derive(Debug, Clone, Copy)]
 pub struct Program {
-    /// Name.
     pub name: &'static str,
-    /// Version.
     pub version: &'static str,
-    /// One sentence that says what the program does.
     pub about: &'static str,
 }
 

@@ -15,7 +15,7 @@ use crate::Direction;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The database URL can't be read. The text says how to write one.
+    /// The database URL can't be read.
     #[error("can't read the database URL: {0}")]
     Url(&'static str),
     /// No connection. The text is libpq's.
@@ -27,12 +27,8 @@ pub enum Error {
          Retry when it has finished.",
         waited.as_secs_f64()
     )]
-    LockBusy {
-        /// The session that holds the lock.
-        holder: Holder,
-        /// Time waited.
-        waited: Duration,
-    },
+    #[expect(missing_docs, reason = "the names say it")]
+    LockBusy { holder: Holder, waited: Duration },
     /// The runner refused. Nothing was changed.
     #[error("refused, nothing was changed: {0}")]
     Refused(#[from] Refusal),
@@ -44,16 +40,13 @@ pub enum Error {
         "the migrations were applied or reverted, but one of them released the lock, so another \
          runner may have worked at the same time. Run `{program} status`."
     )]
-    LockLost {
-        /// Name of this program.
-        program: String,
-    },
+    #[expect(missing_docs, reason = "the names say it")]
+    LockLost { program: String },
     /// A query of the runner failed.
     #[error("{doing} failed: {report}")]
+    #[expect(missing_docs, reason = "the names say it")]
     Database {
-        /// What the query was for.
         doing: &'static str,
-        /// The server's message.
         report: ServerReport,
     },
     /// The migrations can't be read from their source.
@@ -82,12 +75,8 @@ pub enum Refusal {
         "{pending} is pending, but the newer {applied} is applied. Give {pending} a version after \
          {applied}, or first revert to the version before it."
     )]
-    OutOfOrder {
-        /// The pending migration.
-        pending: String,
-        /// The newest applied migration.
-        applied: String,
-    },
+    #[expect(missing_docs, reason = "the names say it")]
+    OutOfOrder { pending: String, applied: String },
     /// The database has migrations that this program doesn't have.
     #[error(
         "the database has {}, which this program does not know. Use the program that applied it. \
@@ -109,10 +98,9 @@ pub enum Refusal {
          (?options=-csearch_path%3D{schema}).",
         found.as_ref().map_or_else(|| "no schema".to_owned(), |found| format!("the schema {found}"))
     )]
+    #[expect(missing_docs, reason = "the names say it")]
     SearchPath {
-        /// First schema of the search_path.
         found: Option<String>,
-        /// Schema of the migrations.
         schema: String,
     },
     /// The server is a replica, or `default_transaction_read_only` is on.
@@ -123,12 +111,8 @@ pub enum Refusal {
         "the role {role} may not create objects in the schema {schema}. Use the owner's role, or \
          GRANT CREATE ON SCHEMA {schema}."
     )]
-    NoRights {
-        /// The role.
-        role: String,
-        /// Schema of the migrations.
-        schema: String,
-    },
+    #[expect(missing_docs, reason = "the names say it")]
+    NoRights { role: String, schema: String },
     /// A connection pooler is in between. The lock would stay in a server process that other
     /// clients use.
     #[error(
@@ -144,19 +128,17 @@ pub enum Refusal {
     NotConfirmed,
 }
 
-/// The session that holds the lock. A field is `None` if this role may not see it.
+/// The session that holds the lock. A field is `None` if this role may not see it; `address` is
+/// `None` for a Unix-domain socket too. `since` is when the session connected (UTC).
 #[derive(Debug, Clone, Serialize, QueryableByName)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct Holder {
-    /// Process id of its server process.
     #[diesel(sql_type = Integer)]
     pub pid: i32,
-    /// Its `application_name`.
     #[diesel(sql_type = Nullable<Text>)]
     pub application: Option<String>,
-    /// Address of its client; `None` for a Unix-domain socket too.
     #[diesel(sql_type = Nullable<Text>)]
     pub address: Option<String>,
-    /// Time it connected (UTC), at or before it took the lock.
     #[diesel(sql_type = Nullable<Timestamptz>)]
     pub since: Option<DateTime<Utc>>,
 }
@@ -177,25 +159,20 @@ impl fmt::Display for Holder {
     }
 }
 
-/// A migration that failed, and the state it left.
+/// A migration that failed, and the state it left. `done` has the names of the migrations that the
+/// run finished before.
 #[derive(Debug, Clone, Serialize)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct Failure {
     #[serde(skip)]
     pub(crate) program: String,
-    /// Version, such as `003`.
     pub version: String,
-    /// Name of the folder, such as `003_add_plans`.
     pub name: String,
-    /// Whether it was being applied or reverted.
     pub direction: Direction,
-    /// The server's message.
     #[serde(flatten)]
     pub report: ServerReport,
-    /// Whether the migration runs in a transaction, so that the failure rolled it back.
     pub in_transaction: bool,
-    /// Names of the migrations that this run finished before.
     pub done: Vec<String>,
-    /// State of the database after the failure.
     pub state: StateAfter,
 }
 
@@ -265,18 +242,15 @@ impl fmt::Display for Failure {
     }
 }
 
-/// The server's message about a statement.
+/// The server's message about a statement. `detail` is withheld if it may quote a row. `line` and
+/// `column` are those of the migration's file, from 1; a column is a character.
 #[derive(Debug, Clone, Default, Serialize)]
+#[expect(missing_docs, reason = "the names say it")]
 pub struct ServerReport {
-    /// Message.
     pub message: String,
-    /// DETAIL; withheld if it may quote a row.
     pub detail: Option<String>,
-    /// HINT.
     pub hint: Option<String>,
-    /// Line in the migration's file, from 1.
     pub line: Option<usize>,
-    /// Column in the line, in characters from 1.
     pub column: Option<usize>,
 }
 

@@ -21,13 +21,12 @@ pub enum Event<'a> {
     Finished(&'a Step),
 }
 
-/// Whether a migration is applied or reverted.
+/// Whether a migration is applied (`up.sql`) or reverted (`down.sql`).
+#[expect(missing_docs, reason = "the names say it")]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Direction {
-    /// Runs `up.sql`.
     Up,
-    /// Runs `down.sql`.
     Down,
 }
 
@@ -50,16 +49,13 @@ impl fmt::Display for Direction {
     }
 }
 
-/// A migration that was applied or reverted.
+/// A migration that was applied or reverted. In JSON, `duration` is `duration_ms` in milliseconds.
+#[expect(missing_docs, reason = "the names say it")]
 #[derive(Debug, Clone, Serialize)]
 pub struct Step {
-    /// Version, such as `003`.
     pub version: String,
-    /// Name of the folder, such as `003_add_plans`.
     pub name: String,
-    /// Whether it was applied or reverted.
     pub direction: Direction,
-    /// Time it took; in JSON `duration_ms`, in milliseconds.
     #[serde(rename = "duration_ms", serialize_with = "milliseconds")]
     pub duration: Duration,
 }
@@ -83,12 +79,11 @@ pub struct Report {
     pub newer: Vec<String>,
 }
 
-/// A project's own line in a [`Report`].
+/// A project's own line in a [`Report`], such as "Moved to the schema archive: table users".
+#[expect(missing_docs, reason = "the names say it")]
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Note {
-    /// Title, such as `Moved to the schema archive`.
     pub title: String,
-    /// Items under the title.
     pub items: Vec<String>,
 }
 
@@ -97,7 +92,7 @@ pub trait Hook: Send {
     /// Runs before the first migration.
     ///
     /// # Errors
-    /// An error ends the run before anything is changed.
+    /// An error ends the run before a migration is applied.
     fn before(&mut self, connection: &mut PgConnection) -> QueryResult<()>;
 
     /// Runs after the last migration and returns notes for the report.

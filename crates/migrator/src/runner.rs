@@ -129,8 +129,7 @@ impl Runner {
     }
 
     /// Sets how long to retry while the server is starting or out of reach. Default: not at all.
-    /// An error of a server that accepts connections, such as a wrong password, is returned at
-    /// once.
+    /// A wrong password is returned at once.
     #[must_use]
     pub fn connect_wait(mut self, wait: Duration) -> Self {
         self.settings.connect_wait = wait;
@@ -172,9 +171,8 @@ impl Runner {
         pending.map(|index| migrations.plan(index)).collect()
     }
 
-    /// Compares the schema with the [expected catalogue](Self::expect_catalogue): columns, types,
-    /// defaults, constraints, indexes, triggers, functions and enum labels, but not comments,
-    /// owners and privileges. Only reads, and locks nothing.
+    /// Compares the schema with the [expected catalogue](Self::expect_catalogue), without comments,
+    /// owners and privileges. Only reads.
     ///
     /// # Errors
     /// [`Error::Connect`], [`Error::Database`], and [`Error::Refused`] without a catalogue.
@@ -219,8 +217,7 @@ impl Runner {
     /// Reverts applied migrations, newest first, if `confirm` returns `true`.
     ///
     /// The revert is first rehearsed in a transaction that is rolled back, to count the rows it
-    /// would delete; `confirm` receives that count. The rehearsal locks the same tables as the
-    /// revert. The runner's lock is held meanwhile.
+    /// would delete; `confirm` receives that count. The rehearsal locks the same tables.
     ///
     /// # Errors
     /// Any. After [`Error::Failed`] the migrations before the failed one stay reverted.
@@ -296,21 +293,21 @@ impl Runner {
     }
 
     fn up(&mut self, session: &mut Session, known: &[&Known]) -> Result<(), Error> {
+        if let Some(hook) = &mut self.hook {
+            hook.before(&mut session.connection)
+                .map_err(Error::database("the program's code before the migrations"))?;
+        }
         session
             .connection
             .setup()
             .map_err(Error::database("creating __diesel_schema_migrations"))?;
-        if let Some(hook) = &mut self.hook {
-            hook.before(&mut session.connection)
-                .map_err(Error::database("the check before the first migration"))?;
-        }
         for known in known {
             self.step(session, known, Direction::Up)?;
         }
         if let Some(hook) = &mut self.hook {
             session.done.notes = hook
                 .after(&mut session.connection)
-                .map_err(Error::database("the check after the last migration"))?;
+                .map_err(Error::database("the program's code after the migrations"))?;
         }
         Ok(())
     }

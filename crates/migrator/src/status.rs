@@ -14,34 +14,30 @@ pub struct Status {
     pub unknown: Vec<Applied>,
 }
 
-/// A migration of this program.
+/// A migration of this program. `name` is its folder's, such as `003_add_plans`. `applied_at` is
+/// UTC, and `None` while the migration is pending.
+#[expect(missing_docs, reason = "the names say it")]
 #[derive(Debug, Clone, Serialize)]
 pub struct MigrationStatus {
-    /// Version, such as `003`.
     pub version: String,
-    /// Name of the folder, such as `003_add_plans`.
     pub name: String,
-    /// Time it was applied (UTC); `None` while it is pending.
     pub applied_at: Option<DateTime<Utc>>,
 }
 
-/// A row of `__diesel_schema_migrations`.
+/// A row of `__diesel_schema_migrations`. `applied_at` is UTC.
+#[expect(missing_docs, reason = "the names say it")]
 #[derive(Debug, Clone, Serialize)]
 pub struct Applied {
-    /// Version, such as `003`.
     pub version: String,
-    /// Time it was applied (UTC).
     pub applied_at: DateTime<Utc>,
 }
 
-/// A migration that [`Runner::run`](crate::Runner::run) would apply.
+/// A migration that [`Runner::run`](crate::Runner::run) would apply. `sql` is its `up.sql`.
+#[expect(missing_docs, reason = "the names say it")]
 #[derive(Debug, Clone, Serialize)]
 pub struct Planned {
-    /// Version, such as `003`.
     pub version: String,
-    /// Name of the folder, such as `003_add_plans`.
     pub name: String,
-    /// Its `up.sql`.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub sql: String,
 }

@@ -1,4 +1,4 @@
-//! Runs a command with `DATABASE_URL` set to a new, empty database, and removes that database afterwards:
+//! Runs a command with `DATABASE_URL` set to a new, empty database, then drops the database:
 //! `cargo run -p bruhmcp-devdb --bin with-database -- diesel migration run`.
 
 use std::env;
@@ -19,7 +19,7 @@ fn main() -> ExitCode {
 
 fn run() -> Result<ExitCode, Box<dyn std::error::Error>> {
     let mut arguments = env::args_os().skip(1);
-    let program = arguments.next().ok_or("which command shall it run?")?;
+    let program = arguments.next().ok_or("give the command to run")?;
     let server = Server::from_env()?;
     let database = server.create_database()?;
     let status = Command::new(&program)
@@ -27,7 +27,7 @@ fn run() -> Result<ExitCode, Box<dyn std::error::Error>> {
         .env("DATABASE_URL", database.url())
         .status()
         .map_err(|error| format!("{}: {error}", program.display()))?;
-    // As a shell does for a command that a signal has ended.
+    // A shell's exit code for a command that a signal has ended.
     let code = status
         .code()
         .or(status.signal().map(|signal| 128 + signal))
