@@ -490,7 +490,7 @@ fn bad_requests() {
         "SELECT error_message FROM webhook_events WHERE processing_status = 'failed' ORDER BY 1";
     assert_eq!(
         database.psql(failed).unwrap(),
-        "not a payment of this service\nthere is no such user\n"
+        "the payment was not made through this service\nthere is no such user\n"
     );
 
     assert_eq!(service.stop(), format!("http://{}\n", service.address));
