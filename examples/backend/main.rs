@@ -163,8 +163,13 @@ fn credential_key(text: &str) -> Option<(u8, Vec<u8>)> {
 }
 
 fn from_hex(text: &str) -> Option<Vec<u8>> {
-    let digits: Option<Vec<u32>> = text.chars().map(|digit| digit.to_digit(16)).collect();
-    let (pairs, rest) = digits.as_ref()?.as_chunks::<2>();
-    let bytes = pairs.iter().map(|[high, low]| (high * 16 + low) as u8);
-    rest.is_empty().then(|| bytes.collect())
+    let digit = |digit: char| {
+        digit
+            .to_digit(16)
+            .and_then(|digit| u8::try_from(digit).ok())
+    };
+    let digits: Vec<u8> = text.chars().map(digit).collect::<Option<_>>()?;
+    let pairs = digits.chunks_exact(2);
+    let complete = pairs.remainder().is_empty();
+    complete.then(|| pairs.map(|pair| pair[0] << 4 | pair[1]).collect())
 }
