@@ -26,7 +26,7 @@ fn run() -> Result<ExitCode, Box<dyn std::error::Error>> {
         .args(arguments)
         .env("DATABASE_URL", database.url())
         .status()
-        .map_err(|error| format!("{}: {error}", program.display()))?;
+        .map_err(|error| format!("{}: {error}", program.to_string_lossy()))?;
     // A shell's exit code for a command that a signal has ended.
     let code = status
         .code()
