@@ -42,8 +42,8 @@
 //! # fn main() {}
 //! ```
 //!
-//! `examples/quickstart.rs` in the repository walks through all tables, and `examples/backend/`
-//! puts them behind HTTP.
+//! In the repository, `examples/quickstart.rs` goes on from here, and `examples/backend/` puts
+//! accounts, instances and webhooks behind HTTP.
 //!
 //! # Where things are
 //!
@@ -75,9 +75,9 @@
 //!   table's error type. [`ConstraintViolation`] names the constraint that any other error
 //!   violated. A failed statement aborts the caller's transaction, unless the doc says otherwise:
 //!   wrap the call in `conn.transaction` to go on after it.
-//! - **Locks.** All operations lock rows in one order, so that they don't deadlock. A transaction
-//!   with several operations begins with [`User::lock`](models::User::lock). [`retry_transaction`]
-//!   retries serialization failures.
+//! - **Locks.** All operations lock a user's rows in one order, so that they don't deadlock. A
+//!   transaction with several operations begins with [`User::lock`](models::User::lock).
+//!   [`retry_transaction`] retries serialization failures and deadlocks.
 //! - **Lists** are newest first and come in a [`Page`].
 //! - **Units.** Times are UTC with microseconds, as PostgreSQL stores them. Money is in minor units
 //!   (paise).

@@ -61,11 +61,6 @@ impl<T> Recorded<T> {
         let (Self::New(row) | Self::Existing(row)) = self;
         row
     }
-
-    /// Whether this call inserted the row.
-    pub fn is_new(&self) -> bool {
-        matches!(self, Self::New(_))
-    }
 }
 
 /// The currency of a row that names none: the columns' default.
@@ -82,7 +77,7 @@ fn lock_user_key(conn: &mut PgConnection, id: UserId) -> QueryResult<()> {
         .select(t::id)
         .for_key_share()
         .execute(conn)
-        .map(|_| ())
+        .map(drop)
 }
 
 /// What an update of one row returns: an empty changeset finds the row as it is, and a row that

@@ -455,7 +455,8 @@ static OPERATIONS: &[Operation] = &[
             display_name: &name,
             ..NewMcpService::new("gmail", 4001, AuthType::Oauth)
         };
-        Ok(!McpService::register(conn, &new)?.is_new())
+        let service = McpService::register(conn, &new)?.into_inner();
+        Ok(service.display_name == name)
     }),
     worker("McpService::set_enabled", |conn| {
         Ok(McpService::set_enabled(conn, GMAIL, true)?.is_some())
