@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
+use bruhmcp_db::migrations::MIGRATIONS;
 use diesel::connection::{Connection, SimpleConnection};
+use diesel_migrations::MigrationHarness;
 
 use crate::difference::assert_same;
 use crate::support::{self, TestDatabase};
@@ -164,6 +166,10 @@ fn no_name_of_a_later_migration_is_forgotten() {
             break;
         }
     }
+    // With this constraint, 000 would recognise its own schema and refuse.
+    database
+        .psql("ALTER TABLE users DROP CONSTRAINT users_email_canonical")
+        .unwrap();
     let before = database.dump(&[]);
     let created = objects(&database, "public");
     assert!(
@@ -182,24 +188,118 @@ fn no_name_of_a_later_migration_is_forgotten() {
 }
 
 #[test]
-fn the_comment_lists_what_points_into_the_archive() {
+fn the_comment_lists_what_moved_and_whom_it_concerns() {
     let database = legacy();
+    database
+        .psql(
+            "CREATE FUNCTION sign_in() RETURNS bigint LANGUAGE sql AS
+                 'SELECT count(*) FROM \"sessions\" JOIN public.users ON true';
+             CREATE FUNCTION sign_out() RETURNS void LANGUAGE plpgsql AS
+                 $$ BEGIN DELETE FROM Magic_Links; END $$;
+             CREATE FUNCTION of_others() RETURNS text LANGUAGE sql AS
+                 $$ SELECT 'users_flags ' || 'crm.users' $$;
+             CREATE PUBLICATION everything FOR ALL TABLES;
+             CREATE PUBLICATION \"Of public\" FOR TABLES IN SCHEMA public;
+             CREATE SCHEMA other;
+             CREATE PUBLICATION of_other FOR TABLES IN SCHEMA other;",
+        )
+        .unwrap();
     up(&database).unwrap();
     let comment = database
         .psql("SELECT obj_description('bruhmcp_archive'::regnamespace, 'pg_namespace')")
         .unwrap();
-    let (_, list) = comment
-        .split_once("Objects outside that still refer to it:\n")
-        .unwrap();
-    assert_eq!(
+    let (_, list) = comment.split_once("no longer needed.\n").unwrap();
+    let mut moved = MOVED;
+    moved.sort_unstable();
+    assert_same(
+        &format!(
+            "Relations: {}\n\
+             Objects outside that still refer to it:\n\
+             - column plan of table support_tickets\n\
+             - constraint support_tickets_user_id_fkey on table support_tickets\n\
+             - publication of table bruhmcp_archive.users in publication warehouse\n\
+             - rule _RETURN on materialized view revenue_per_user\n\
+             - rule _RETURN on view active_people\n\
+             - trigger touch_ticket on table support_tickets\n\
+             Functions outside that name a relation, and find the new one from now on:\n\
+             - function sign_in()\n\
+             - function sign_out()\n\
+             Publications whose tables change:\n\
+             - publication \"Of public\"\n\
+             - publication everything\n",
+            moved.join(", ")
+        ),
         list,
-        "- column plan of table support_tickets\n\
-         - constraint support_tickets_user_id_fkey on table support_tickets\n\
-         - publication of table bruhmcp_archive.users in publication warehouse\n\
-         - rule _RETURN on materialized view revenue_per_user\n\
-         - rule _RETURN on view active_people\n\
-         - trigger touch_ticket on table support_tickets\n"
     );
+}
+
+/// A database at each version that creates something, whose ledger was lost: users and tables stay
+/// where they are, whatever client runs 000.
+#[test]
+fn this_schema_without_its_ledger_is_never_archived() {
+    for version in [1, 7] {
+        for lose in [
+            "TRUNCATE __diesel_schema_migrations",
+            "DROP TABLE __diesel_schema_migrations",
+            "CREATE SCHEMA other; ALTER TABLE __diesel_schema_migrations SET SCHEMA other",
+        ] {
+            let database = support::empty_database();
+            let conn = &mut database.connect();
+            for _ in 0..=version {
+                conn.run_next_migration(MIGRATIONS).unwrap();
+            }
+            database
+                .psql(
+                    "INSERT INTO users (first_name, last_name, email)
+                     SELECT 'A', '', n || '@example.in' FROM generate_series(1, 1000) AS n",
+                )
+                .unwrap();
+            database.psql(lose).unwrap();
+
+            let error = assert_refused(&database, up, "42P07");
+            assert!(error.contains("but not its ledger"), "{error}");
+            let hint =
+                r#"HINT:  Restore public.__diesel_schema_migrations, or run "bruhmcp-db adopt"."#;
+            assert!(error.contains(hint), "{error}");
+
+            let users = database.dump(&["--table=users"]);
+            let error = conn
+                .run_pending_migrations(MIGRATIONS)
+                .unwrap_err()
+                .to_string();
+            assert!(error.contains("but not its ledger"), "{error}");
+            #[cfg(feature = "migrator")]
+            {
+                let mut runner = bruhmcp_db::migrations::runner(&database.url()).unwrap();
+                let error = runner.run().unwrap_err().to_string();
+                assert!(error.contains("but not its ledger"), "{error}");
+                assert!(error.contains("bruhmcp-db adopt"), "{error}");
+            }
+            assert_same(&users, &database.dump(&["--table=users"]));
+            assert!(!has_archive(&database));
+        }
+    }
+}
+
+/// Some names of this schema don't make an old one into it.
+#[test]
+fn an_old_schema_with_some_of_the_names_is_archived() {
+    for names in [
+        "CREATE TYPE auth_token_type AS ENUM (); CREATE TYPE subscription_plan AS ENUM ();
+         CREATE TYPE subscription_status AS ENUM (); CREATE TYPE billing_cycle AS ENUM ();
+         CREATE TYPE transaction_type AS ENUM (); CREATE TYPE transaction_status AS ENUM ();
+         CREATE TYPE credit_source AS ENUM ();",
+        "ALTER TABLE users ADD CONSTRAINT users_email_canonical CHECK (email = lower(email));
+         CREATE TYPE billing_cycle AS ENUM ();",
+    ] {
+        let database = legacy();
+        database.psql(names).unwrap();
+        let before = contents(&database, "public");
+        for path in support::up_sql() {
+            database.psql_file(&path).unwrap();
+        }
+        assert_same(&before, &contents(&database, "bruhmcp_archive"));
+    }
 }
 
 #[test]

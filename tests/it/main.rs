@@ -32,6 +32,8 @@ mod quickstart;
 mod rules;
 #[cfg(feature = "migrator")]
 mod runner;
+#[cfg(feature = "migrator")]
+mod schemas;
 #[cfg(feature = "crypto")]
 mod sealing;
 mod subscriptions;

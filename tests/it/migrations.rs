@@ -35,6 +35,93 @@ fn each_down_undoes_its_up() {
     }
 }
 
+/// Tables of the migrations.
+const TABLES: [&str; 12] = [
+    "users",
+    "auth_tokens",
+    "user_subscriptions",
+    "subscription_transactions",
+    "account_credits",
+    "mcp_table",
+    "mcp_service_table",
+    "mcp_credentials",
+    "token_audit_log",
+    "user_plans",
+    "webhook_events",
+    "user_billing_details",
+];
+
+/// The columns of each table in `public`.
+fn columns(database: &TestDatabase) -> BTreeMap<String, String> {
+    let rows = database.psql(
+        "SELECT attrelid::regclass, string_agg(quote_ident(attname), ', ' ORDER BY attnum)
+           FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid
+          WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p')
+            AND attnum > 0 AND NOT attisdropped GROUP BY 1",
+    );
+    let split = |row: &str| {
+        row.split_once('|')
+            .map(|(table, list)| (table.into(), list.into()))
+    };
+    rows.unwrap().lines().filter_map(split).collect()
+}
+
+/// The rows in these columns.
+fn rows(database: &TestDatabase, columns: &BTreeMap<String, String>) -> String {
+    let select =
+        |(table, columns)| format!("SELECT '{table}', {columns} FROM {table} ORDER BY 2;\n");
+    database
+        .psql(&columns.iter().map(select).collect::<String>())
+        .unwrap()
+}
+
+/// Also 000, on the archive of an old database.
+#[test]
+fn each_down_keeps_the_rows_that_remain_and_each_up_takes_them() {
+    let database = empty_database();
+    database
+        .psql(include_str!("../fixtures/legacy.sql"))
+        .unwrap();
+    let archived = |database: &TestDatabase| database.dump(&["--schema=bruhmcp_archive"]);
+    let old = database.dump(&[]);
+    let (ups, downs) = (up_sql(), down_sql());
+    // The schema after each version, and its columns.
+    let mut at = Vec::new();
+    for up in &ups {
+        apply(&database, up);
+        at.push((database.dump(&["--schema-only"]), columns(&database)));
+    }
+    let archive = archived(&database);
+    database
+        .psql(&with_keys(include_str!("../fixtures/rows.sql")))
+        .unwrap();
+    for table in TABLES {
+        let some = database.psql(&format!("SELECT count(*) > 0 FROM {table}"));
+        assert_eq!(some.unwrap(), "t\n", "{table}");
+    }
+
+    for version in (1..ups.len()).rev() {
+        println!("{}", downs[version].display());
+        let (schema, columns) = &at[version - 1];
+        let remain = rows(&database, columns);
+        apply(&database, &downs[version]);
+        assert_same(schema, &database.dump(&["--schema-only"]));
+        assert_same(&remain, &rows(&database, columns));
+
+        for up in &ups[version..] {
+            apply(&database, up);
+        }
+        assert_same(&at.last().unwrap().0, &database.dump(&["--schema-only"]));
+        assert_same(&remain, &rows(&database, columns));
+        for down in downs[version..].iter().rev() {
+            apply(&database, down);
+        }
+    }
+    assert_same(&archive, &archived(&database));
+    apply(&database, &downs[0]);
+    assert_same(&old, &database.dump(&[]));
+}
+
 /// The downs undo the grants too. On a server of its own, because roles belong to the whole server.
 #[test]
 fn each_down_undoes_its_up_where_the_roles_exist() {
@@ -289,6 +376,37 @@ fn migrations_keep_their_rules() {
             // Even an empty metadata.toml turns the transaction off.
             assert_eq!(files, ["down.sql", "up.sql"], "{}", folder.display());
         }
+    }
+}
+
+/// A distributed engine takes `ADD CONSTRAINT` only as the one change of its `ALTER TABLE`.
+#[test]
+fn add_constraint_stands_alone() {
+    for file in up_sql() {
+        let sql = fs::read_to_string(&file).unwrap();
+        for statement in bare(&sql).split(';').map(str::trim) {
+            let mut depth = 0;
+            let several = statement.chars().any(|letter| {
+                depth += i32::from(letter == '(') - i32::from(letter == ')');
+                letter == ',' && depth == 0
+            });
+            let adds = statement.starts_with("ALTER TABLE") && statement.contains("ADD CONSTRAINT");
+            assert!(!(adds && several), "{}: {statement}", file.display());
+        }
+    }
+}
+
+/// The tables belong to the schema that is current: no file names another one than the archive.
+#[test]
+fn no_migration_names_a_schema() {
+    for file in up_sql().iter().chain(&down_sql()) {
+        let sql = fs::read_to_string(file).unwrap();
+        // Here it is every role, not a schema.
+        let sql = sql
+            .replace("FROM PUBLIC", "")
+            .replace("THEN 'PUBLIC'", "")
+            .replace("has_schema_privilege('public'", "");
+        assert!(!sql.to_lowercase().contains("public"), "{}", file.display());
     }
 }
 

@@ -335,8 +335,11 @@ fn violation(conn: &mut PgConnection, sql: &str) -> ConstraintViolation {
 
 #[test]
 fn each_violated_constraint_is_named() {
-    let database = database_with_rows();
-    let conn = &mut database.connect();
+    assert_violations(&mut database_with_rows().connect());
+}
+
+/// Violates each constraint, in a database with the rows of `tests/fixtures/rows.sql`.
+pub(crate) fn assert_violations(conn: &mut PgConnection) {
     for (constraint, sql) in VIOLATIONS {
         let violation = violation(conn, sql);
         assert!(

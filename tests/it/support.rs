@@ -116,19 +116,14 @@ impl TestDatabase {
     /// Rows have no header; fields are separated by `|`. The error is what `psql` prints, with
     /// SQLSTATE, DETAIL and HINT.
     pub(crate) fn psql(&self, sql: &str) -> Result<String, String> {
+        feed(self.psql_command("-"), sql)
+    }
+
+    /// As [`psql`](Self::psql), with this schema as the `search_path` from the start.
+    pub(crate) fn psql_in(&self, schema: &str, sql: &str) -> Result<String, String> {
         let mut psql = self.psql_command("-");
-        let mut child = psql
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut stdin = child.stdin.take().unwrap();
-        thread::scope(|scope| {
-            // A psql that stopped at an error doesn't read the rest.
-            scope.spawn(move || stdin.write_all(sql.as_bytes()));
-            result(child.wait_with_output().unwrap())
-        })
+        psql.env("PGOPTIONS", format!("-csearch_path=\"{schema}\""));
+        feed(psql, sql)
     }
 
     /// As [`psql`](Self::psql), with the statements of a file.
@@ -147,6 +142,21 @@ impl TestDatabase {
         .arg(file);
         psql
     }
+}
+
+fn feed(mut psql: Command, sql: &str) -> Result<String, String> {
+    let mut child = psql
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    thread::scope(|scope| {
+        // A psql that stopped at an error doesn't read the rest.
+        scope.spawn(move || stdin.write_all(sql.as_bytes()));
+        result(child.wait_with_output().unwrap())
+    })
 }
 
 fn result(output: Output) -> Result<String, String> {
