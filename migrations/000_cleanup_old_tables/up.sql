@@ -35,10 +35,37 @@ DECLARE
     object          record;
     owner           text;
     grantee         text;
+    relations       text;
     left_behind     text;
+    functions       text;
+    publications    text;
 BEGIN
     -- Repeated for psql without --single-transaction, where the statement above has no effect.
     SET LOCAL lock_timeout = '5s';
+
+    -- Without a ledger, Diesel begins at 000 again.
+    IF EXISTS (
+        SELECT
+        FROM pg_constraint
+        JOIN pg_class ON pg_class.oid = conrelid
+        WHERE relnamespace = origin AND relname = 'users' AND conname = 'users_email_canonical'
+    ) AND 7 = (
+        SELECT count(*)
+        FROM pg_type
+        WHERE typnamespace = origin
+          AND typtype = 'e'
+          AND typname IN (
+              'auth_token_type', 'subscription_plan', 'subscription_status', 'billing_cycle',
+              'transaction_type', 'transaction_status', 'credit_source'
+          )
+    ) THEN
+        RAISE EXCEPTION 'the tables of this schema are here, but not its ledger: nothing was moved'
+            USING ERRCODE = 'duplicate_table',
+                  HINT    = format(
+                      'Restore %I.__diesel_schema_migrations, or run "bruhmcp-db adopt".',
+                      current_schema()
+                  );
+    END IF;
 
     FOR object IN
         WITH RECURSIVE relation AS (
@@ -156,13 +183,49 @@ BEGIN
     WHERE (refclassid, refobjid) IN (SELECT archived.classid, archived.objid FROM archived)
       AND (classid, objid) NOT IN (SELECT part.classid, part.objid FROM part);
 
+    SELECT string_agg(relname, ', ' ORDER BY relname)
+    INTO relations
+    FROM pg_class
+    WHERE relnamespace = 'bruhmcp_archive'::regnamespace
+      AND relkind IN ('r', 'p', 'v', 'm', 'f');
+
+    -- PostgreSQL stores their source as text, so they find the tables that have the names now.
+    SELECT string_agg(
+        DISTINCT E'\n- ' || pg_describe_object('pg_proc'::regclass, pg_proc.oid, 0), ''
+    )
+    INTO functions
+    FROM pg_proc
+    JOIN pg_language  ON pg_language.oid = prolang
+    JOIN pg_namespace ON pg_namespace.oid = pronamespace
+    WHERE lanname NOT IN ('internal', 'c')
+      AND nspname NOT IN ('pg_catalog', 'information_schema', 'bruhmcp_archive')
+      AND replace(prosrc, format('%I.', current_schema()), '')
+          ~* format('(?<!\.)\m(%s)\M', replace(relations, ', ', '|'));
+
+    SELECT string_agg(format(E'\n- publication %I', pubname), '' ORDER BY pubname)
+    INTO publications
+    FROM pg_publication
+    WHERE puballtables
+       OR EXISTS (
+           SELECT
+           FROM pg_publication_namespace
+           WHERE pnpubid = pg_publication.oid AND pnnspid = origin
+       );
+
     -- down.sql recognises the archive and the schema it came from by the first words.
     EXECUTE format(
         'COMMENT ON SCHEMA bruhmcp_archive IS %L',
         format('Moved from schema %I by migration 000_cleanup_old_tables', current_schema())
             || ', which moves it back when reverted.'
             || E'\nIt holds password hashes: drop it when it is no longer needed.'
+            || coalesce(E'\nRelations: ' || relations, '')
             || coalesce(E'\nObjects outside that still refer to it:' || left_behind, '')
+            || coalesce(
+                E'\nFunctions outside that name a relation, and find the new one from now on:'
+                    || functions,
+                ''
+            )
+            || coalesce(E'\nPublications whose tables change:' || publications, '')
     );
 END
 $$;

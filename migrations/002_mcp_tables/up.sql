@@ -171,18 +171,21 @@ COMMENT ON COLUMN mcp_credentials.oauth_state IS
     'State parameter of the pending authorization (RFC 6749, 10.12). Can be consumed once.';
 
 -- Keeps the instance's copy of oauth_status. An instance without credentials is pending.
+-- Functions that run as their owner compare enums with OPERATOR(pg_catalog.…): an operator that
+-- another role made in this schema for exactly these types would win over a plain = or <>.
 CREATE FUNCTION mcp_credentials_sync_oauth_status() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+LANGUAGE plpgsql AS $$
 BEGIN
     IF TG_OP <> 'INSERT' AND (TG_OP = 'DELETE' OR OLD.instance_id <> NEW.instance_id) THEN
         UPDATE mcp_service_table
            SET oauth_status = 'pending'
-         WHERE instance_id = OLD.instance_id AND oauth_status <> 'pending';
+         WHERE instance_id = OLD.instance_id AND oauth_status OPERATOR(pg_catalog.<>) 'pending';
     END IF;
     IF TG_OP <> 'DELETE' THEN
         UPDATE mcp_service_table
            SET oauth_status = NEW.oauth_status
-         WHERE instance_id = NEW.instance_id AND oauth_status <> NEW.oauth_status;
+         WHERE instance_id = NEW.instance_id
+           AND oauth_status OPERATOR(pg_catalog.<>) NEW.oauth_status;
     END IF;
     RETURN NULL;
 END
@@ -192,11 +195,12 @@ CREATE TRIGGER mcp_credentials_sync_oauth_status
     FOR EACH ROW EXECUTE FUNCTION mcp_credentials_sync_oauth_status();
 
 CREATE FUNCTION mcp_service_table_check_oauth_status() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+LANGUAGE plpgsql AS $$
 BEGIN
     IF EXISTS (
         SELECT FROM mcp_credentials
-         WHERE instance_id = NEW.instance_id AND oauth_status <> NEW.oauth_status
+         WHERE instance_id = NEW.instance_id
+           AND oauth_status OPERATOR(pg_catalog.<>) NEW.oauth_status
     ) THEN
         RAISE EXCEPTION 'oauth_status of instance % was not set to %: it follows the credentials',
             NEW.instance_id, NEW.oauth_status
@@ -216,7 +220,7 @@ CREATE TRIGGER mcp_service_table_oauth_status_synced
 -- A service that is disabled at the same time may still get the instance. To close that gap, each
 -- insert would have to lock the registry row, and users of one service would wait for each other.
 CREATE FUNCTION mcp_service_table_check_service() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+LANGUAGE plpgsql AS $$
 BEGIN
     IF TG_OP = 'UPDATE' THEN
         RAISE EXCEPTION 'the service of instance % can''t be changed', OLD.instance_id
@@ -247,7 +251,7 @@ CREATE TRIGGER mcp_service_table_service_fixed
 
 -- The triggers are deferred, so that the registry row is locked only during commit.
 CREATE FUNCTION mcp_service_table_count_instances() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+LANGUAGE plpgsql AS $$
 DECLARE
     created bigint := 0;
     active  bigint := 0;
@@ -258,10 +262,15 @@ BEGIN
     END IF;
     IF TG_OP = 'INSERT' THEN
         created := 1;
-    ELSIF OLD.status = 'active' AND OLD.oauth_status = 'completed' THEN
+    ELSIF OLD.status OPERATOR(pg_catalog.=) 'active'
+        AND OLD.oauth_status OPERATOR(pg_catalog.=) 'completed'
+    THEN
         active := -1;
     END IF;
-    IF TG_OP <> 'DELETE' AND NEW.status = 'active' AND NEW.oauth_status = 'completed' THEN
+    IF TG_OP <> 'DELETE'
+        AND NEW.status OPERATOR(pg_catalog.=) 'active'
+        AND NEW.oauth_status OPERATOR(pg_catalog.=) 'completed'
+    THEN
         active := active + 1;
     END IF;
     UPDATE mcp_table
@@ -298,6 +307,25 @@ REVOKE EXECUTE ON FUNCTION
     mcp_service_table_check_service(),
     mcp_service_table_count_instances()
 FROM PUBLIC;
+
+-- The functions run as their owner from here on, and find only the tables of this schema.
+DO $$
+DECLARE
+    signature text;
+BEGIN
+    FOREACH signature IN ARRAY ARRAY[
+        'mcp_credentials_sync_oauth_status()',
+        'mcp_service_table_check_oauth_status()',
+        'mcp_service_table_check_service()',
+        'mcp_service_table_count_instances()'
+    ] LOOP
+        EXECUTE format(
+            'ALTER FUNCTION %s SECURITY DEFINER SET search_path = %I, pg_temp',
+            signature, current_schema()
+        );
+    END LOOP;
+END
+$$;
 
 DO $$
 BEGIN

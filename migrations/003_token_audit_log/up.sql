@@ -54,7 +54,7 @@ CREATE TRIGGER token_audit_log_keep_90_days
 
 -- Skips rows that another session is deleting.
 CREATE FUNCTION cleanup_old_token_audit_logs(max_rows integer DEFAULT NULL) RETURNS bigint
-LANGUAGE sql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+LANGUAGE sql AS $$
     WITH old AS MATERIALIZED (
         SELECT audit_id
           FROM token_audit_log
@@ -71,6 +71,15 @@ LANGUAGE sql SECURITY DEFINER SET search_path = public, pg_temp AS $$
     SELECT count(*) FROM deleted
 $$;
 REVOKE EXECUTE ON FUNCTION cleanup_old_token_audit_logs(integer) FROM PUBLIC;
+DO $$
+BEGIN
+    EXECUTE format(
+        'ALTER FUNCTION cleanup_old_token_audit_logs(integer)'
+            ' SECURITY DEFINER SET search_path = %I, pg_temp',
+        current_schema()
+    );
+END
+$$;
 COMMENT ON FUNCTION cleanup_old_token_audit_logs(integer) IS
     'Deletes rows older than 90 days, oldest first, at most max_rows (NULL: all). '
     'Returns how many it deleted.';

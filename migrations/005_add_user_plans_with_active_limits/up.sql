@@ -46,7 +46,7 @@ COMMENT ON COLUMN user_plans.expires_at IS
     'From this time on no instance can be activated; NULL: the plan does not end.';
 
 CREATE FUNCTION assign_default_plan() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+LANGUAGE plpgsql AS $$
 BEGIN
     INSERT INTO user_plans (user_id, plan_type, max_instances) VALUES (NEW.id, 'free', 1);
     RETURN NULL;
@@ -57,7 +57,7 @@ CREATE TRIGGER users_assign_default_plan
     FOR EACH ROW EXECUTE FUNCTION assign_default_plan();
 
 CREATE FUNCTION mcp_service_table_check_active_limit() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+LANGUAGE plpgsql AS $$
 DECLARE
     plan   user_plans;
     active bigint;
@@ -87,7 +87,9 @@ BEGIN
         SELECT count(*)
           INTO active
           FROM mcp_service_table
-         WHERE user_id = NEW.user_id AND status = 'active' AND oauth_status = 'completed';
+         WHERE user_id = NEW.user_id
+           AND status OPERATOR(pg_catalog.=) 'active'
+           AND oauth_status OPERATOR(pg_catalog.=) 'completed';
         IF active > plan.max_instances THEN
             RAISE EXCEPTION 'the instance was not activated: user % may have % active instance(s)',
                 NEW.user_id, plan.max_instances
@@ -121,14 +123,16 @@ CREATE CONSTRAINT TRIGGER mcp_service_table_active_limit_update
     EXECUTE FUNCTION mcp_service_table_check_active_limit();
 
 CREATE FUNCTION user_plans_deactivate_surplus() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+LANGUAGE plpgsql AS $$
 DECLARE
     surplus uuid;
 BEGIN
     IF NEW.max_instances >= (
         SELECT count(*)
           FROM mcp_service_table
-         WHERE user_id = NEW.user_id AND status = 'active' AND oauth_status = 'completed'
+         WHERE user_id = NEW.user_id
+           AND status OPERATOR(pg_catalog.=) 'active'
+           AND oauth_status OPERATOR(pg_catalog.=) 'completed'
     ) THEN
         RETURN NULL;
     END IF;
@@ -136,7 +140,9 @@ BEGIN
     FOR surplus IN
         SELECT instance_id
           FROM mcp_service_table
-         WHERE user_id = NEW.user_id AND status = 'active' AND oauth_status = 'completed'
+         WHERE user_id = NEW.user_id
+           AND status OPERATOR(pg_catalog.=) 'active'
+           AND oauth_status OPERATOR(pg_catalog.=) 'completed'
          ORDER BY mcp_service_id, instance_id
            FOR NO KEY UPDATE
     LOOP
@@ -166,6 +172,24 @@ REVOKE EXECUTE ON FUNCTION
     mcp_service_table_check_active_limit(),
     user_plans_deactivate_surplus()
 FROM PUBLIC;
+
+-- The functions run as their owner from here on, and find only the tables of this schema.
+DO $$
+DECLARE
+    signature text;
+BEGIN
+    FOREACH signature IN ARRAY ARRAY[
+        'assign_default_plan()',
+        'mcp_service_table_check_active_limit()',
+        'user_plans_deactivate_surplus()'
+    ] LOOP
+        EXECUTE format(
+            'ALTER FUNCTION %s SECURITY DEFINER SET search_path = %I, pg_temp',
+            signature, current_schema()
+        );
+    END LOOP;
+END
+$$;
 
 DO $$
 BEGIN

@@ -13,11 +13,12 @@ CREATE TYPE webhook_status AS ENUM ('pending', 'processed', 'failed', 'skipped')
 ALTER TABLE user_plans
     ADD COLUMN subscription_id text,
     ADD COLUMN customer_id     text,
-    ADD COLUMN payment_status  plan_payment_status NOT NULL DEFAULT 'none',
-    ADD CONSTRAINT user_plans_subscription_id_key UNIQUE (subscription_id),
-    ADD CONSTRAINT user_plans_customer_id_key UNIQUE (customer_id),
-    ADD CONSTRAINT user_plans_subscription_id_check CHECK (subscription_id <> ''),
-    ADD CONSTRAINT user_plans_customer_id_check CHECK (customer_id <> '');
+    ADD COLUMN payment_status  plan_payment_status NOT NULL DEFAULT 'none';
+-- Alone in its ALTER TABLE: Citus refuses ADD CONSTRAINT among other changes.
+ALTER TABLE user_plans ADD CONSTRAINT user_plans_subscription_id_key UNIQUE (subscription_id);
+ALTER TABLE user_plans ADD CONSTRAINT user_plans_customer_id_key UNIQUE (customer_id);
+ALTER TABLE user_plans ADD CONSTRAINT user_plans_subscription_id_check CHECK (subscription_id <> '');
+ALTER TABLE user_plans ADD CONSTRAINT user_plans_customer_id_check CHECK (customer_id <> '');
 
 COMMENT ON COLUMN user_plans.subscription_id IS
     'Subscription id at the gateway that pays for the plan (Stripe or Razorpay).';
