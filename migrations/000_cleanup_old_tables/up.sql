@@ -36,6 +36,7 @@ DECLARE
     owner           text;
     grantee         text;
     relations       text;
+    pattern         text;
     left_behind     text;
     functions       text;
     publications    text;
@@ -183,8 +184,9 @@ BEGIN
     WHERE (refclassid, refobjid) IN (SELECT archived.classid, archived.objid FROM archived)
       AND (classid, objid) NOT IN (SELECT part.classid, part.objid FROM part);
 
-    SELECT string_agg(relname, ', ' ORDER BY relname)
-    INTO relations
+    SELECT string_agg(relname, ', ' ORDER BY relname),
+           string_agg(regexp_replace(relname, '(\W)', '\\\1', 'g'), '|')
+    INTO relations, pattern
     FROM pg_class
     WHERE relnamespace = 'bruhmcp_archive'::regnamespace
       AND relkind IN ('r', 'p', 'v', 'm', 'f');
@@ -200,7 +202,7 @@ BEGIN
     WHERE lanname NOT IN ('internal', 'c')
       AND nspname NOT IN ('pg_catalog', 'information_schema', 'bruhmcp_archive')
       AND replace(prosrc, format('%I.', current_schema()), '')
-          ~* format('(?<!\.)\m(%s)\M', replace(relations, ', ', '|'));
+          ~* format('(?<!\.)\m(%s)\M', pattern);
 
     SELECT string_agg(format(E'\n- publication %I', pubname), '' ORDER BY pubname)
     INTO publications

@@ -3,17 +3,16 @@
 
 SET LOCAL lock_timeout = '5s';
 
--- Functions of 002–005 run as their owner in this schema: nobody else may put objects into it.
 -- Databases from PostgreSQL 14 and before let every role create in public, also after an upgrade.
 DO $$
 BEGIN
     IF has_schema_privilege('public', current_schema(), 'CREATE') THEN
-        RAISE EXCEPTION 'every role may create objects in the schema %, and could so run code '
-            'with the rights of the owner of these tables', quote_ident(current_schema())
+        RAISE EXCEPTION 'every role may create objects in the schema %, and by a function or '
+            'operator there run code with the rights of others', quote_ident(current_schema())
             USING ERRCODE = 'insufficient_privilege',
                   HINT    = format(
-                      'As the owner of the schema: REVOKE CREATE ON SCHEMA %I FROM PUBLIC; '
-                      'Then run the migration again.',
+                      'As the owner of the schema, REVOKE CREATE ON SCHEMA %I FROM PUBLIC; '
+                      'then run the migration again.',
                       current_schema()
                   );
     END IF;

@@ -14,11 +14,13 @@ ALTER TABLE user_plans
     ADD COLUMN subscription_id text,
     ADD COLUMN customer_id     text,
     ADD COLUMN payment_status  plan_payment_status NOT NULL DEFAULT 'none';
--- Alone in its ALTER TABLE: Citus refuses ADD CONSTRAINT among other changes.
+-- Each alone: a distributed engine (Citus) refuses ADD CONSTRAINT beside other changes.
 ALTER TABLE user_plans ADD CONSTRAINT user_plans_subscription_id_key UNIQUE (subscription_id);
 ALTER TABLE user_plans ADD CONSTRAINT user_plans_customer_id_key UNIQUE (customer_id);
-ALTER TABLE user_plans ADD CONSTRAINT user_plans_subscription_id_check CHECK (subscription_id <> '');
-ALTER TABLE user_plans ADD CONSTRAINT user_plans_customer_id_check CHECK (customer_id <> '');
+ALTER TABLE user_plans
+    ADD CONSTRAINT user_plans_subscription_id_check CHECK (subscription_id <> '');
+ALTER TABLE user_plans
+    ADD CONSTRAINT user_plans_customer_id_check CHECK (customer_id <> '');
 
 COMMENT ON COLUMN user_plans.subscription_id IS
     'Subscription id at the gateway that pays for the plan (Stripe or Razorpay).';

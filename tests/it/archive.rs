@@ -508,8 +508,8 @@ fn only_the_current_schema_is_touched() {
                CREATE SERVER nowhere FOREIGN DATA WRAPPER nowhere;
                CREATE FOREIGN TABLE api_keys (a int) SERVER nowhere;
                CREATE TABLE mcp_table (a int, b text) PARTITION BY LIST (a);
-               CREATE TABLE "Of one" PARTITION OF mcp_table FOR VALUES IN (1) PARTITION BY HASH (b);
-               CREATE TABLE "Of 'one'" PARTITION OF "Of one" FOR VALUES WITH (MODULUS 1, REMAINDER 0);
+               CREATE TABLE "Of (1" PARTITION OF mcp_table FOR VALUES IN (1) PARTITION BY HASH (b);
+               CREATE TABLE "Of 'one'" PARTITION OF "Of (1" FOR VALUES WITH (MODULUS 1, REMAINDER 0);
                CREATE TABLE partitions.of_two PARTITION OF mcp_table FOR VALUES IN (2);
                CREATE PROCEDURE assign_default_plan(subscription_status, OUT a int, INOUT b plan_type[])
                    LANGUAGE sql AS 'SELECT 1, NULL::plan_type[]';
@@ -524,7 +524,7 @@ fn only_the_current_schema_is_touched() {
     assert_eq!(
         objects(&database, "bruhmcp_archive"),
         r#"bruhmcp_archive."Of 'one'"
-bruhmcp_archive."Of one"
+bruhmcp_archive."Of (1"
 bruhmcp_archive.api_keys
 bruhmcp_archive.assign_default_plan(bruhmcp_archive.subscription_status,bruhmcp_archive.plan_type[])
 bruhmcp_archive.billing_cycle
