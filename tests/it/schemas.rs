@@ -273,7 +273,7 @@ fn an_operator_of_another_role_never_runs_as_the_owner() {
          UPDATE mcp_service_table SET status = 'inactive' WHERE status = 'active';
          UPDATE mcp_service_table SET status = 'active' WHERE instance_id = :i1;
          UPDATE mcp_credentials SET oauth_status = 'failed', oauth_completed_at = now();
-         UPDATE mcp_credentials SET oauth_status = 'completed' WHERE instance_id = :i1;
+         UPDATE mcp_credentials SET oauth_status = 'completed' WHERE instance_id <> :i2;
          UPDATE user_plans SET plan_type = 'pro', max_instances = NULL;
          UPDATE mcp_service_table SET status = 'active';
          UPDATE user_plans SET plan_type = 'free', max_instances = 1;
