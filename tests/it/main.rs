@@ -40,4 +40,6 @@ mod support;
 mod tokens;
 mod transactions;
 mod users;
+#[cfg(feature = "cli")]
+mod verify;
 mod webhooks;

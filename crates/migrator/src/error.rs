@@ -120,8 +120,8 @@ pub enum Refusal {
          address. With nothing pending, the pooler's address works too."
     )]
     Pooler,
-    /// The program was built without an expected catalogue.
-    #[error("this program has no expected catalogue to verify against.")]
+    /// The program was built without an expected catalogue of the applied migrations.
+    #[error("this program has no expected catalogue of what is applied, to verify against.")]
     NoCatalogue,
     /// `confirm` returned `false`.
     #[error("the revert was not confirmed.")]

@@ -17,4 +17,4 @@ pub use rehearsal::{Loss, Reversal};
 pub use report::{Direction, Event, Hook, Note, Report, Step};
 pub use runner::{Extent, Runner};
 pub use status::{Applied, MigrationStatus, Planned, Status};
-pub use verify::{Difference, Verification};
+pub use verify::{Change, Verification};
