@@ -43,7 +43,7 @@ type AS MATERIALIZED (
         END
 ),
 routine AS MATERIALIZED (
-    SELECT p.*, format('function %I(%s)', p.proname, pg_get_function_identity_arguments(p.oid)) AS key
+    SELECT p.*, 'function ' || p.oid::regprocedure AS key
     FROM path CROSS JOIN pg_proc p
     WHERE p.pronamespace = to_regnamespace(quote_ident($1))
         AND ($2 IS NOT NULL OR NOT EXISTS (

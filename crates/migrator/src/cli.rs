@@ -88,8 +88,12 @@ enum Command {
         #[arg(long)]
         sql: bool,
     },
-    /// Compare the schema with the expected one. Only reads.
-    Verify,
+    /// Compare the schema and the rights with the expected ones. Only reads.
+    Verify {
+        /// A role that may have any right. Repeat it for more roles.
+        #[arg(long, value_name = "ROLE")]
+        trust: Vec<String>,
+    },
 }
 
 #[derive(Args)]
@@ -192,7 +196,8 @@ fn execute(cli: Cli, runner: impl FnOnce(&str) -> Result<Runner, Error>) -> Resu
             }
         }
         Command::Plan { to, sql } => show_plan(runner.plan(to.as_deref())?, sql, json),
-        Command::Verify => {
+        Command::Verify { trust } => {
+            runner = trust.iter().fold(runner, |runner, role| runner.trust(role));
             let verification = runner.verify()?;
             show_verification(&verification, json);
             if verification.has_drift() {
@@ -288,16 +293,29 @@ fn show_verification(verification: &Verification, json: bool) {
         missing,
         changed,
         extra,
+        rights,
+        lacking,
         fingerprint,
     } = verification;
     show_group("Missing", missing);
     show_group("Changed", changed);
-    show_group("Extra, which is no drift", extra);
-    let version = version.as_deref().unwrap_or("an empty database");
-    say(if verification.has_drift() {
-        format!("The schema differs from {version} (fingerprint {fingerprint}).")
-    } else {
-        format!("The schema is as expected at {version} (fingerprint {fingerprint}).")
+    show_group(
+        "Rights that are not intended (--trust accepts a role)",
+        rights,
+    );
+    show_group("Extra, no drift", extra);
+    show_group("Intended rights that are not granted, no drift", lacking);
+    say(match version {
+        None if !verification.has_drift() => "Nothing is applied, and nothing is expected.".into(),
+        _ => {
+            let version = version.as_deref().unwrap_or("an empty schema");
+            let is = if verification.has_drift() {
+                "differs from the expected one"
+            } else {
+                "is as expected"
+            };
+            format!("The schema {is} at {version} (fingerprint {fingerprint}).")
+        }
     });
     if !pending.is_empty() {
         say(format!("Pending: {}.", pending.join(", ")));

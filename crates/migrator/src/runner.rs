@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use crate::error::{Error, Failure, Refusal, StateAfter};
 use crate::session::{self, Session};
 use crate::source::{Known, Migrations};
-use crate::verify::{Lines, Verification};
+use crate::verify::{Expected, Found, Verification};
 use crate::{Direction, Event, Hook, Planned, Report, Reversal, Status, Step, rehearsal};
 
 /// Applies, reverts and checks migrations.
@@ -24,6 +24,7 @@ pub struct Runner {
     source: Box<dyn MigrationSource<Pg> + Send>,
     settings: Settings,
     catalogue: Option<String>,
+    trusted: Vec<String>,
     hook: Option<Box<dyn Hook>>,
     watcher: Box<dyn FnMut(Event<'_>) + Send>,
 }
@@ -86,6 +87,7 @@ impl Runner {
                 lock_wait: Duration::from_secs(60),
             },
             catalogue: None,
+            trusted: Vec::new(),
             hook: None,
             watcher: Box::new(|_| {}),
         })
@@ -108,9 +110,18 @@ impl Runner {
 
     /// Sets what [`verify`](Self::verify) expects: for each migration a line `# <name>`, and under
     /// it the lines of the [catalogue](Self::catalogue) that it adds (`+ …`) and takes away (`- …`).
+    /// Under `# rights` stand the rights that roles may have; another right is drift.
     #[must_use]
     pub fn expect_catalogue(mut self, catalogue: &str) -> Self {
         self.catalogue = Some(catalogue.to_owned());
+        self
+    }
+
+    /// Names a role whose rights and functions [`verify`](Self::verify) accepts, such as one that
+    /// makes backups.
+    #[must_use]
+    pub fn trust(mut self, role: &str) -> Self {
+        self.trusted.push(role.to_owned());
         self
     }
 
@@ -173,7 +184,9 @@ impl Runner {
 
     /// Compares the schema with what the applied migrations build, by the
     /// [expected catalogue](Self::expect_catalogue). Only what the migrations made is compared, and
-    /// what hangs on it; comments, owners and other objects in the schema are left out. Only reads.
+    /// what hangs on it; comments, owners and other objects in the schema are left out. The rights
+    /// on it are compared with the intended ones. Only reads: works on a replica, and for a role
+    /// that may only read `__diesel_schema_migrations`.
     ///
     /// # Errors
     /// [`Error::Connect`], [`Error::Database`], and [`Error::Refused`] without a catalogue of what
@@ -193,8 +206,9 @@ impl Runner {
             return Err(Refusal::Unknown(status.newer()).into());
         }
         let applied = status.applied().map(|one| &*one.name).collect::<Vec<_>>();
-        let expected = Lines::expected(catalogue, &applied).ok_or(Refusal::NoCatalogue)?;
-        let found = Lines::found(&mut connection, &self.settings.schema, Some(&expected))
+        let expected = Expected::new(catalogue, &applied).ok_or(Refusal::NoCatalogue)?;
+        let schema = &self.settings.schema;
+        let found = Found::read(&mut connection, schema, Some(&expected), &self.trusted)
             .map_err(Error::database("reading the catalogue"))?;
         Ok(Verification {
             version: status.applied().last().map(|one| one.version.clone()),
@@ -203,15 +217,16 @@ impl Runner {
         })
     }
 
-    /// Returns the catalogue of the database: a line for each object in the schema, sorted.
+    /// Returns the catalogue of the database: a sorted line for each object in the schema, and one
+    /// for the rights of each role on an object.
     ///
     /// # Errors
     /// [`Error::Connect`], [`Error::Database`].
     pub fn catalogue(&self) -> Result<String, Error> {
         let mut connection = session::connect(&self.settings)?;
-        let lines = Lines::found(&mut connection, &self.settings.schema, None)
+        let found = Found::read(&mut connection, &self.settings.schema, None, &[])
             .map_err(Error::database("reading the catalogue"))?;
-        Ok(lines.to_string())
+        Ok(found.to_string())
     }
 
     /// Applies all pending migrations.

@@ -150,11 +150,15 @@ impl Session {
         // idle_session_timeout: the runner may wait for a person's answer.
         // client_connection_check_interval: if this process is killed, its statement and its lock
         // end at once.
+        // The last three: with another value, a migration builds something else, in silence.
         sql_query(
             "SELECT set_config('application_name', $1, false),
                     set_config('lock_timeout', '5s', false),
                     set_config('idle_session_timeout', '0', false),
-                    set_config('client_connection_check_interval', '100ms', false)",
+                    set_config('client_connection_check_interval', '100ms', false),
+                    set_config('standard_conforming_strings', 'on', false),
+                    set_config('transform_null_equals', 'off', false),
+                    set_config('check_function_bodies', 'on', false)",
         )
         .bind::<Text, _>(format!(
             "{} {purpose}, process {}",

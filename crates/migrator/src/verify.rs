@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
+use diesel::dsl::sql;
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
 use diesel::sql_types::{Array, Nullable, Text};
@@ -25,6 +26,10 @@ pub struct Verification {
     /// Lines that are in the database, but not expected. They can make a statement fail, but not
     /// do something else than before.
     pub extra: Vec<String>,
+    /// What roles may do beyond the intended rights.
+    pub rights: Vec<Right>,
+    /// Intended rights that an existing role doesn't have.
+    pub lacking: Vec<String>,
     /// SHA-256 of the lines in the database. Equal schemas have equal fingerprints.
     pub fingerprint: String,
 }
@@ -39,10 +44,26 @@ pub struct Change {
     pub found: String,
 }
 
+/// A right that is not intended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Right {
+    /// Such as `right anon on users: SELECT`, or `owner anon of function lower(text)` for what runs
+    /// code of another role.
+    pub right: String,
+    /// The SQL that takes it away.
+    pub remedy: String,
+}
+
 impl Verification {
-    /// Returns whether the schema differs from the expected one in a way that matters.
+    /// Returns whether something is missing or changed, or a role has rights that are not intended.
     pub fn has_drift(&self) -> bool {
-        !(self.missing.is_empty() && self.changed.is_empty())
+        !(self.missing.is_empty() && self.changed.is_empty() && self.rights.is_empty())
+    }
+}
+
+impl fmt::Display for Right {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{}\n    {}", self.right, self.remedy)
     }
 }
 
@@ -55,16 +76,171 @@ impl fmt::Display for Change {
     }
 }
 
+/// What is expected: the lines of the applied migrations, and the rights that roles may have.
+pub(crate) struct Expected {
+    pub(crate) lines: Lines,
+    rights: Lines,
+}
+
+/// What is in the database: the lines, the rights beyond those of owners, superusers and trusted
+/// roles, and which roles with intended rights exist.
+pub(crate) struct Found {
+    pub(crate) lines: Lines,
+    granted: Vec<Granted>,
+    roles: Vec<String>,
+}
+
+impl Expected {
+    /// Sums up what these migrations, in this order, add and take away. Returns `None` if the
+    /// catalogue lacks one of them.
+    pub(crate) fn new(catalogue: &str, migrations: &[&str]) -> Option<Self> {
+        Some(Self {
+            lines: Lines::sum(catalogue, migrations)?,
+            rights: Lines::sum(catalogue, &["rights"]).unwrap_or_default(),
+        })
+    }
+
+    pub(crate) fn compare(&self, found: &Found) -> Verification {
+        let line = |lines: &Lines, key: &str| Some(format!("{key}: {}", lines.0.get(key)?));
+        let mut verification = Verification {
+            version: None,
+            pending: Vec::new(),
+            missing: Vec::new(),
+            changed: Vec::new(),
+            extra: Vec::new(),
+            rights: self.excess(&found.granted),
+            lacking: self.lacking(found),
+            fingerprint: found.lines.fingerprint(),
+        };
+        let keys: BTreeSet<&String> = self.lines.0.keys().chain(found.lines.0.keys()).collect();
+        for key in keys {
+            match (line(&self.lines, key), line(&found.lines, key)) {
+                (Some(expected), None) => verification.missing.push(expected),
+                (expected, Some(found)) if expected.as_ref() == Some(&found) => {}
+                (None, Some(found)) if !acts(key) => verification.extra.push(found),
+                (expected, Some(found)) => verification.changed.push(Change { expected, found }),
+                (None, None) => {}
+            }
+        }
+        verification
+    }
+
+    fn intended(&self, key: &str) -> BTreeSet<&str> {
+        let privileges = self.rights.0.get(key).map(String::as_str);
+        privileges.unwrap_or_default().split(", ").collect()
+    }
+
+    fn excess(&self, granted: &[Granted]) -> Vec<Right> {
+        let mut rights = Vec::new();
+        for granted in granted {
+            let intended = self.intended(&granted.key);
+            let is_excess = |privilege: &&str| !intended.contains(privilege);
+            let excess = granted.privileges.iter().map(String::as_str);
+            let excess: Vec<&str> = excess.filter(is_excess).collect();
+            if !excess.is_empty() || granted.privileges.is_empty() {
+                rights.push(granted.as_excess(&excess));
+            }
+        }
+        rights.sort_by(|one, other| one.right.cmp(&other.right));
+        rights
+    }
+
+    fn lacking(&self, found: &Found) -> Vec<String> {
+        let mut lacking = Vec::new();
+        for key in self.rights.0.keys() {
+            let role_and_object = key
+                .strip_prefix("right ")
+                .and_then(|key| key.split_once(" on "));
+            let Some((role, object)) = role_and_object else {
+                continue;
+            };
+            if !found.roles.iter().any(|existing| existing == role) || !self.lines.has(object) {
+                continue;
+            }
+            let granted = found.granted.iter().find(|granted| &granted.key == key);
+            let granted = granted.map_or(&[][..], |granted| &granted.privileges);
+            let mut absent = self.intended(key);
+            absent.retain(|privilege| !granted.iter().any(|granted| granted == privilege));
+            if !absent.is_empty() {
+                let absent: Vec<&str> = absent.into_iter().collect();
+                lacking.push(format!("{key}: {}", absent.join(", ")));
+            }
+        }
+        lacking
+    }
+}
+
+impl Found {
+    /// Reads what is in `schema`: what has the keys of `expected` and what hangs on it, or all.
+    pub(crate) fn read(
+        connection: &mut PgConnection,
+        schema: &str,
+        expected: Option<&Expected>,
+        trusted: &[String],
+    ) -> QueryResult<Self> {
+        let keys: Option<Vec<&String>> = expected.map(|expected| expected.lines.0.keys().collect());
+        let roles: Vec<&str> = expected.map_or_else(Vec::new, |expected| {
+            let keys = expected.rights.0.keys();
+            keys.filter_map(|key| Some(key.strip_prefix("right ")?.split_once(" on ")?.0))
+                .collect()
+        });
+        connection
+            .build_transaction()
+            .read_only()
+            .repeatable_read()
+            .run(|connection| {
+                sql_query(PINNED).execute(connection)?;
+                let roles = sql::<Text>(
+                    "SELECT quote_ident(rolname) FROM pg_roles
+                     WHERE rolname <> ALL (",
+                )
+                .bind::<Array<Text>, _>(trusted)
+                .sql(") AND quote_ident(rolname) = ANY (")
+                .bind::<Array<Text>, _>(roles)
+                .sql(")")
+                .load(connection)?;
+                let lines: Vec<Line> = sql_query(include_str!("catalogue.sql"))
+                    .bind::<Text, _>(schema)
+                    .bind::<Nullable<Array<Text>>, _>(&keys)
+                    .load(connection)?;
+                // The catalogue's query has changed the search_path.
+                sql_query(PINNED).execute(connection)?;
+                let granted = sql_query(include_str!("rights.sql"))
+                    .bind::<Text, _>(schema)
+                    .bind::<Nullable<Array<Text>>, _>(&keys)
+                    .bind::<Array<Text>, _>(trusted)
+                    .load(connection)?;
+                Ok(Self {
+                    lines: lines.into_iter().collect(),
+                    granted,
+                    roles,
+                })
+            })
+    }
+}
+
+/// The lines of what is found, then of the rights.
+impl fmt::Display for Found {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{}", self.lines)?;
+        for Granted {
+            key, privileges, ..
+        } in &self.granted
+        {
+            writeln!(formatter, "{key}: {}", privileges.join(", "))?;
+        }
+        Ok(())
+    }
+}
+
 /// The lines of a schema: the definition of each object, by its key.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Default)]
 pub(crate) struct Lines(BTreeMap<String, String>);
 
 impl Lines {
-    /// Sums up what these migrations, in this order, add and take away. Returns `None` if the
-    /// catalogue lacks one of them.
-    pub(crate) fn expected(catalogue: &str, migrations: &[&str]) -> Option<Self> {
+    fn sum(catalogue: &str, headings: &[&str]) -> Option<Self> {
         let mut lines = Self::default();
-        for name in migrations {
+        for name in headings {
             let heading = format!("# {name}");
             let mut rest = catalogue.lines().skip_while(|&line| line != heading);
             rest.next()?;
@@ -79,54 +255,13 @@ impl Lines {
         Some(lines)
     }
 
-    /// Reads the lines of `schema`: what has the keys of `expected` and what hangs on it, or all.
-    pub(crate) fn found(
-        connection: &mut PgConnection,
-        schema: &str,
-        expected: Option<&Self>,
-    ) -> QueryResult<Self> {
-        let keys: Option<Vec<&String>> = expected.map(|lines| lines.0.keys().collect());
-        let lines: Vec<Line> = connection
-            .build_transaction()
-            .read_only()
-            .repeatable_read()
-            .run(|connection| {
-                sql_query(PINNED).execute(connection)?;
-                sql_query(include_str!("catalogue.sql"))
-                    .bind::<Text, _>(schema)
-                    .bind::<Nullable<Array<Text>>, _>(keys)
-                    .load(connection)
-            })?;
-        let on_one_line = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
-        let lines = lines.iter();
-        Ok(Self(
-            lines
-                .map(|line| (on_one_line(&line.key), on_one_line(&line.definition)))
-                .collect(),
-        ))
-    }
-
-    pub(crate) fn compare(&self, found: &Self) -> Verification {
-        let line = |lines: &Self, key: &str| Some(format!("{key}: {}", lines.0.get(key)?));
-        let mut verification = Verification {
-            version: None,
-            pending: Vec::new(),
-            missing: Vec::new(),
-            changed: Vec::new(),
-            extra: Vec::new(),
-            fingerprint: found.fingerprint(),
-        };
-        let keys: BTreeSet<&String> = self.0.keys().chain(found.0.keys()).collect();
-        for key in keys {
-            match (line(self, key), line(found, key)) {
-                (Some(expected), None) => verification.missing.push(expected),
-                (expected, Some(found)) if expected.as_ref() == Some(&found) => {}
-                (None, Some(found)) if !acts(key) => verification.extra.push(found),
-                (expected, Some(found)) => verification.changed.push(Change { expected, found }),
-                (None, None) => {}
-            }
-        }
-        verification
+    /// Whether a relation, column or function is among them. The ledger always exists.
+    fn has(&self, object: &str) -> bool {
+        let key = |kind: &str, object: &str| self.0.contains_key(&format!("{kind} {object}"));
+        let relation = object.split('(').next().unwrap_or_default();
+        key("relation", relation)
+            || key("function", object)
+            || object == "__diesel_schema_migrations"
     }
 
     fn fingerprint(&self) -> String {
@@ -139,6 +274,70 @@ impl fmt::Display for Lines {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut lines = self.0.iter();
         lines.try_for_each(|(key, definition)| writeln!(formatter, "{key}: {definition}"))
+    }
+}
+
+impl FromIterator<Line> for Lines {
+    fn from_iter<T: IntoIterator<Item = Line>>(lines: T) -> Self {
+        let on_one_line = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+        let lines = lines.into_iter();
+        let pair = |line: Line| (on_one_line(&line.key), on_one_line(&line.definition));
+        Self(lines.map(pair).collect())
+    }
+}
+
+/// The rights of a role on an object. `revoke` is the statement that takes them away, with `{}` for
+/// the privileges; to each of them belongs `attribute`, a column in parentheses.
+#[derive(QueryableByName)]
+pub(crate) struct Granted {
+    #[diesel(sql_type = Text)]
+    key: String,
+    #[diesel(sql_type = Array<Text>)]
+    privileges: Vec<String>,
+    #[diesel(sql_type = Text)]
+    attribute: String,
+    #[diesel(sql_type = Text)]
+    revoke: String,
+}
+
+const OPTION: &str = "GRANT OPTION FOR ";
+
+impl Granted {
+    fn as_excess(&self, privileges: &[&str]) -> Right {
+        let names = |privileges: &[&str]| {
+            let names = privileges.iter();
+            let names = names.map(|privilege| format!("{privilege}{}", self.attribute));
+            names.collect::<Vec<_>>().join(", ")
+        };
+        let (options, plain): (Vec<&str>, Vec<&str>) = privileges
+            .iter()
+            .partition(|privilege| privilege.starts_with(OPTION));
+        // Without the privilege there is no option.
+        let options: Vec<&str> = options
+            .iter()
+            .filter_map(|option| option.strip_prefix(OPTION))
+            .filter(|option| !plain.contains(option))
+            .collect();
+        let cascade = if privileges.len() > plain.len() {
+            " CASCADE"
+        } else {
+            ""
+        };
+        let mut remedy = Vec::new();
+        if !plain.is_empty() || privileges.is_empty() {
+            remedy.push(self.revoke.replace("{}", &names(&plain)) + cascade + ";");
+        }
+        if !options.is_empty() {
+            let options = format!("{OPTION}{}", names(&options));
+            remedy.push(self.revoke.replace("{}", &options) + cascade + ";");
+        }
+        Right {
+            right: match privileges {
+                [] => self.key.clone(),
+                _ => format!("{}: {}", self.key, privileges.join(", ")),
+            },
+            remedy: remedy.join(" "),
+        }
     }
 }
 
