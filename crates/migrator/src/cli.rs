@@ -1,5 +1,5 @@
-//! The command line: `run`, `revert`, `redo`, `status`, `plan` and `verify`. `--help` lists the
-//! exit codes.
+//! The command line: `run`, `revert`, `redo`, `status`, `plan`, `verify` and `grant`. `--help`
+//! lists the exit codes.
 
 use std::env;
 use std::fmt::Display;
@@ -13,7 +13,8 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use serde_json::{Value, json};
 
 use crate::{
-    Direction, Error, Event, Extent, Planned, Report, Reversal, Runner, Status, Verification,
+    Direction, Error, Event, Extent, Granted, Planned, Report, Reversal, Runner, Status,
+    Verification,
 };
 
 const DONE: u8 = 0;
@@ -90,6 +91,8 @@ enum Command {
     },
     /// Compare the schema with the expected one. Only reads.
     Verify,
+    /// Give the program's roles their rights, and only these.
+    Grant,
 }
 
 #[derive(Args)]
@@ -199,6 +202,7 @@ fn execute(cli: Cli, runner: impl FnOnce(&str) -> Result<Runner, Error>) -> Resu
                 return Ok(DRIFT);
             }
         }
+        Command::Grant => show_granted(&runner.grant()?, json),
     }
     Ok(DONE)
 }
@@ -289,6 +293,22 @@ fn show_verification(verification: &Verification, json: bool) {
         0 => format!("The schema is as expected (fingerprint {found})."),
         count => format!("Differences: {count} (fingerprint {found}, expected {expected})."),
     });
+}
+
+fn show_granted(granted: &Granted, json: bool) {
+    if json {
+        return say(json!(granted));
+    }
+    for role in &granted.roles {
+        say(format!("granted   {role}"));
+    }
+    for role in &granted.missing {
+        say(format!("missing   {role}: create the role, then grant again"));
+    }
+    if !granted.newer.is_empty() {
+        say("Nothing was granted.");
+    }
+    show_newer(&granted.newer);
 }
 
 /// Shows what would be deleted, and asks if there is a terminal.
