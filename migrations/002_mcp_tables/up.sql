@@ -298,15 +298,3 @@ REVOKE EXECUTE ON FUNCTION
     mcp_service_table_check_service(),
     mcp_service_table_count_instances()
 FROM PUBLIC;
-
-DO $$
-BEGIN
-    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'app_user') THEN
-        GRANT SELECT ON mcp_table TO app_user;
-        GRANT SELECT, INSERT, UPDATE, DELETE ON mcp_service_table, mcp_credentials TO app_user;
-    END IF;
-    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'app_admin') THEN
-        GRANT ALL ON mcp_table, mcp_service_table, mcp_credentials TO app_admin;
-    END IF;
-END
-$$;

@@ -22,7 +22,7 @@ static WITH_ROLES: LazyLock<Server> = LazyLock::new(|| {
 });
 
 fn roles_sql() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/roles.sql")
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("migrations/roles.sql")
 }
 
 fn empty_with_roles() -> TestDatabase {

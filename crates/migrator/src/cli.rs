@@ -1,5 +1,5 @@
-//! The command line: `run`, `revert`, `redo`, `status`, `plan` and `verify`. `--help` lists the
-//! exit codes.
+//! The command line: `run`, `revert`, `redo`, `status`, `plan`, `verify` and `grant`. `--help`
+//! lists the exit codes.
 
 use std::env;
 use std::fmt::Display;
@@ -13,7 +13,8 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use serde_json::{Value, json};
 
 use crate::{
-    Direction, Error, Event, Extent, Planned, Report, Reversal, Runner, Status, Verification,
+    Direction, Error, Event, Extent, Granted, Planned, Report, Reversal, Runner, Status,
+    Verification,
 };
 
 const DONE: u8 = 0;
@@ -94,6 +95,8 @@ enum Command {
         #[arg(long, value_name = "ROLE")]
         trust: Vec<String>,
     },
+    /// Give the program's roles their rights, and only these.
+    Grant,
 }
 
 #[derive(Args)]
@@ -207,6 +210,7 @@ fn execute(cli: Cli, runner: impl FnOnce(&str) -> Result<Runner, Error>) -> Resu
                 return Ok(PENDING);
             }
         }
+        Command::Grant => show_granted(&runner.grant()?, json),
     }
     Ok(DONE)
 }
@@ -304,7 +308,7 @@ fn show_verification(verification: &Verification, json: bool) {
         rights,
     );
     show_group("Extra, no drift", extra);
-    show_group("Intended rights that are not granted, no drift", lacking);
+    show_group("Not granted, no drift (`grant` gives it)", lacking);
     say(match version {
         None if !verification.has_drift() => "Nothing is applied, and nothing is expected.".into(),
         _ => {
@@ -329,6 +333,22 @@ fn show_group(title: &str, items: &[impl Display]) {
             say(format!("  {}", item.to_string().replace('\n', "\n  ")));
         }
     }
+}
+
+fn show_granted(granted: &Granted, json: bool) {
+    if json {
+        return say(json!(granted));
+    }
+    for role in &granted.roles {
+        say(format!("granted   {role}"));
+    }
+    for role in &granted.missing {
+        say(format!("missing   {role}: create the role, then grant again"));
+    }
+    if !granted.newer.is_empty() {
+        say("Nothing was granted.");
+    }
+    show_newer(&granted.newer);
 }
 
 /// Shows what would be deleted, and asks if there is a terminal.

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::time::{Duration, Instant};
 
+use diesel::connection::{Connection, SimpleConnection};
 use diesel::migration::{Migration, MigrationConnection, MigrationSource};
 use diesel::pg::{Pg, PgConnection};
 use diesel_migrations::MigrationHarness;
@@ -13,7 +14,9 @@ use crate::error::{Error, Failure, Refusal, StateAfter};
 use crate::session::{self, Session};
 use crate::source::{Known, Migrations};
 use crate::verify::{Expected, Found, Verification};
-use crate::{Direction, Event, Hook, Planned, Report, Reversal, Status, Step, rehearsal};
+use crate::{
+    Direction, Event, Granted, Hook, Planned, Report, Reversal, Status, Step, rehearsal,
+};
 
 /// Applies, reverts and checks migrations.
 ///
@@ -25,8 +28,15 @@ pub struct Runner {
     settings: Settings,
     catalogue: Option<String>,
     trusted: Vec<String>,
+    roles: Option<Roles>,
     hook: Option<Box<dyn Hook>>,
     watcher: Box<dyn FnMut(Event<'_>) + Send>,
+}
+
+/// Roles of the project, and the SQL that grants their rights.
+struct Roles {
+    names: Vec<String>,
+    sql: String,
 }
 
 pub(crate) struct Settings {
@@ -88,6 +98,7 @@ impl Runner {
             },
             catalogue: None,
             trusted: Vec::new(),
+            roles: None,
             hook: None,
             watcher: Box::new(|_| {}),
         })
@@ -122,6 +133,16 @@ impl Runner {
     #[must_use]
     pub fn trust(mut self, role: &str) -> Self {
         self.trusted.push(role.to_owned());
+        self
+    }
+
+    /// Sets what [`grant`](Self::grant) does: `sql` gives the roles `names`, where they exist, their
+    /// rights on what exists. It must bring the same result each time it runs.
+    #[must_use]
+    pub fn roles(mut self, names: &[&str], sql: &str) -> Self {
+        let names = names.iter().map(|&name| name.to_owned()).collect();
+        let sql = sql.to_owned();
+        self.roles = Some(Roles { names, sql });
         self
     }
 
@@ -287,6 +308,45 @@ impl Runner {
                 runner.up(session, &again)
             },
         )
+    }
+
+    /// Gives the [`roles`](Self::roles) that exist their rights, in one transaction, at any version.
+    /// Leaves the rights as they are if a newer release has migrated the database.
+    ///
+    /// # Errors
+    /// [`Error::Grant`]; [`Error::Refused`] without roles and as [`run`](Self::run) is refused;
+    /// [`Error::Connect`], [`Error::Database`], [`Error::LockBusy`].
+    pub fn grant(&mut self) -> Result<Granted, Error> {
+        let Some(Roles { names, sql }) = &self.roles else {
+            return Err(Refusal::NoRoles.into());
+        };
+        let migrations = self.migrations()?;
+        let mut session = Session::open(&self.settings, "grant")?;
+        session.lock(self.settings.lock_wait, |holder| {
+            (self.watcher)(Event::Waiting(holder));
+        })?;
+        let ledger = session::ledger(&mut session.connection, &self.settings.schema)?;
+        let status = migrations.status(ledger);
+        if let Some(refusal) = status.refusal() {
+            return Err(refusal.into());
+        }
+        let mut granted = Granted {
+            newer: status.newer(),
+            ..Granted::default()
+        };
+        if granted.newer.is_empty() {
+            let existing = session::existing_roles(&mut session.connection, names)?;
+            (granted.roles, granted.missing) = names
+                .iter()
+                .cloned()
+                .partition(|name| existing.contains(name));
+            session
+                .connection
+                .transaction(|connection| connection.batch_execute(sql))
+                .map_err(|error: diesel::result::Error| Error::Grant(session.report(&error)))?;
+        }
+        session.unlock(&self.settings.program)?;
+        Ok(granted)
     }
 
     fn migrations(&self) -> Result<Migrations, Error> {

@@ -13,7 +13,7 @@ use diesel::connection::{Connection, InstrumentationEvent};
 use diesel::dsl::{select, sql};
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
-use diesel::sql_types::{BigInt, Bool, Nullable, Text, Timestamptz};
+use diesel::sql_types::{Array, BigInt, Bool, Nullable, Text, Timestamptz};
 use diesel::{ConnectionError, sql_query};
 use libpq_conninfo::{Conninfo, Ping};
 
@@ -245,6 +245,20 @@ impl Session {
             .get_result(&mut self.connection)
             .map_err(Error::database(doing))
     }
+}
+
+/// Returns which of these roles exist.
+pub(crate) fn existing_roles(
+    connection: &mut PgConnection,
+    names: &[String],
+) -> Result<Vec<String>, Error> {
+    select(
+        sql::<Array<Text>>("ARRAY(SELECT rolname::text FROM pg_roles WHERE rolname = ANY(")
+            .bind::<Array<Text>, _>(names)
+            .sql("))"),
+    )
+    .get_result(connection)
+    .map_err(Error::database("reading which roles exist"))
 }
 
 /// Returns the session that holds the lock.

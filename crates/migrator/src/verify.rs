@@ -86,7 +86,7 @@ pub(crate) struct Expected {
 /// roles, and which roles with intended rights exist.
 pub(crate) struct Found {
     pub(crate) lines: Lines,
-    granted: Vec<Granted>,
+    granted: Vec<Privileges>,
     roles: Vec<String>,
 }
 
@@ -130,7 +130,7 @@ impl Expected {
         privileges.unwrap_or_default().split(", ").collect()
     }
 
-    fn excess(&self, granted: &[Granted]) -> Vec<Right> {
+    fn excess(&self, granted: &[Privileges]) -> Vec<Right> {
         let mut rights = Vec::new();
         for granted in granted {
             let intended = self.intended(&granted.key);
@@ -223,7 +223,7 @@ impl Found {
 impl fmt::Display for Found {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(formatter, "{}", self.lines)?;
-        for Granted {
+        for Privileges {
             key, privileges, ..
         } in &self.granted
         {
@@ -289,7 +289,7 @@ impl FromIterator<Line> for Lines {
 /// The rights of a role on an object. `revoke` is the statement that takes them away, with `{}` for
 /// the privileges; to each of them belongs `attribute`, a column in parentheses.
 #[derive(QueryableByName)]
-pub(crate) struct Granted {
+pub(crate) struct Privileges {
     #[diesel(sql_type = Text)]
     key: String,
     #[diesel(sql_type = Array<Text>)]
@@ -302,7 +302,7 @@ pub(crate) struct Granted {
 
 const OPTION: &str = "GRANT OPTION FOR ";
 
-impl Granted {
+impl Privileges {
     fn as_excess(&self, privileges: &[&str]) -> Right {
         let names = |privileges: &[&str]| {
             let names = privileges.iter();
