@@ -1,10 +1,12 @@
 //! `verify`: what is drift, and what isn't.
 
-use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
 use bruhmcp_db::migrations::{Error, Refusal, Verification, runner};
-use bruhmcp_devdb::Server;
+use bruhmcp_devdb::{Database, Server};
+use diesel::connection::SimpleConnection;
+use diesel::pg::PgConnection;
+use diesel::prelude::*;
 
 use crate::cli::bruhmcp;
 use crate::difference::check_generated;
@@ -21,8 +23,22 @@ static WITH_ROLES: LazyLock<Server> = LazyLock::new(|| {
     server
 });
 
-fn roles_sql() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("migrations/roles.sql")
+/// A database of the role `owner` with all migrations and the intended rights.
+static GRANTED: LazyLock<Database> = LazyLock::new(|| {
+    let database = WITH_ROLES.create_database().unwrap();
+    let name = database.name();
+    let mut superuser = PgConnection::establish(&database.url()).unwrap();
+    superuser
+        .batch_execute(&format!("ALTER DATABASE {name} OWNER TO owner"))
+        .unwrap();
+    let mut runner = runner(&owner_url(&database.url())).unwrap();
+    runner.run().unwrap();
+    runner.grant().unwrap();
+    database
+});
+
+fn owner_url(url: &str) -> String {
+    format!("{url}&user=owner")
 }
 
 fn empty_with_roles() -> TestDatabase {
@@ -55,7 +71,7 @@ fn generated_catalogue() {
         before = after;
     }
     text += "# rights\n";
-    database.psql_file(&roles_sql()).unwrap();
+    runner.grant().unwrap();
     for line in runner.catalogue().unwrap().lines().filter(is_right) {
         text += &format!("+ {line}\n");
     }
@@ -403,13 +419,8 @@ fn what_is_applied_must_be_known() {
 /// them away by their remedies.
 #[track_caller]
 fn leaks(change: &str) -> Vec<String> {
-    let database = empty_with_roles();
-    database
-        .psql("SELECT format('ALTER DATABASE %I OWNER TO owner', current_database()) \\gexec")
-        .unwrap();
-    let owner = database.url_with("user=owner");
-    runner(&owner).unwrap().run().unwrap();
-    database.psql_file(&roles_sql()).unwrap();
+    let database = TestDatabase::from(WITH_ROLES.create_database_from(&GRANTED).unwrap());
+    let owner = owner_url(&database.url());
     let clean = verify(&owner);
     assert_eq!((clean.rights, clean.lacking), (vec![], vec![]));
     database.psql(change).unwrap();
@@ -515,7 +526,7 @@ fn default_privileges_open_new_tables() {
         .unwrap();
     let url = database.url();
     runner(&url).unwrap().run().unwrap();
-    database.psql_file(&roles_sql()).unwrap();
+    runner(&url).unwrap().grant().unwrap();
     database
         .psql("SET ROLE anon; SELECT password FROM users")
         .unwrap();
@@ -545,5 +556,27 @@ fn default_privileges_open_new_tables() {
     assert!(
         trusted.out.contains("  right app_user on users: INSERT\n"),
         "{trusted:?}"
+    );
+}
+
+#[test]
+fn unproven_not_null_is_drift() {
+    let database = database();
+    if database.psql("SHOW server_version_num").unwrap() < "18".to_owned() {
+        eprintln!("skipped: before 18 there is no NOT NULL NOT VALID");
+        return;
+    }
+    database
+        .psql(
+            "ALTER TABLE users ALTER COLUMN first_name DROP NOT NULL;
+             ALTER TABLE users ADD NOT NULL first_name NOT VALID",
+        )
+        .unwrap();
+    let (drift, _) = told(&database);
+    assert_eq!(
+        drift,
+        [
+            "- column users.first_name: text not null\n+ column users.first_name: text not null not valid"
+        ]
     );
 }

@@ -14,9 +14,7 @@ use crate::error::{Error, Failure, Refusal, StateAfter};
 use crate::session::{self, Session};
 use crate::source::{Known, Migrations};
 use crate::verify::{Expected, Found, Verification};
-use crate::{
-    Direction, Event, Granted, Hook, Planned, Report, Reversal, Status, Step, rehearsal,
-};
+use crate::{Direction, Event, Granted, Hook, Planned, Report, Reversal, Status, Step, rehearsal};
 
 /// Applies, reverts and checks migrations.
 ///
