@@ -1,7 +1,7 @@
 //! `bruhmcp-db`: the command line of the migrations.
 //!
-//! Exit codes: 0 done or current, 1 failed, 2 usage, 3 pending (`status`), 4 lock busy, 5 refused,
-//! 6 no connection, 7 drift (`verify`).
+//! Exit codes: 0 done or current, 1 failed, 2 usage, 3 pending (`status`, `verify`), 4 lock busy,
+//! 5 refused, 6 no connection, 7 drift (`verify`).
 
 use std::process::ExitCode;
 

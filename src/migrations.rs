@@ -46,6 +46,10 @@ mod configured {
         Ok(Runner::new(PROGRAM, url, MIGRATIONS)?
             .lock_key(LOCK_KEY)
             .expect_catalogue(include_str!("../migrations/catalogue.txt"))
+            .roles(
+                &["app_admin", "app_user"],
+                include_str!("../migrations/roles.sql"),
+            )
             .secret_tables(&["auth_tokens", "mcp_credentials"])
             .hook(Archive::default()))
     }

@@ -326,18 +326,3 @@ COMMENT ON COLUMN account_credits.amount IS
 COMMENT ON COLUMN account_credits.source_id IS
     'Id of what the credit is for, such as a refund. A refund or downgrade is credited only once.';
 COMMENT ON COLUMN account_credits.expires_at IS 'NULL: never expires.';
-
-DO $$
-BEGIN
-    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'app_user') THEN
-        GRANT SELECT, INSERT, UPDATE
-            ON users, user_subscriptions, subscription_transactions, account_credits TO app_user;
-        GRANT SELECT, INSERT, UPDATE, DELETE ON auth_tokens TO app_user;
-    END IF;
-    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'app_admin') THEN
-        GRANT ALL
-            ON users, auth_tokens, user_subscriptions, subscription_transactions, account_credits
-            TO app_admin;
-    END IF;
-END
-$$;

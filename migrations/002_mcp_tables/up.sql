@@ -326,15 +326,3 @@ BEGIN
     END LOOP;
 END
 $$;
-
-DO $$
-BEGIN
-    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'app_user') THEN
-        GRANT SELECT ON mcp_table TO app_user;
-        GRANT SELECT, INSERT, UPDATE, DELETE ON mcp_service_table, mcp_credentials TO app_user;
-    END IF;
-    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'app_admin') THEN
-        GRANT ALL ON mcp_table, mcp_service_table, mcp_credentials TO app_admin;
-    END IF;
-END
-$$;

@@ -102,17 +102,3 @@ SELECT instance_id,
 COMMENT ON VIEW token_audit_summary IS
     'Summary of the last 30 days of token_audit_log, per instance, operation, status and method.';
 COMMENT ON COLUMN token_audit_summary.success_rate IS 'In percent, with two decimals.';
-
-DO $$
-BEGIN
-    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'app_user') THEN
-        GRANT SELECT, INSERT ON token_audit_log TO app_user;
-        GRANT SELECT ON token_audit_summary TO app_user;
-    END IF;
-    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'app_admin') THEN
-        GRANT SELECT, INSERT ON token_audit_log TO app_admin;
-        GRANT SELECT ON token_audit_summary TO app_admin;
-        GRANT EXECUTE ON FUNCTION cleanup_old_token_audit_logs(integer) TO app_admin;
-    END IF;
-END
-$$;

@@ -191,17 +191,6 @@ BEGIN
 END
 $$;
 
-DO $$
-BEGIN
-    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'app_user') THEN
-        GRANT SELECT, INSERT, UPDATE ON user_plans TO app_user;
-    END IF;
-    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'app_admin') THEN
-        GRANT ALL ON user_plans TO app_admin;
-    END IF;
-END
-$$;
-
 -- Existing users get the free plan. A user with more than one active instance has all of them
 -- deactivated, as after a downgrade.
 INSERT INTO user_plans (user_id, plan_type, max_instances) SELECT id, 'free', 1 FROM users;

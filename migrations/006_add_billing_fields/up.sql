@@ -56,14 +56,3 @@ COMMENT ON COLUMN webhook_events.external_event_id IS
 COMMENT ON COLUMN webhook_events.processed_at IS
     'When the event was processed, skipped or last failed; NULL exactly while pending.';
 COMMENT ON COLUMN webhook_events.error_message IS 'Why processing failed.';
-
-DO $$
-BEGIN
-    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'app_user') THEN
-        GRANT SELECT, INSERT, UPDATE ON webhook_events TO app_user;
-    END IF;
-    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'app_admin') THEN
-        GRANT ALL ON webhook_events TO app_admin;
-    END IF;
-END
-$$;

@@ -48,14 +48,3 @@ COMMENT ON COLUMN user_billing_details.cards IS
     'JSON array of gateway tokens with the card details that may be shown; '
     'never a card number or security code.';
 COMMENT ON COLUMN user_billing_details.default_card_id IS 'Id of the default card in cards.';
-
-DO $$
-BEGIN
-    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'app_user') THEN
-        GRANT SELECT, INSERT, UPDATE, DELETE ON user_billing_details TO app_user;
-    END IF;
-    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'app_admin') THEN
-        GRANT ALL ON user_billing_details TO app_admin;
-    END IF;
-END
-$$;

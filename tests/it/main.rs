@@ -42,4 +42,6 @@ mod support;
 mod tokens;
 mod transactions;
 mod users;
+#[cfg(feature = "cli")]
+mod verify;
 mod webhooks;

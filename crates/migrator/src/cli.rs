@@ -1,5 +1,5 @@
-//! The command line: `run`, `revert`, `redo`, `status`, `plan` and `verify`. `--help` lists the
-//! exit codes.
+//! The command line: `run`, `revert`, `redo`, `status`, `plan`, `verify` and `grant`. `--help`
+//! lists the exit codes.
 
 use std::env;
 use std::fmt::Display;
@@ -13,7 +13,8 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use serde_json::{Value, json};
 
 use crate::{
-    Direction, Error, Event, Extent, Planned, Report, Reversal, Runner, Status, Verification,
+    Direction, Error, Event, Extent, Granted, Planned, Report, Reversal, Runner, Status,
+    Verification,
 };
 
 const DONE: u8 = 0;
@@ -25,8 +26,8 @@ const REFUSED: u8 = 5;
 const NO_CONNECTION: u8 = 6;
 const DRIFT: u8 = 7;
 
-const EXIT_CODES: &str = "Exit codes: 0 done or current, 1 failed, 2 usage, 3 pending (status), \
-    4 lock busy, 5 refused, 6 no connection, 7 drift (verify).";
+const EXIT_CODES: &str = "Exit codes: 0 done or current, 1 failed, 2 usage, 3 pending (status, \
+    verify), 4 lock busy, 5 refused, 6 no connection, 7 drift (verify).";
 
 /// Interval between two lines about a migration that is still running.
 const LIVE: Duration = Duration::from_secs(2);
@@ -88,8 +89,14 @@ enum Command {
         #[arg(long)]
         sql: bool,
     },
-    /// Compare the schema with the expected one. Only reads.
-    Verify,
+    /// Compare the schema and the rights with the expected ones. Only reads.
+    Verify {
+        /// A role that may have any right. Repeat it for more roles.
+        #[arg(long, value_name = "ROLE")]
+        trust: Vec<String>,
+    },
+    /// Give the program's roles their rights, and only these.
+    Grant,
 }
 
 #[derive(Args)]
@@ -192,13 +199,18 @@ fn execute(cli: Cli, runner: impl FnOnce(&str) -> Result<Runner, Error>) -> Resu
             }
         }
         Command::Plan { to, sql } => show_plan(runner.plan(to.as_deref())?, sql, json),
-        Command::Verify => {
+        Command::Verify { trust } => {
+            runner = trust.iter().fold(runner, |runner, role| runner.trust(role));
             let verification = runner.verify()?;
             show_verification(&verification, json);
-            if !verification.differences.is_empty() {
+            if verification.has_drift() {
                 return Ok(DRIFT);
             }
+            if !verification.pending.is_empty() {
+                return Ok(PENDING);
+            }
         }
+        Command::Grant => show_granted(&runner.grant()?, json),
     }
     Ok(DONE)
 }
@@ -279,16 +291,66 @@ fn show_verification(verification: &Verification, json: bool) {
     if json {
         return say(json!(verification));
     }
-    for difference in &verification.differences {
-        say(difference);
-    }
     let Verification {
-        expected, found, ..
+        version,
+        pending,
+        missing,
+        changed,
+        extra,
+        rights,
+        lacking,
+        fingerprint,
     } = verification;
-    say(match verification.differences.len() {
-        0 => format!("The schema is as expected (fingerprint {found})."),
-        count => format!("Differences: {count} (fingerprint {found}, expected {expected})."),
+    show_group("Missing", missing);
+    show_group("Changed", changed);
+    show_group(
+        "Rights that are not intended (--trust accepts a role)",
+        rights,
+    );
+    show_group("Extra, no drift", extra);
+    show_group("Not granted, no drift (`grant` gives it)", lacking);
+    say(match version {
+        None if !verification.has_drift() => "Nothing is applied, and nothing is expected.".into(),
+        _ => {
+            let version = version.as_deref().unwrap_or("an empty schema");
+            let is = if verification.has_drift() {
+                "differs from the expected one"
+            } else {
+                "is as expected"
+            };
+            format!("The schema {is} at {version} (fingerprint {fingerprint}).")
+        }
     });
+    if !pending.is_empty() {
+        say(format!("Pending: {}.", pending.join(", ")));
+    }
+}
+
+fn show_group(title: &str, items: &[impl Display]) {
+    if !items.is_empty() {
+        say(format!("{title}:"));
+        for item in items {
+            say(format!("  {}", item.to_string().replace('\n', "\n  ")));
+        }
+    }
+}
+
+fn show_granted(granted: &Granted, json: bool) {
+    if json {
+        return say(json!(granted));
+    }
+    for role in &granted.roles {
+        say(format!("granted   {role}"));
+    }
+    for role in &granted.missing {
+        say(format!(
+            "missing   {role}: create the role, then grant again"
+        ));
+    }
+    if !granted.newer.is_empty() {
+        say("Nothing was granted.");
+    }
+    show_newer(&granted.newer);
 }
 
 /// Shows what would be deleted, and asks if there is a terminal.

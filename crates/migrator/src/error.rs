@@ -49,6 +49,12 @@ pub enum Error {
         doing: &'static str,
         report: ServerReport,
     },
+    /// The SQL of [`Runner::roles`](crate::Runner::roles) failed.
+    #[error(
+        "granting the rights failed: {0}\nNo right was changed. When the reason is removed, grant \
+         again."
+    )]
+    Grant(ServerReport),
     /// The migrations can't be read from their source.
     #[error("can't read the migrations: {0}")]
     Source(String),
@@ -120,9 +126,12 @@ pub enum Refusal {
          address. With nothing pending, the pooler's address works too."
     )]
     Pooler,
-    /// The program was built without an expected catalogue.
-    #[error("this program has no expected catalogue to verify against.")]
+    /// The program was built without an expected catalogue of the applied migrations.
+    #[error("this program has no expected catalogue of what is applied, to verify against.")]
     NoCatalogue,
+    /// The program was built without roles.
+    #[error("this program has no roles to grant rights to.")]
+    NoRoles,
     /// `confirm` returned `false`.
     #[error("the revert was not confirmed.")]
     NotConfirmed,

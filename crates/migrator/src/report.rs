@@ -79,6 +79,17 @@ pub struct Report {
     pub newer: Vec<String>,
 }
 
+/// Result of [`Runner::grant`](crate::Runner::grant).
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct Granted {
+    /// Roles that have their rights.
+    pub roles: Vec<String>,
+    /// Roles that don't exist.
+    pub missing: Vec<String>,
+    /// As [`Report::newer`]. If there are any, the rights were left as they are.
+    pub newer: Vec<String>,
+}
+
 /// A project's own line in a [`Report`], such as "Moved to the schema archive: table users".
 #[expect(missing_docs, reason = "the names say it")]
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

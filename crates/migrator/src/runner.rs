@@ -3,6 +3,7 @@
 use std::fmt;
 use std::time::{Duration, Instant};
 
+use diesel::connection::{Connection, SimpleConnection};
 use diesel::migration::{Migration, MigrationConnection, MigrationSource};
 use diesel::pg::{Pg, PgConnection};
 use diesel_migrations::MigrationHarness;
@@ -12,8 +13,8 @@ use sha2::{Digest, Sha256};
 use crate::error::{Error, Failure, Refusal, StateAfter};
 use crate::session::{self, Session};
 use crate::source::{Known, Migrations};
-use crate::verify::{self, Verification};
-use crate::{Direction, Event, Hook, Planned, Report, Reversal, Status, Step, rehearsal};
+use crate::verify::{Expected, Found, Verification};
+use crate::{Direction, Event, Granted, Hook, Planned, Report, Reversal, Status, Step, rehearsal};
 
 /// Applies, reverts and checks migrations.
 ///
@@ -24,8 +25,16 @@ pub struct Runner {
     source: Box<dyn MigrationSource<Pg> + Send>,
     settings: Settings,
     catalogue: Option<String>,
+    trusted: Vec<String>,
+    roles: Option<Roles>,
     hook: Option<Box<dyn Hook>>,
     watcher: Box<dyn FnMut(Event<'_>) + Send>,
+}
+
+/// Roles of the project, and the SQL that grants their rights.
+struct Roles {
+    names: Vec<String>,
+    sql: String,
 }
 
 pub(crate) struct Settings {
@@ -86,6 +95,8 @@ impl Runner {
                 lock_wait: Duration::from_secs(60),
             },
             catalogue: None,
+            trusted: Vec::new(),
+            roles: None,
             hook: None,
             watcher: Box::new(|_| {}),
         })
@@ -106,11 +117,30 @@ impl Runner {
         self
     }
 
-    /// Sets what [`verify`](Self::verify) expects: the text of [`catalogue`](Self::catalogue),
-    /// taken from a database that the migrations built.
+    /// Sets what [`verify`](Self::verify) expects: for each migration a line `# <name>`, and under
+    /// it the lines of the [catalogue](Self::catalogue) that it adds (`+ …`) and takes away (`- …`).
+    /// Under `# rights` stand the rights that roles may have; another right is drift.
     #[must_use]
     pub fn expect_catalogue(mut self, catalogue: &str) -> Self {
         self.catalogue = Some(catalogue.to_owned());
+        self
+    }
+
+    /// Names a role whose rights and functions [`verify`](Self::verify) accepts, such as one that
+    /// makes backups.
+    #[must_use]
+    pub fn trust(mut self, role: &str) -> Self {
+        self.trusted.push(role.to_owned());
+        self
+    }
+
+    /// Sets what [`grant`](Self::grant) does: `sql` gives the roles `names`, where they exist, their
+    /// rights on what exists. It must bring the same result each time it runs.
+    #[must_use]
+    pub fn roles(mut self, names: &[&str], sql: &str) -> Self {
+        let names = names.iter().map(|&name| name.to_owned()).collect();
+        let sql = sql.to_owned();
+        self.roles = Some(Roles { names, sql });
         self
     }
 
@@ -171,26 +201,51 @@ impl Runner {
         pending.map(|index| migrations.plan(index)).collect()
     }
 
-    /// Compares the schema with the [expected catalogue](Self::expect_catalogue), without comments,
-    /// owners and privileges. Only reads.
+    /// Compares the schema with what the applied migrations build, by the
+    /// [expected catalogue](Self::expect_catalogue). Only what the migrations made is compared, and
+    /// what hangs on it; comments, owners and other objects in the schema are left out. The rights
+    /// on it are compared with the intended ones. Only reads: works on a replica, and for a role
+    /// that may only read `__diesel_schema_migrations`.
     ///
     /// # Errors
-    /// [`Error::Connect`], [`Error::Database`], and [`Error::Refused`] without a catalogue.
+    /// [`Error::Connect`], [`Error::Database`], and [`Error::Refused`] without a catalogue of what
+    /// is applied: this program does not know a migration, or one is missing among the applied.
     pub fn verify(&mut self) -> Result<Verification, Error> {
-        let Some(expected) = &self.catalogue else {
+        let Some(catalogue) = &self.catalogue else {
             return Err(Refusal::NoCatalogue.into());
         };
-        Ok(verify::compare(expected, &self.catalogue()?))
+        let migrations = self.migrations()?;
+        let mut connection = session::connect(&self.settings)?;
+        let ledger = session::ledger(&mut connection, &self.settings.schema)?;
+        let status = migrations.status(ledger);
+        if let Some(refusal) = status.refusal() {
+            return Err(refusal.into());
+        }
+        if !status.unknown.is_empty() {
+            return Err(Refusal::Unknown(status.newer()).into());
+        }
+        let applied = status.applied().map(|one| &*one.name).collect::<Vec<_>>();
+        let expected = Expected::new(catalogue, &applied).ok_or(Refusal::NoCatalogue)?;
+        let schema = &self.settings.schema;
+        let found = Found::read(&mut connection, schema, Some(&expected), &self.trusted)
+            .map_err(Error::database("reading the catalogue"))?;
+        Ok(Verification {
+            version: status.applied().last().map(|one| one.version.clone()),
+            pending: status.pending().map(str::to_owned).collect(),
+            ..expected.compare(&found)
+        })
     }
 
-    /// Returns the catalogue of the database: one sorted line for each object.
+    /// Returns the catalogue of the database: a sorted line for each object in the schema, and one
+    /// for the rights of each role on an object.
     ///
     /// # Errors
     /// [`Error::Connect`], [`Error::Database`].
     pub fn catalogue(&self) -> Result<String, Error> {
         let mut connection = session::connect(&self.settings)?;
-        verify::catalogue(&mut connection, &self.settings.schema)
-            .map_err(Error::database("reading the catalogue"))
+        let found = Found::read(&mut connection, &self.settings.schema, None, &[])
+            .map_err(Error::database("reading the catalogue"))?;
+        Ok(found.to_string())
     }
 
     /// Applies all pending migrations.
@@ -251,6 +306,45 @@ impl Runner {
                 runner.up(session, &again)
             },
         )
+    }
+
+    /// Gives the [`roles`](Self::roles) that exist their rights, in one transaction, at any version.
+    /// Leaves the rights as they are if a newer release has migrated the database.
+    ///
+    /// # Errors
+    /// [`Error::Grant`]; [`Error::Refused`] without roles and as [`run`](Self::run) is refused;
+    /// [`Error::Connect`], [`Error::Database`], [`Error::LockBusy`].
+    pub fn grant(&mut self) -> Result<Granted, Error> {
+        let Some(Roles { names, sql }) = &self.roles else {
+            return Err(Refusal::NoRoles.into());
+        };
+        let migrations = self.migrations()?;
+        let mut session = Session::open(&self.settings, "grant")?;
+        session.lock(self.settings.lock_wait, |holder| {
+            (self.watcher)(Event::Waiting(holder));
+        })?;
+        let ledger = session::ledger(&mut session.connection, &self.settings.schema)?;
+        let status = migrations.status(ledger);
+        if let Some(refusal) = status.refusal() {
+            return Err(refusal.into());
+        }
+        let mut granted = Granted {
+            newer: status.newer(),
+            ..Granted::default()
+        };
+        if granted.newer.is_empty() {
+            let existing = session::existing_roles(&mut session.connection, names)?;
+            (granted.roles, granted.missing) = names
+                .iter()
+                .cloned()
+                .partition(|name| existing.contains(name));
+            session
+                .connection
+                .transaction(|connection| connection.batch_execute(sql))
+                .map_err(|error: diesel::result::Error| Error::Grant(session.report(&error)))?;
+        }
+        session.unlock(&self.settings.program)?;
+        Ok(granted)
     }
 
     fn migrations(&self) -> Result<Migrations, Error> {

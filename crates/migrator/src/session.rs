@@ -13,7 +13,7 @@ use diesel::connection::{Connection, InstrumentationEvent};
 use diesel::dsl::{select, sql};
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
-use diesel::sql_types::{BigInt, Bool, Nullable, Text, Timestamptz};
+use diesel::sql_types::{Array, BigInt, Bool, Nullable, Text, Timestamptz};
 use diesel::{ConnectionError, sql_query};
 use libpq_conninfo::{Conninfo, Ping};
 
@@ -150,11 +150,15 @@ impl Session {
         // idle_session_timeout: the runner may wait for a person's answer.
         // client_connection_check_interval: if this process is killed, its statement and its lock
         // end at once.
+        // The last three: with another value, a migration builds something else, in silence.
         sql_query(
             "SELECT set_config('application_name', $1, false),
                     set_config('lock_timeout', '5s', false),
                     set_config('idle_session_timeout', '0', false),
-                    set_config('client_connection_check_interval', '100ms', false)",
+                    set_config('client_connection_check_interval', '100ms', false),
+                    set_config('standard_conforming_strings', 'on', false),
+                    set_config('transform_null_equals', 'off', false),
+                    set_config('check_function_bodies', 'on', false)",
         )
         .bind::<Text, _>(format!(
             "{} {purpose}, process {}",
@@ -241,6 +245,20 @@ impl Session {
             .get_result(&mut self.connection)
             .map_err(Error::database(doing))
     }
+}
+
+/// Returns which of these roles exist.
+pub(crate) fn existing_roles(
+    connection: &mut PgConnection,
+    names: &[String],
+) -> Result<Vec<String>, Error> {
+    select(
+        sql::<Array<Text>>("ARRAY(SELECT rolname::text FROM pg_roles WHERE rolname = ANY(")
+            .bind::<Array<Text>, _>(names)
+            .sql("))"),
+    )
+    .get_result(connection)
+    .map_err(Error::database("reading which roles exist"))
 }
 
 /// Returns the session that holds the lock.
