@@ -95,9 +95,9 @@ pub trait Hook: Send {
     /// An error ends the run before a migration is applied.
     fn before(&mut self, connection: &mut PgConnection) -> QueryResult<()>;
 
-    /// Runs after the last migration and returns notes for the report.
+    /// Runs after the last migration, also if that failed, and returns notes for the report.
     ///
     /// # Errors
-    /// An error is returned to the caller; the migrations stay applied.
+    /// An error is returned to the caller, unless a migration failed; the migrations stay applied.
     fn after(&mut self, connection: &mut PgConnection) -> QueryResult<Vec<Note>>;
 }
