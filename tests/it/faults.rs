@@ -275,6 +275,8 @@ fn said(outcome: &Outcome) -> String {
         .lines()
         .map(|line| line.trim().trim_start_matches("error: "))
         .filter(|line| !line.is_empty())
+        // How often these come depends on timers.
+        .filter(|line| !line.contains(": running for ") && !line.contains(" waits for "))
         .collect();
     if lines.is_empty() {
         code

@@ -491,14 +491,20 @@ fn a_failed_redo_tells_its_first_half() {
 #[test]
 fn settings_stay_in_the_runners_own_session() {
     let database = empty_database();
-    let settings = "SELECT current_setting('lock_timeout') AS l, current_setting('client_connection_check_interval') AS c";
+    let settings = "SELECT name, current_setting(name) AS value FROM pg_settings WHERE name IN (
+        'lock_timeout', 'client_connection_check_interval', 'statement_timeout',
+        'idle_in_transaction_session_timeout', 'idle_session_timeout') ORDER BY name";
     let folder = Folder::new(&[(
         "001_a",
         &format!("CREATE TABLE seen AS {settings}"),
         "DROP TABLE seen",
     )]);
     folder.runner(&database).run().unwrap();
-    assert_eq!(database.psql("TABLE seen").unwrap(), "5s|100ms\n");
+    assert_eq!(
+        database.psql("TABLE seen").unwrap(),
+        "client_connection_check_interval|100ms\nidle_in_transaction_session_timeout|1min\n\
+         idle_session_timeout|0\nlock_timeout|5s\nstatement_timeout|0\n"
+    );
     assert_eq!(database.psql("SELECT count(*) FROM pg_db_role_setting WHERE setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database())").unwrap(), "0\n");
     assert_eq!(
         database.psql("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND database = (SELECT oid FROM pg_database WHERE datname = current_database())").unwrap(),

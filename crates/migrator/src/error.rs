@@ -313,6 +313,10 @@ impl fmt::Display for Failure {
             None => formatter.write_str("No migration is applied.")?,
             Some(newest) => write!(formatter, "The database is at {newest}.")?,
         }
+        if matches!(self.cause, Cause::Stopped | Cause::TimedOut) && self.direction == Direction::Up
+        {
+            formatter.write_str(" The next run continues there.")?;
+        }
         for index in invalid_indexes {
             write!(
                 formatter,

@@ -46,8 +46,9 @@ pub(crate) struct Settings {
     pub(crate) limits: Limits,
 }
 
-/// Pause before the second try at a migration. It doubles with each further one.
+/// Pause before the second try at a migration. It doubles with each further one, up to the last.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const LAST_PAUSE: Duration = Duration::from_secs(60);
 
 impl Settings {
     pub(crate) fn lock_key(&self) -> i64 {
@@ -396,7 +397,8 @@ impl Runner {
             rehearsal::losses(connection, &migrations)
         });
         if let Some((cause, first)) = seen.cancelled.zip(known.first()) {
-            return Err(self.stopped(session, first, Direction::Down, cause));
+            let failure = self.unfinished(session, first, Direction::Down, cause);
+            return Err(Error::Failed(Box::new(failure)));
         }
         let losses = losses.map_err(|error| Error::Database {
             doing: "the rehearsal of the revert",
@@ -427,19 +429,21 @@ impl Runner {
             migration,
         } = known;
         let in_transaction = migration.metadata().run_in_transaction();
-        let mut pause = FIRST_PAUSE;
-        for left in (0..self.settings.tries.max(1)).rev() {
+        let lock_timeout = if in_transaction {
+            self.settings.lock_timeout
+        } else {
+            Duration::ZERO
+        };
+        let mut tried = 0;
+        loop {
             if let Some(cause) = self.settings.limits.reached() {
-                return Err(self.stopped(session, known, direction, cause));
+                let failure = self.unfinished(session, known, direction, cause);
+                return Err(Error::Failed(Box::new(failure)));
             }
-            if pause == FIRST_PAUSE {
+            if tried == 0 {
                 self.tell(Event::Started(name, direction));
             }
-            session.set_lock_timeout(if in_transaction {
-                self.settings.lock_timeout
-            } else {
-                Duration::ZERO
-            })?;
+            session::set_lock_timeout(&mut session.connection, lock_timeout)?;
             let begin = Instant::now();
             let (outcome, seen) = session.watched(name, |connection| match direction {
                 Direction::Up => connection.run_migration(migration),
@@ -467,42 +471,32 @@ impl Runner {
                 None if session.is_lock_timeout(&report) => Cause::LockTimeout,
                 None => Cause::Error,
             };
-            if cause == Cause::LockTimeout && in_transaction && left > 0 {
+            tried += 1;
+            if cause == Cause::LockTimeout && in_transaction && tried < self.settings.tries {
+                let pause = LAST_PAUSE.min(FIRST_PAUSE * 2_u32.saturating_pow(tried - 1));
                 self.tell(Event::Retrying(name, pause));
                 self.settings.limits.sleep(pause);
-                pause *= 2;
                 continue;
             }
+            let is_lock = cause == Cause::LockTimeout;
             return Err(Error::Failed(Box::new(Failure {
-                program: self.settings.program.clone(),
-                version: version.clone(),
-                name: name.clone(),
-                direction,
-                cause,
                 begun: true,
                 report,
-                blockers: if cause == Cause::LockTimeout {
-                    blockers
-                } else {
-                    Vec::new()
-                },
-                in_transaction,
-                done: Report::default(),
-                state: self.state_after(session, known),
+                blockers: if is_lock { blockers } else { Vec::new() },
+                ..self.unfinished(session, known, direction, cause)
             })));
         }
-        Ok(())
     }
 
-    /// Returns the error of a run that ends before `known`.
-    fn stopped(
+    /// Describes a run that ends before `known`.
+    fn unfinished(
         &self,
         session: &mut Session,
         known: &Known,
         direction: Direction,
         cause: Cause,
-    ) -> Error {
-        Error::Failed(Box::new(Failure {
+    ) -> Failure {
+        Failure {
             program: self.settings.program.clone(),
             version: known.version.clone(),
             name: known.name.clone(),
@@ -514,7 +508,7 @@ impl Runner {
             in_transaction: known.migration.metadata().run_in_transaction(),
             done: Report::default(),
             state: self.state_after(session, known),
-        }))
+        }
     }
 
     fn state_after(&self, session: &mut Session, known: &Known) -> StateAfter {

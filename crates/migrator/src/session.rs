@@ -9,11 +9,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use chrono::{DateTime, Utc};
-use diesel::connection::{Connection, InstrumentationEvent};
+use diesel::connection::{Connection, InstrumentationEvent, SimpleConnection};
 use diesel::dsl::{select, sql};
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
 use diesel::result::DatabaseErrorKind;
+use diesel::result::Error::DatabaseError;
 use diesel::sql_types::{BigInt, Bool, Integer, Nullable, Text, Timestamptz};
 use diesel::{ConnectionError, sql_query};
 use libpq_conninfo::{Attempt, Conninfo};
@@ -171,6 +172,7 @@ impl Session {
         let lock_key = settings.lock_key();
         let busy = |holder: &Holder| tell(Event::Waiting(holder));
         lock(&mut connection, lock_key, settings, busy)?;
+        set_lock_timeout(&mut connection, settings.lock_timeout)?;
 
         let mut second = connect(settings)?;
         set_up(&mut second, &format!("watch of {name}"))?;
@@ -227,15 +229,6 @@ impl Session {
             .unwrap_or_else(|| ServerReport::from_text(error))
     }
 
-    /// Sets how long a statement waits for a lock; zero is without bound.
-    pub(crate) fn set_lock_timeout(&mut self, timeout: Duration) -> Result<(), Error> {
-        sql_query("SELECT set_config('lock_timeout', $1, false)")
-            .bind::<Text, _>(timeout.as_millis().to_string())
-            .execute(&mut self.connection)
-            .map_err(Error::database("setting lock_timeout"))?;
-        Ok(())
-    }
-
     /// Returns whether `report` is about a lock timeout. Diesel doesn't tell the SQLSTATE, and the
     /// message depends on the server's language. So this session runs into a lock timeout on a lock
     /// that the watch holds, and the messages are compared.
@@ -250,25 +243,17 @@ impl Session {
         if !holds {
             return false;
         }
-        let error = self
-            .set_lock_timeout(Duration::from_millis(1))
-            .ok()
-            .and_then(|()| {
-                sql_query(format!("SELECT pg_advisory_lock({pid}, {pid})"))
-                    .execute(&mut self.connection)
-                    .err()
-            });
-        // A lost connection or a cancelled statement of the watch doesn't matter here.
+        let probe = format!("SET LOCAL lock_timeout = 1; SELECT pg_advisory_lock({pid}, {pid})");
+        let error = self.connection.batch_execute(&probe).err();
+        // If the watch is lost, so is its lock.
         let _ = self
             .watch
             .with(|watch| locks("pg_advisory_unlock").execute(watch));
         error.is_some_and(|error| {
             // Forgets it.
             let message = self.report(&error).message;
-            let diesel::result::Error::DatabaseError(DatabaseErrorKind::Unknown, _) = error else {
-                return false;
-            };
-            message == report.message
+            let is_of_server = matches!(error, DatabaseError(DatabaseErrorKind::Unknown, _));
+            is_of_server && message == report.message
         })
     }
 
@@ -346,6 +331,18 @@ fn set_up(connection: &mut PgConnection, name: &str) -> Result<Vec<String>, Erro
     .execute(connection)
     .map_err(Error::database("setting up the session"))?;
     Ok(lifted)
+}
+
+/// Sets how long a statement waits for a lock; zero is without bound.
+pub(crate) fn set_lock_timeout(
+    connection: &mut PgConnection,
+    timeout: Duration,
+) -> Result<(), Error> {
+    sql_query("SELECT set_config('lock_timeout', $1, false)")
+        .bind::<Text, _>(timeout.as_millis().to_string())
+        .execute(connection)
+        .map_err(Error::database("setting lock_timeout"))?;
+    Ok(())
 }
 
 /// Takes the lock. Polls, because a blocked `pg_advisory_lock` would deadlock with a

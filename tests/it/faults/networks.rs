@@ -121,18 +121,10 @@ fn partition() {
     assert!(begin.elapsed() < Duration::from_secs(45));
     drop(holder);
     let reported = said(&outcome);
-    // How often it says that it runs depends on the kernel's timers.
-    let (code, rest) = reported.split_once(": ").unwrap();
-    let lines = rest
-        .split("<br>")
-        .filter(|line| !line.contains("running for"));
     Row {
         test: "partition",
         fault: "the network is cut in the middle of 002, in both directions, without a word",
-        reported: format!(
-            "within 45 s {code}: {}<br>The server ends the session in that time too.",
-            lines.collect::<Vec<_>>().join("<br>")
-        ),
+        reported: format!("within 45 s {reported}<br>The server ends the session by then, too."),
         after: state(&database),
         then: finish(&database),
     }
@@ -160,10 +152,15 @@ fn sigterm_in_transaction() {
 /// In a namespace of processes, where the default action of a signal does not apply to the first.
 #[test]
 fn ctrl_c_as_process_1() {
+    let unshare = ["--pid", "--fork", "--kill-child"];
+    let probe = Command::new("unshare").args(unshare).arg("true").output();
+    if !probe.is_ok_and(|output| output.status.success()) {
+        return eprintln!("not run: a namespace of processes needs root and util-linux");
+    }
     let database = with_user(&SERVER);
     let holder = hold_users(&database);
     let run = Command::new("unshare")
-        .args(["--pid", "--fork", "--kill-child"])
+        .args(unshare)
         .arg(env!("CARGO_BIN_EXE_bruhmcp-db"))
         .arg("run")
         .env("DATABASE_URL", database.url())
@@ -172,7 +169,9 @@ fn ctrl_c_as_process_1() {
         .spawn()
         .unwrap();
     until_stuck(&database);
-    must("pkill", &["-INT", "-P", &run.id().to_string()]);
+    let children = format!("/proc/{0}/task/{0}/children", run.id());
+    let child = fs::read_to_string(children).unwrap();
+    must("kill", &["-INT", child.trim()]);
     let outcome = ended(run);
     drop(holder);
     Row {
@@ -364,6 +363,12 @@ fn table_released() {
         err: text,
         ..ended(run)
     };
+    assert!(
+        outcome
+            .err
+            .contains("002_mcp_tables waits for server process "),
+        "{outcome:?}"
+    );
     assert_eq!(outcome.out.matches("applied   002_mcp_tables").count(), 1);
     Row {
         test: "table_released",
@@ -379,7 +384,7 @@ fn table_released() {
 fn time_limit() {
     let database = with_user(&SERVER);
     let holder = hold_users(&database);
-    let outcome = ended(stuck_run(&database, &["--timeout", "1"]));
+    let outcome = ended(stuck_run(&database, &["--timeout", "3"]));
     drop(holder);
     Row {
         test: "time_limit",
@@ -443,6 +448,8 @@ fn unknown_host() {
 #[test]
 fn timeouts_of_the_role() {
     let database = with_user(&SERVER);
+    // Before the settings, which would end its session.
+    let holder = hold_users(&database);
     for setting in [
         "statement_timeout = '300ms'",
         "idle_in_transaction_session_timeout = '100ms'",
@@ -453,7 +460,6 @@ fn timeouts_of_the_role() {
             &format!("ALTER DATABASE {} SET {setting}", database.name()),
         );
     }
-    let holder = hold_users(&database);
     let run = stuck_run(&database, &[]);
     thread::sleep(Duration::from_secs(1));
     drop(holder);
@@ -469,7 +475,6 @@ fn timeouts_of_the_role() {
     .check();
 }
 
-/// `hold_users` in a session whose own timeout would end it.
 #[test]
 fn output_that_cannot_be_written() {
     let database = with_user(&SERVER);
@@ -493,7 +498,7 @@ fn output_that_cannot_be_written() {
         .env("DATABASE_URL", SERVER.create_database().unwrap().url())
         .output()
         .unwrap();
-    assert_eq!(String::from_utf8(piped.stderr).unwrap(), "6\n");
+    assert_eq!(String::from_utf8(piped.stderr).unwrap(), "0\n");
     Row {
         test: "output_that_cannot_be_written",
         fault: "standard output can't be written (/dev/full)",
