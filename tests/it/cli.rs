@@ -276,13 +276,14 @@ fn json_of_each_command() {
 #[cfg(target_os = "linux")]
 #[test]
 fn asks_at_a_terminal() {
-    use std::io::Write;
+    use std::io::{Read, Write};
 
     let database = empty_database();
     let url = database.url();
     assert_eq!(bruhmcp(&url, &["run"]).code, Some(0));
     database.psql(USER).unwrap();
-    for (answer, code) in [("no\n", 5), ("yes\n", 0)] {
+    // The terminal makes a SIGINT of the second.
+    for (answer, code) in [("no\n", 5), ("\x03", 130), ("yes\n", 0)] {
         let mut child = Command::new("script")
             .args(["--quiet", "--return", "--command"])
             .arg(format!("{} revert --all", env!("CARGO_BIN_EXE_bruhmcp-db")))
@@ -292,15 +293,19 @@ fn asks_at_a_terminal() {
             .stdout(Stdio::piped())
             .spawn()
             .expect("the program script of util-linux is needed");
-        child
-            .stdin
-            .as_mut()
-            .unwrap()
-            .write_all(answer.as_bytes())
-            .unwrap();
-        let outcome: Outcome = child.wait_with_output().unwrap().into();
-        assert_eq!(outcome.code, Some(code), "{outcome:?}");
-        assert!(outcome.out.contains("public.users: 1 row"), "{outcome:?}");
-        assert!(outcome.out.contains("Type yes to confirm: "), "{outcome:?}");
+        let mut out = child.stdout.take().unwrap();
+        let mut text = Vec::new();
+        while !text.ends_with(b"Type yes to confirm: ") {
+            let mut byte = [0];
+            out.read_exact(&mut byte).unwrap();
+            text.extend(byte);
+        }
+        let input = child.stdin.as_mut().unwrap();
+        input.write_all(answer.as_bytes()).unwrap();
+        out.read_to_end(&mut text).unwrap();
+        let text = String::from_utf8(text).unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(code), "{text}");
+        assert!(text.contains("public.users: 1 row"), "{text}");
+        assert_eq!(text.contains("Nothing was changed."), code == 130, "{text}");
     }
 }

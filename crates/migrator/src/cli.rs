@@ -314,17 +314,16 @@ impl Signal {
                 for signal in signals.forever() {
                     let number = if signal == SIGINT { 130 } else { 143 };
                     code.store(number, Ordering::Relaxed);
-                    let is_first = !stop.swap(true, Ordering::Relaxed);
-                    let message = match (is_first, working.load(Ordering::Relaxed)) {
-                        (true, true) => {
-                            tell("Stopping. Another signal ends this program at once.");
-                            continue;
-                        }
-                        (true, false) => "stopped by a signal. Nothing was changed.",
-                        (false, _) => {
-                            "ended by a second signal. The resulting state is unknown: look at \
-                             the status before retrying."
-                        }
+                    let working = working.load(Ordering::Relaxed);
+                    if working && !stop.swap(true, Ordering::Relaxed) {
+                        tell("Stopping. Another signal ends this program at once.");
+                        continue;
+                    }
+                    let message = if working {
+                        "ended by a second signal. The resulting state is unknown: look at the \
+                         status before retrying."
+                    } else {
+                        "stopped by a signal. Nothing was changed."
                     };
                     if json {
                         say(of_error(Some(command), number, "stopped", message));

@@ -185,9 +185,8 @@ fn ctrl_c_as_process_1() {
 }
 
 #[test]
-fn second_signal() {
+fn sigterm_while_waiting() {
     let database = with_user(&SERVER);
-    // Before its first migration a run ends at the first signal.
     let holder = hold_users(&database);
     let first = stuck_run(&database, &[]);
     let waiting = start(&database.url(), &["run"]);
@@ -199,7 +198,7 @@ fn second_signal() {
     drop(holder);
     assert_eq!(ended(first).code, Some(0));
     Row {
-        test: "second_signal",
+        test: "sigterm_while_waiting",
         fault: "SIGTERM while the run waits for another runner",
         reported: said(&outcome),
         after: state(&database),
