@@ -39,7 +39,8 @@ const BOUNDS: [(&str, &str); 5] = [
 ///
 /// client_connection_check_interval: if this process is killed, its statement and its lock end at
 /// once. idle_session_timeout: the runner may wait for a person's answer. The timeouts of a role
-/// are for its usual work.
+/// are for its usual work. With another value of the last three, a migration builds something else,
+/// in silence.
 const SETTINGS: &str = "
     ('client_connection_check_interval', '100'), ('idle_session_timeout', '0'),
     ('idle_in_transaction_session_timeout', '60000'),
