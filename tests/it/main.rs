@@ -27,6 +27,8 @@ mod monitor;
 mod oauth;
 mod payments;
 mod plans;
+#[cfg(feature = "migrator")]
+mod preflight;
 #[cfg(all(feature = "crypto", feature = "migrator"))]
 mod quickstart;
 mod rules;

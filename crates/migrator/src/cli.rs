@@ -13,7 +13,8 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use serde_json::{Value, json};
 
 use crate::{
-    Direction, Error, Event, Extent, Planned, Report, Reversal, Runner, Status, Verification,
+    Direction, Error, Event, Extent, Plan, Preflight, Refusal, Report, Reversal, Runner, Status,
+    Verification,
 };
 
 const DONE: u8 = 0;
@@ -191,7 +192,16 @@ fn execute(cli: Cli, runner: impl FnOnce(&str) -> Result<Runner, Error>) -> Resu
                 return Ok(PENDING);
             }
         }
-        Command::Plan { to, sql } => show_plan(runner.plan(to.as_deref())?, sql, json),
+        Command::Plan { to, sql } => {
+            let plan = runner.plan(to.as_deref())?;
+            let code = if plan.preflight.obstacles.is_empty() {
+                DONE
+            } else {
+                REFUSED
+            };
+            show_plan(plan, sql, json);
+            return Ok(code);
+        }
         Command::Verify => {
             let verification = runner.verify()?;
             show_verification(&verification, json);
@@ -211,7 +221,7 @@ fn show_report(report: &Report, json: bool) {
         say("Nothing to do.");
     }
     for note in &report.notes {
-        say(format!("{}: {}.", note.title, note.items.join(", ")));
+        say(note);
     }
     show_newer(&report.newer);
 }
@@ -256,22 +266,34 @@ fn show_status(status: &Status, json: bool) {
     }
 }
 
-fn show_plan(mut plan: Vec<Planned>, sql: bool, json: bool) {
+fn show_plan(mut plan: Plan, sql: bool, json: bool) {
     if json {
         if !sql {
-            plan.iter_mut().for_each(|planned| planned.sql.clear());
+            plan.migrations
+                .iter_mut()
+                .for_each(|planned| planned.sql.clear());
         }
         return say(json!(plan));
     }
-    if plan.is_empty() {
+    if plan.migrations.is_empty() {
         say("Nothing is pending.");
     }
-    for planned in plan {
+    for planned in plan.migrations {
         // A comment, so that psql can run the output.
         say(format!("{}{}", if sql { "-- " } else { "" }, planned.name));
         if sql {
             say(planned.sql);
         }
+    }
+    let Preflight { notes, obstacles } = plan.preflight;
+    // Beside SQL, the notes are no part of the output.
+    let show = if sql { tell } else { say };
+    notes.into_iter().for_each(show);
+    if !obstacles.is_empty() {
+        tell(format!(
+            "warning: run would refuse: {}",
+            Refusal::Obstacles(obstacles)
+        ));
     }
 }
 

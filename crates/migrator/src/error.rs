@@ -9,7 +9,7 @@ use diesel::result::DatabaseErrorKind;
 use diesel::sql_types::{Integer, Nullable, Text, Timestamptz};
 use serde::Serialize;
 
-use crate::Direction;
+use crate::{Direction, Note};
 
 /// Error of a [`Runner`](crate::Runner). No text contains the password of the URL.
 #[derive(Debug, thiserror::Error)]
@@ -120,6 +120,12 @@ pub enum Refusal {
          address. With nothing pending, the pooler's address works too."
     )]
     Pooler,
+    /// The project's [`Hook`](crate::Hook) knows that the migrations would fail.
+    #[error(
+        "the migrations would fail.{}",
+        .0.iter().map(|note| format!("\n{note}")).collect::<String>()
+    )]
+    Obstacles(Vec<Note>),
     /// The program was built without an expected catalogue.
     #[error("this program has no expected catalogue to verify against.")]
     NoCatalogue,

@@ -14,7 +14,7 @@ mod verify;
 
 pub use error::{Error, Failure, Holder, Refusal, ServerReport, StateAfter};
 pub use rehearsal::{Loss, Reversal};
-pub use report::{Direction, Event, Hook, Note, Report, Step};
+pub use report::{Direction, Event, Hook, Note, Preflight, Report, Step};
 pub use runner::{Extent, Runner};
-pub use status::{Applied, MigrationStatus, Planned, Status};
+pub use status::{Applied, MigrationStatus, Plan, Planned, Status};
 pub use verify::{Difference, Verification};

@@ -5,6 +5,9 @@ use std::time::{Duration, Instant};
 
 use diesel::migration::{Migration, MigrationConnection, MigrationSource};
 use diesel::pg::{Pg, PgConnection};
+use diesel::prelude::*;
+use diesel::sql_query;
+use diesel::sql_types::Text;
 use diesel_migrations::MigrationHarness;
 use libpq_conninfo::Conninfo;
 use sha2::{Digest, Sha256};
@@ -13,7 +16,7 @@ use crate::error::{Error, Failure, Refusal, StateAfter};
 use crate::session::{self, Session};
 use crate::source::{Known, Migrations};
 use crate::verify::{self, Verification};
-use crate::{Direction, Event, Hook, Planned, Report, Reversal, Status, Step, rehearsal};
+use crate::{Direction, Event, Hook, Plan, Preflight, Report, Reversal, Status, Step, rehearsal};
 
 /// Applies, reverts and checks migrations.
 ///
@@ -160,15 +163,23 @@ impl Runner {
         self.status_of(&migrations)
     }
 
-    /// Returns what [`run_to`](Self::run_to) would apply, oldest first. Only reads.
+    /// Returns what [`run_to`](Self::run_to) would do. Only reads.
     ///
     /// # Errors
-    /// As [`status`](Self::status), and [`Error::Refused`] if `run_to` would refuse.
-    pub fn plan(&mut self, to: Option<&str>) -> Result<Vec<Planned>, Error> {
+    /// As [`status`](Self::status), and [`Error::Refused`] if `run_to` would refuse, except for an
+    /// obstacle of the project's, which the plan has.
+    pub fn plan(&mut self, to: Option<&str>) -> Result<Plan, Error> {
         let migrations = self.migrations()?;
         let status = self.status_of(&migrations)?;
-        let pending = migrations.pending(&status, to)?.into_iter();
-        pending.map(|index| migrations.plan(index)).collect()
+        let pending = migrations.pending(&status, to)?;
+        let known: Vec<&Known> = pending.iter().map(|&index| migrations.get(index)).collect();
+        let mut connection = session::connect(&self.settings)?;
+        let preflight = self.preflight(&mut connection, &known)?;
+        let planned = pending.into_iter().map(|index| migrations.plan(index));
+        Ok(Plan {
+            migrations: planned.collect::<Result<_, _>>()?,
+            preflight,
+        })
     }
 
     /// Compares the schema with the [expected catalogue](Self::expect_catalogue), without comments,
@@ -292,10 +303,35 @@ impl Runner {
         session.unlock(&self.settings.program)
     }
 
+    fn preflight(
+        &mut self,
+        connection: &mut PgConnection,
+        known: &[&Known],
+    ) -> Result<Preflight, Error> {
+        let Some(hook) = self.hook.as_mut().filter(|_| !known.is_empty()) else {
+            return Ok(Preflight::default());
+        };
+        let pending: Vec<&str> = known.iter().map(|known| &*known.version).collect();
+        let schema = &self.settings.schema;
+        connection
+            .build_transaction()
+            .read_only()
+            .run(|connection| {
+                sql_query(
+                    "SELECT set_config('search_path', quote_ident($1), true),
+                            set_config('lock_timeout', '5s', true)",
+                )
+                .bind::<Text, _>(schema)
+                .execute(connection)?;
+                hook.preflight(connection, &pending)
+            })
+            .map_err(Error::database("the program's look at the database"))
+    }
+
     fn up(&mut self, session: &mut Session, known: &[&Known]) -> Result<(), Error> {
-        if let Some(hook) = &mut self.hook {
-            hook.before(&mut session.connection)
-                .map_err(Error::database("the program's code before the migrations"))?;
+        let obstacles = self.preflight(&mut session.connection, known)?.obstacles;
+        if !obstacles.is_empty() {
+            return Err(Refusal::Obstacles(obstacles).into());
         }
         session
             .connection
