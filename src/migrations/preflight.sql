@@ -155,7 +155,10 @@ LEFT JOIN pg_class c ON c.oid = f.relid
 -- Reading the size waits for a lock.
 LEFT JOIN LATERAL (
     SELECT CASE WHEN NOT EXISTS (
-        SELECT FROM pg_locks l WHERE l.relation = c.oid AND l.mode = 'AccessExclusiveLock'
+        SELECT
+        FROM pg_locks l
+        JOIN pg_database d ON d.oid = l.database AND d.datname = current_database()
+        WHERE l.relation = c.oid AND l.mode = 'AccessExclusiveLock'
     ) THEN pg_relation_size(c.oid) END AS bytes
 ) s ON true
 ORDER BY f.topic, f.item COLLATE "C"

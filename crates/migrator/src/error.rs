@@ -72,8 +72,9 @@ pub enum Refusal {
     DuplicateVersion(String, String),
     /// A pending migration is older than an applied one.
     #[error(
-        "{pending} is pending, but the newer {applied} is applied. Give {pending} a version after \
-         {applied}, or first revert to the version before it."
+        "{pending} is pending, but the newer {applied} is applied. If {pending} was applied and its \
+         row in __diesel_schema_migrations was lost, run `adopt`. Otherwise give {pending} a version \
+         after {applied}, or first revert to the version before it."
     )]
     #[expect(missing_docs, reason = "the names say it")]
     OutOfOrder { pending: String, applied: String },
@@ -120,6 +121,33 @@ pub enum Refusal {
          address. With nothing pending, the pooler's address works too."
     )]
     Pooler,
+    /// The schema has more migrations than `__diesel_schema_migrations`. `found` is the name of the
+    /// newest; `elsewhere` has the other schemas with such a table.
+    #[error(
+        "the schema is that of {found}, but __diesel_schema_migrations lacks it. Rows were lost, or \
+         another tool migrated the database. Run `adopt`, which writes the missing rows.{}",
+        elsewhere.iter().map(|schema| format!(
+            " Or, if the table in the schema {schema} is the right one: ALTER TABLE \
+             {schema}.__diesel_schema_migrations SET SCHEMA …"
+        )).collect::<String>()
+    )]
+    #[expect(missing_docs, reason = "the names say it")]
+    LostLedger {
+        found: String,
+        elsewhere: Vec<String>,
+    },
+    /// The schema is that of no version. `differences` are those from `nearest`: what is missing
+    /// begins with `-`, what should not be there with `+`.
+    #[error(
+        "the schema is that of no version. It comes nearest to {nearest}; the differences are\n{}\n\
+         Repair them, or restore __diesel_schema_migrations from a backup.",
+        differences.join("\n")
+    )]
+    #[expect(missing_docs, reason = "the names say it")]
+    NotAdopted {
+        nearest: String,
+        differences: Vec<String>,
+    },
     /// The project's [`Hook`](crate::Hook) knows that the migrations would fail.
     #[error(
         "the migrations would fail.{}",

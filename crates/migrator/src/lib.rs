@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 #![deny(missing_docs)]
 
+mod adoption;
 #[cfg(feature = "cli")]
 pub mod cli;
 mod error;

@@ -221,8 +221,49 @@ impl Runner {
         self.locked(
             "run",
             |migrations, status| migrations.pending(status, to),
-            Self::up,
+            |runner, session, known| {
+                runner.refuse_lost_ledger(&mut session.connection)?;
+                runner.up(session, known)
+            },
         )
+    }
+
+    /// Writes the rows that `__diesel_schema_migrations` lacks, if the schema is that of a version
+    /// by the [expected catalogue](Self::expect_catalogue). What was added by hand does not matter.
+    /// Returns the names of the migrations that it recorded, oldest first.
+    ///
+    /// For a database whose ledger was lost, or that another tool migrated. Migrations that leave
+    /// no trace in the schema are not recorded after the last one that does.
+    ///
+    /// # Errors
+    /// Any but [`Error::Failed`].
+    pub fn adopt(&mut self) -> Result<Vec<String>, Error> {
+        if self.catalogue.is_none() {
+            return Err(Refusal::NoCatalogue.into());
+        }
+        let mut recorded = Vec::new();
+        self.locked("adopt", Migrations::missing, |runner, session, missing| {
+            let connection = &mut session.connection;
+            let Some((found, status)) = runner.recognise(connection)? else {
+                return Err(Refusal::NoCatalogue.into());
+            };
+            if !found.differences.is_empty() {
+                let nearest = found.migrations.checked_sub(1);
+                let nearest = nearest.map_or("an empty one", |last| &status.migrations[last].name);
+                return Err(Refusal::NotAdopted {
+                    nearest: nearest.to_owned(),
+                    differences: found.differences,
+                }
+                .into());
+            }
+            let newest = status.migrations[..found.migrations].last();
+            let lost = missing
+                .iter()
+                .filter(|known| newest.is_some_and(|newest| known.version <= newest.version));
+            recorded = lost.map(|known| known.version.clone()).collect();
+            Ok(())
+        })?;
+        Ok(recorded)
     }
 
     /// Reverts applied migrations, newest first, if `confirm` returns `true`.
