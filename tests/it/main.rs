@@ -44,4 +44,6 @@ mod support;
 mod tokens;
 mod transactions;
 mod users;
+#[cfg(feature = "cli")]
+mod verify;
 mod webhooks;

@@ -26,8 +26,8 @@ const REFUSED: u8 = 5;
 const NO_CONNECTION: u8 = 6;
 const DRIFT: u8 = 7;
 
-const EXIT_CODES: &str = "Exit codes: 0 done or current, 1 failed, 2 usage, 3 pending (status), \
-    4 lock busy, 5 refused, 6 no connection, 7 drift (verify).";
+const EXIT_CODES: &str = "Exit codes: 0 done or current, 1 failed, 2 usage, 3 pending (status, \
+    verify), 4 lock busy, 5 refused, 6 no connection, 7 drift (verify).";
 
 /// Interval between two lines about a migration that is still running.
 const LIVE: Duration = Duration::from_secs(2);
@@ -205,8 +205,11 @@ fn execute(cli: Cli, runner: impl FnOnce(&str) -> Result<Runner, Error>) -> Resu
         Command::Verify => {
             let verification = runner.verify()?;
             show_verification(&verification, json);
-            if !verification.differences.is_empty() {
+            if verification.has_drift() {
                 return Ok(DRIFT);
+            }
+            if !verification.pending.is_empty() {
+                return Ok(PENDING);
             }
         }
     }
@@ -301,16 +304,35 @@ fn show_verification(verification: &Verification, json: bool) {
     if json {
         return say(json!(verification));
     }
-    for difference in &verification.differences {
-        say(difference);
-    }
     let Verification {
-        expected, found, ..
+        version,
+        pending,
+        missing,
+        changed,
+        extra,
+        fingerprint,
     } = verification;
-    say(match verification.differences.len() {
-        0 => format!("The schema is as expected (fingerprint {found})."),
-        count => format!("Differences: {count} (fingerprint {found}, expected {expected})."),
+    show_group("Missing", missing);
+    show_group("Changed", changed);
+    show_group("Extra, which is no drift", extra);
+    let version = version.as_deref().unwrap_or("an empty database");
+    say(if verification.has_drift() {
+        format!("The schema differs from {version} (fingerprint {fingerprint}).")
+    } else {
+        format!("The schema is as expected at {version} (fingerprint {fingerprint}).")
     });
+    if !pending.is_empty() {
+        say(format!("Pending: {}.", pending.join(", ")));
+    }
+}
+
+fn show_group(title: &str, items: &[impl Display]) {
+    if !items.is_empty() {
+        say(format!("{title}:"));
+        for item in items {
+            say(format!("  {}", item.to_string().replace('\n', "\n  ")));
+        }
+    }
 }
 
 /// Shows what would be deleted, and asks if there is a terminal.

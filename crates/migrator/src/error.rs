@@ -154,8 +154,8 @@ pub enum Refusal {
         .0.iter().map(|note| format!("\n{note}")).collect::<String>()
     )]
     Obstacles(Vec<Note>),
-    /// The program was built without an expected catalogue.
-    #[error("this program has no expected catalogue to verify against.")]
+    /// The program was built without an expected catalogue of the applied migrations.
+    #[error("this program has no expected catalogue of what is applied, to verify against.")]
     NoCatalogue,
     /// `confirm` returned `false`.
     #[error("the revert was not confirmed.")]

@@ -18,4 +18,4 @@ pub use rehearsal::{Loss, Reversal};
 pub use report::{Direction, Event, Hook, Note, Preflight, Report, Step};
 pub use runner::{Extent, Runner};
 pub use status::{Applied, MigrationStatus, Plan, Planned, Status};
-pub use verify::{Difference, Verification};
+pub use verify::{Change, Verification};

@@ -15,7 +15,7 @@ use sha2::{Digest, Sha256};
 use crate::error::{Error, Failure, Refusal, StateAfter};
 use crate::session::{self, Session};
 use crate::source::{Known, Migrations};
-use crate::verify::{self, Verification};
+use crate::verify::{Lines, Verification};
 use crate::{Direction, Event, Hook, Plan, Preflight, Report, Reversal, Status, Step, rehearsal};
 
 /// Applies, reverts and checks migrations.
@@ -109,8 +109,8 @@ impl Runner {
         self
     }
 
-    /// Sets what [`verify`](Self::verify) expects: the text of [`catalogue`](Self::catalogue),
-    /// taken from a database that the migrations built.
+    /// Sets what [`verify`](Self::verify) expects: for each migration a line `# <name>`, and under
+    /// it the lines of the [catalogue](Self::catalogue) that it adds (`+ …`) and takes away (`- …`).
     #[must_use]
     pub fn expect_catalogue(mut self, catalogue: &str) -> Self {
         self.catalogue = Some(catalogue.to_owned());
@@ -182,26 +182,47 @@ impl Runner {
         })
     }
 
-    /// Compares the schema with the [expected catalogue](Self::expect_catalogue), without comments,
-    /// owners and privileges. Only reads.
+    /// Compares the schema with what the applied migrations build, by the
+    /// [expected catalogue](Self::expect_catalogue). Only what the migrations made is compared, and
+    /// what hangs on it; comments, owners and other objects in the schema are left out. Only reads.
     ///
     /// # Errors
-    /// [`Error::Connect`], [`Error::Database`], and [`Error::Refused`] without a catalogue.
+    /// [`Error::Connect`], [`Error::Database`], and [`Error::Refused`] without a catalogue of what
+    /// is applied: this program does not know a migration, or one is missing among the applied.
     pub fn verify(&mut self) -> Result<Verification, Error> {
-        let Some(expected) = &self.catalogue else {
+        let Some(catalogue) = &self.catalogue else {
             return Err(Refusal::NoCatalogue.into());
         };
-        Ok(verify::compare(expected, &self.catalogue()?))
+        let migrations = self.migrations()?;
+        let mut connection = session::connect(&self.settings)?;
+        let ledger = session::ledger(&mut connection, &self.settings.schema)?;
+        let status = migrations.status(ledger);
+        if let Some(refusal) = status.refusal() {
+            return Err(refusal.into());
+        }
+        if !status.unknown.is_empty() {
+            return Err(Refusal::Unknown(status.newer()).into());
+        }
+        let applied = status.applied().map(|one| &*one.name).collect::<Vec<_>>();
+        let expected = Lines::expected(catalogue, &applied).ok_or(Refusal::NoCatalogue)?;
+        let found = Lines::found(&mut connection, &self.settings.schema, Some(&expected))
+            .map_err(Error::database("reading the catalogue"))?;
+        Ok(Verification {
+            version: status.applied().last().map(|one| one.version.clone()),
+            pending: status.pending().map(str::to_owned).collect(),
+            ..expected.compare(&found)
+        })
     }
 
-    /// Returns the catalogue of the database: one sorted line for each object.
+    /// Returns the catalogue of the database: a line for each object in the schema, sorted.
     ///
     /// # Errors
     /// [`Error::Connect`], [`Error::Database`].
     pub fn catalogue(&self) -> Result<String, Error> {
         let mut connection = session::connect(&self.settings)?;
-        verify::catalogue(&mut connection, &self.settings.schema)
-            .map_err(Error::database("reading the catalogue"))
+        let lines = Lines::found(&mut connection, &self.settings.schema, None)
+            .map_err(Error::database("reading the catalogue"))?;
+        Ok(lines.to_string())
     }
 
     /// Applies all pending migrations.

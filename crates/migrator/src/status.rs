@@ -61,6 +61,11 @@ impl Status {
             .map(|migration| &*migration.name)
     }
 
+    pub(crate) fn applied(&self) -> impl Iterator<Item = &MigrationStatus> {
+        let applied = |one: &&MigrationStatus| one.applied_at.is_some();
+        self.migrations.iter().filter(applied)
+    }
+
     /// Returns why [`Runner::run`](crate::Runner::run) would refuse, if it would.
     pub fn refusal(&self) -> Option<Refusal> {
         let is_applied = |migration: &&MigrationStatus| migration.applied_at.is_some();
