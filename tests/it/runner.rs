@@ -207,7 +207,8 @@ fn a_failure_says_where_and_what_is_left() {
         (Some(3), Some(15))
     );
     assert_eq!(failure.report.message, "column \"nothing\" does not exist");
-    assert_eq!(failure.done, ["001_first"]);
+    let done: Vec<&str> = failure.done.steps.iter().map(|step| &*step.name).collect();
+    assert_eq!(done, ["001_first"]);
     let StateAfter::Known {
         newest, recorded, ..
     } = &failure.state
@@ -427,10 +428,49 @@ fn refuses_to_guess() {
 fn a_lost_lock_is_told() {
     let database = empty_database();
     let folder = Folder::new(&[("001_a", "SELECT pg_advisory_unlock_all()", "SELECT 1")]);
-    assert!(matches!(
-        folder.runner(&database).run(),
-        Err(Error::LockLost { .. })
-    ));
+    let error = folder.runner(&database).run().unwrap_err();
+    assert!(matches!(error, Error::LockLost { .. }), "{error}");
+    assert_eq!(error.done().unwrap().steps.len(), 1);
+}
+
+/// The old tables are gone, so it must be told where they are.
+#[test]
+fn a_failure_hides_no_note() {
+    let database = empty_database();
+    // The function stands in the way of 001.
+    database
+        .psql(
+            "CREATE TABLE users (a int);
+             CREATE FUNCTION refuse() RETURNS event_trigger LANGUAGE plpgsql
+             AS $$BEGIN RAISE 'no'; END$$;
+             CREATE EVENT TRIGGER refuse ON ddl_command_end WHEN TAG IN ('CREATE TYPE')
+             EXECUTE FUNCTION refuse()",
+        )
+        .unwrap();
+    let error = runner(&database.url()).unwrap().run().unwrap_err();
+    let done = error.done().unwrap();
+    assert_eq!(done.steps.len(), 1, "{error}");
+    assert_eq!(done.notes[0].title, "Moved to the schema bruhmcp_archive");
+}
+
+/// The second half of a redo fails: what it reverted and deleted is in the report.
+#[test]
+fn a_failed_redo_tells_its_first_half() {
+    let database = empty_database();
+    let folder = Folder::new(&[(
+        "001_a",
+        "CREATE TABLE a AS SELECT 1 AS b WHERE to_regclass('again') IS NULL;
+         SELECT 1 / (to_regclass('again') IS NULL)::int",
+        "DROP TABLE a; CREATE TABLE again ()",
+    )]);
+    folder.runner(&database).run().unwrap();
+    let error = folder
+        .runner(&database)
+        .redo(&Extent::All, yes)
+        .unwrap_err();
+    let done = error.done().unwrap();
+    assert_eq!(done.steps[0].direction, Direction::Down);
+    assert_eq!(done.lost.as_ref().unwrap()[0].rows, 1);
 }
 
 #[test]

@@ -9,9 +9,10 @@ use diesel::result::DatabaseErrorKind;
 use diesel::sql_types::{Integer, Nullable, Text, Timestamptz};
 use serde::Serialize;
 
-use crate::{Direction, Note};
+use crate::{Direction, Note, Report};
 
-/// Error of a [`Runner`](crate::Runner). No text contains the password of the URL.
+/// Error of a [`Runner`](crate::Runner). No text contains the password of the URL. `done` is what
+/// the run did before.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -41,13 +42,14 @@ pub enum Error {
          runner may have worked at the same time. Run `{program} status`."
     )]
     #[expect(missing_docs, reason = "the names say it")]
-    LockLost { program: String },
+    LockLost { program: String, done: Box<Report> },
     /// A query of the runner failed.
     #[error("{doing} failed: {report}")]
     #[expect(missing_docs, reason = "the names say it")]
     Database {
         doing: &'static str,
         report: ServerReport,
+        done: Box<Report>,
     },
     /// The migrations can't be read from their source.
     #[error("can't read the migrations: {0}")]
@@ -55,10 +57,30 @@ pub enum Error {
 }
 
 impl Error {
+    /// Returns what the run did before this error: steps, notes and losses. `None` if the error
+    /// can only come before a migration.
+    pub fn done(&self) -> Option<&Report> {
+        match self {
+            Self::Failed(failure) => Some(&failure.done),
+            Self::LockLost { done, .. } | Self::Database { done, .. } => Some(done),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn with_done(mut self, report: Report) -> Self {
+        match &mut self {
+            Self::Failed(failure) => failure.done = report,
+            Self::LockLost { done, .. } | Self::Database { done, .. } => **done = report,
+            _ => {}
+        }
+        self
+    }
+
     pub(crate) fn database(doing: &'static str) -> impl FnOnce(diesel::result::Error) -> Self {
         move |error| Self::Database {
             doing,
             report: ServerReport::new(&error, "", &[]),
+            done: Box::default(),
         }
     }
 }
@@ -193,8 +215,8 @@ impl fmt::Display for Holder {
     }
 }
 
-/// A migration that failed, and the state it left. `done` has the names of the migrations that the
-/// run finished before.
+/// A migration that failed, and the state it left. `done` is what the run did before; in JSON it
+/// stands beside the error.
 #[derive(Debug, Clone, Serialize)]
 #[expect(missing_docs, reason = "the names say it")]
 pub struct Failure {
@@ -206,7 +228,8 @@ pub struct Failure {
     #[serde(flatten)]
     pub report: ServerReport,
     pub in_transaction: bool,
-    pub done: Vec<String>,
+    #[serde(skip)]
+    pub done: Report,
     pub state: StateAfter,
 }
 

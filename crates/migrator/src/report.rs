@@ -120,9 +120,10 @@ pub trait Hook: Send {
         pending: &[&str],
     ) -> QueryResult<Preflight>;
 
-    /// Runs after the last migration, under the lock, and returns notes for the report.
+    /// Runs after the last migration, also if that failed, under the lock, and returns notes for
+    /// the report.
     ///
     /// # Errors
-    /// An error is returned to the caller; the migrations stay applied.
+    /// An error is returned to the caller, unless a migration failed; the migrations stay applied.
     fn after(&mut self, connection: &mut PgConnection) -> QueryResult<Vec<Note>>;
 }

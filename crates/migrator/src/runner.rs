@@ -358,11 +358,17 @@ impl Runner {
         // Another runner may have done the work in the meantime.
         let ledger = session::ledger(&mut session.connection, &self.settings.schema)?;
         let chosen = choose(&migrations, &migrations.status(ledger))?;
-        if !chosen.is_empty() {
-            let known: Vec<&Known> = chosen.iter().map(|&index| migrations.get(index)).collect();
-            work(self, &mut session, &known)?;
+        let known: Vec<&Known> = chosen.iter().map(|&index| migrations.get(index)).collect();
+        let worked = if known.is_empty() {
+            Ok(())
+        } else {
+            work(self, &mut session, &known)
+        };
+        // After an error the end of the session releases the lock.
+        match worked.and_then(|()| session.unlock(&self.settings.program)) {
+            Ok(()) => Ok(session.done),
+            Err(error) => Err(error.with_done(session.done)),
         }
-        session.unlock(&self.settings.program)
     }
 
     fn preflight(
@@ -399,15 +405,19 @@ impl Runner {
             .connection
             .setup()
             .map_err(Error::database("creating __diesel_schema_migrations"))?;
-        for known in known {
-            self.step(session, known, Direction::Up)?;
-        }
+        let applied = known
+            .iter()
+            .try_for_each(|known| self.step(session, known, Direction::Up));
         if let Some(hook) = &mut self.hook {
-            session.done.notes = hook
-                .after(&mut session.connection)
-                .map_err(Error::database("the program's code after the migrations"))?;
+            match hook.after(&mut session.connection) {
+                Ok(notes) => session.done.notes = notes,
+                Err(error) => {
+                    let doing = "the program's code after the migrations";
+                    return applied.and_then(|()| Err(Error::database(doing)(error)));
+                }
+            }
         }
-        Ok(())
+        applied
     }
 
     fn down(
@@ -422,6 +432,7 @@ impl Runner {
             Error::Database {
                 doing: "the rehearsal of the revert",
                 report: session.report(&*error),
+                done: Box::default(),
             }
         })?;
         let names = known.iter().map(|known| known.name.clone()).collect();
@@ -455,7 +466,6 @@ impl Runner {
         };
         let duration = begin.elapsed();
         if let Err(error) = outcome {
-            let done = session.done.steps.iter().map(|step| step.name.clone());
             return Err(Error::Failed(Box::new(Failure {
                 program: self.settings.program.clone(),
                 version: version.clone(),
@@ -463,7 +473,7 @@ impl Runner {
                 direction,
                 report: session.report(&*error),
                 in_transaction: migration.metadata().run_in_transaction(),
-                done: done.collect(),
+                done: Report::default(),
                 state: self.state_after(session, version),
             })));
         }
@@ -487,16 +497,17 @@ impl Runner {
                 holder,
             })
         };
+        if let Ok(state) = known(&mut session.connection, None) {
+            return state;
+        }
         // The server may not have noticed yet that the first connection is lost. Then its process
         // still holds the lock.
-        let again = |_: Error| {
-            let mut connection = session::connect(&self.settings)?;
-            let holder = session::holder(&mut connection, self.settings.lock_key())?;
-            known(&mut connection, holder)
+        let mut again = || {
+            session.connection = session::connect(&self.settings)?;
+            let holder = session::holder(&mut session.connection, self.settings.lock_key())?;
+            known(&mut session.connection, holder)
         };
-        known(&mut session.connection, None)
-            .or_else(again)
-            .unwrap_or_else(|error| StateAfter::Unknown(error.to_string()))
+        again().unwrap_or_else(|error: Error| StateAfter::Unknown(error.to_string()))
     }
 }
 

@@ -225,13 +225,15 @@ impl Session {
         }
     }
 
-    /// Releases the lock and returns the report.
-    pub(crate) fn unlock(mut self, program: &str) -> Result<Report, Error> {
+    /// Releases the lock.
+    pub(crate) fn unlock(&mut self, program: &str) -> Result<(), Error> {
         if self.call("pg_advisory_unlock", "releasing the lock")? {
-            Ok(self.done)
+            Ok(())
         } else {
-            let program = program.to_owned();
-            Err(Error::LockLost { program })
+            Err(Error::LockLost {
+                program: program.to_owned(),
+                done: Box::default(),
+            })
         }
     }
 
