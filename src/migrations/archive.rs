@@ -57,12 +57,17 @@ const NOTES: [(&str, &str); 6] = [
     ),
     (
         "mentions",
-        "Functions whose text has the name of a table that moves, without a schema (a guess: it \
-         may be another word). They will use the new table. Write bruhmcp_archive before the name, \
-         or rewrite them",
+        "Functions whose text has the name of a table that moves (found by the word alone). They \
+         will use the new table. Rewrite them, or write bruhmcp_archive before the name",
     ),
 ];
-const OBSTACLES: [(&str, &str); 5] = [
+const OWN: &str = "own";
+const OBSTACLES: [(&str, &str); 6] = [
+    (
+        OWN,
+        "The tables of this program are here, but not __diesel_schema_migrations. Restore it from \
+         a backup, or make the schema that of a version and write it by",
+    ),
     (
         "taken",
         "The names of these are needed, and 000 does not move them. Rename or drop them",
@@ -123,8 +128,9 @@ impl Hook for Archive {
         };
         let obstacles = OBSTACLES.iter().filter_map(|one| group(one).transpose());
         let obstacles = obstacles.collect::<QueryResult<_>>()?;
+        let has = |topic: &str| findings.iter().any(|finding| finding.topic == topic);
         // A publication matters only if something moves.
-        if findings.iter().any(|finding| finding.topic == MOVES) {
+        if has(MOVES) && !has(OWN) {
             let notes = NOTES.iter().filter_map(|one| group(one).transpose());
             self.moves = notes.collect::<QueryResult<_>>()?;
         }

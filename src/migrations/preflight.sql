@@ -59,14 +59,14 @@ taken (object) AS (
     FROM pg_class c
     JOIN origin ON origin.oid = c.relnamespace
     LEFT JOIN pg_index i ON i.indexrelid = c.oid
-    WHERE c.relname = ANY ($3) AND ('pg_class'::regclass, c.oid) NOT IN (SELECT classid, objid FROM part)
+    WHERE quote_ident(c.relname) = ANY ($3) AND ('pg_class'::regclass, c.oid) NOT IN (SELECT classid, objid FROM part)
         AND c.reltype NOT IN (SELECT objid FROM moving WHERE classid = 'pg_type'::regclass)
     UNION ALL
     -- Row types are listed with their relation, and the server renames an array type that is in the way.
     SELECT pg_describe_object('pg_type'::regclass, t.oid, 0)
     FROM pg_type t
     JOIN origin ON origin.oid = t.typnamespace
-    WHERE t.typname = ANY ($4) AND t.typrelid = 0 AND t.typcategory <> 'A'
+    WHERE quote_ident(t.typname) = ANY ($4) AND t.typrelid = 0 AND t.typcategory <> 'A'
         AND ('pg_type'::regclass, t.oid) NOT IN (SELECT classid, objid FROM part)
     UNION ALL
     SELECT pg_describe_object('pg_proc'::regclass, p.oid, 0)
@@ -116,10 +116,9 @@ finding (topic, item, relid) AS (
             FROM pg_depend d
             WHERE d.classid = 'pg_proc'::regclass AND d.objid = p.oid AND d.deptype = 'e'
         )
-        -- Not after a dot: a schema's name stands before it.
-        AND p.prosrc ~* format(
-            '(^|[^.[:alnum:]_"])"?%s"?($|[^[:alnum:]_"])', regexp_replace(c.relname, '(\W)', '\\\1', 'g')
-        )
+        -- The name alone or with this schema, which both mean the new table afterwards.
+        AND replace(p.prosrc, format('%I.', current_schema()), '')
+            ~* format('(?<!\.|\.")\m%s\M', regexp_replace(c.relname, '(\W)', '\\\1', 'g'))
     GROUP BY p.oid
     UNION
     SELECT 'taken', object, NULL
@@ -135,10 +134,24 @@ finding (topic, item, relid) AS (
     SELECT 'archive_exists', 'ALTER SCHEMA bruhmcp_archive RENAME TO …', NULL
     WHERE EXISTS (SELECT FROM moving) AND to_regnamespace('bruhmcp_archive') IS NOT NULL
     UNION
-    SELECT 'public_creates', format('REVOKE CREATE ON SCHEMA %I FROM PUBLIC', n.nspname), NULL
-    FROM pg_namespace n
-    JOIN origin USING (oid), aclexplode(n.nspacl) AS acl
-    WHERE acl.grantee = 0 AND acl.privilege_type = 'CREATE'
+    SELECT 'public_creates', format('REVOKE CREATE ON SCHEMA %I FROM PUBLIC', nspname), NULL
+    FROM origin
+    WHERE has_schema_privilege('public', oid, 'CREATE')
+    UNION
+    -- As 000 recognises it.
+    SELECT 'own', 'bruhmcp-db adopt', NULL
+    FROM moving
+    JOIN pg_class c      ON moving.classid = 'pg_class'::regclass AND c.oid = moving.objid
+    JOIN pg_constraint o ON o.conrelid = c.oid
+    WHERE c.relname = 'users' AND o.conname = 'users_email_canonical' AND 7 = (
+        SELECT count(*)
+        FROM pg_type t
+        JOIN origin ON origin.oid = t.typnamespace
+        WHERE t.typtype = 'e' AND t.typname IN (
+            'auth_token_type', 'subscription_plan', 'subscription_status', 'billing_cycle',
+            'transaction_type', 'transaction_status', 'credit_source'
+        )
+    )
 )
 SELECT f.topic, f.item,
     -- A big table is not read, nor one that row level security filters.

@@ -29,7 +29,7 @@ mod monitor;
 mod oauth;
 mod payments;
 mod plans;
-#[cfg(feature = "migrator")]
+#[cfg(feature = "cli")]
 mod preflight;
 #[cfg(all(feature = "crypto", feature = "migrator"))]
 mod quickstart;

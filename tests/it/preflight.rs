@@ -3,8 +3,9 @@
 use bruhmcp_db::migrations::{Error, Note, Preflight, Refusal, runner};
 use diesel::connection::SimpleConnection;
 
+use crate::cli::bruhmcp;
 use crate::difference::{assert_same, assert_same_set};
-use crate::support::{TestDatabase, empty_database};
+use crate::support::{TestDatabase, database, empty_database};
 
 const LEGACY: &str = include_str!("../fixtures/legacy.sql");
 const MOVES: &str = "000 moves to the schema bruhmcp_archive";
@@ -160,8 +161,9 @@ fn functions_that_mean_another_table_afterwards_are_named() {
         .psql(
             r#"CREATE TABLE users (id int);
                CREATE TABLE sessions (id int);
+               CREATE SCHEMA other; CREATE TABLE other.sessions (id int);
                CREATE FUNCTION reads() RETURNS bigint LANGUAGE sql AS 'SELECT count(*) FROM USERS, "sessions"';
-               CREATE FUNCTION qualified() RETURNS bigint LANGUAGE sql AS 'SELECT count(*) FROM public.users';
+               CREATE FUNCTION qualified() RETURNS bigint LANGUAGE sql AS 'SELECT count(*) FROM public.users, other.sessions';
                CREATE FUNCTION other() RETURNS text LANGUAGE sql AS 'SELECT ''users_of_today''';
                CREATE FUNCTION bound() RETURNS bigint LANGUAGE sql BEGIN ATOMIC SELECT count(*) FROM users; END"#,
         )
@@ -169,7 +171,7 @@ fn functions_that_mean_another_table_afterwards_are_named() {
     let notes = plan(&database).notes;
     assert_eq!(
         items(&notes, "Functions whose text"),
-        ["reads(): sessions, users"]
+        ["qualified(): users", "reads(): sessions, users"]
     );
     assert_eq!(items(&notes, "Stays"), ["function bound()"]);
 }
@@ -264,4 +266,79 @@ fn plan_looks_at_the_schema_of_the_migrations() {
         .unwrap();
     let url = database.url_with("options=-csearch_path%3Dother");
     assert_eq!(items(&plan_at(&url).notes, MOVES), ["table users (0 rows)"]);
+}
+
+/// As `adopt` and 000 say.
+#[test]
+fn this_schema_with_drift_and_without_its_ledger_refuses_the_run() {
+    let database = database();
+    database
+        .psql("ALTER TABLE users DROP COLUMN last_login_at; DROP TABLE __diesel_schema_migrations")
+        .unwrap();
+    let found = plan(&database);
+    assert_eq!(found.notes, []);
+    assert_eq!(
+        items(&found.obstacles, "The tables of this program"),
+        ["bruhmcp-db adopt"]
+    );
+    assert_refused(&database, &database.url(), &found.obstacles);
+}
+
+#[test]
+fn the_command_shows_groups_and_exits_with_5_if_the_run_would_fail() {
+    let database = empty_database();
+    database
+        .psql("CREATE TABLE users (id int); INSERT INTO users VALUES (1)")
+        .unwrap();
+    let plan = bruhmcp(&database.url(), &["plan"]);
+    assert_eq!(plan.code, Some(0), "{plan:?}");
+    let group = "\n000 moves to the schema bruhmcp_archive, with indexes, triggers and sequences:\n  \
+                 table users (1 row)\n";
+    assert!(plan.out.ends_with(group), "{plan:?}");
+    let sql = bruhmcp(&database.url(), &["plan", "--sql"]);
+    assert!(
+        sql.err.contains(group.trim_start()) && !sql.out.contains(group),
+        "{sql:?}"
+    );
+
+    database.psql("CREATE SCHEMA bruhmcp_archive").unwrap();
+    let plan = bruhmcp(&database.url(), &["plan"]);
+    assert_eq!(plan.code, Some(5), "{plan:?}");
+    assert!(
+        plan.err.contains("ALTER SCHEMA bruhmcp_archive RENAME TO"),
+        "{plan:?}"
+    );
+    let plan = bruhmcp(&database.url(), &["plan", "--json"]);
+    assert_eq!(plan.code, Some(5), "{plan:?}");
+    let json: serde_json::Value = serde_json::from_str(&plan.out).unwrap();
+    assert_eq!(json["migrations"][0]["version"], "000");
+    assert_eq!(json["notes"][0]["items"][0], "table users (1 row)");
+    assert_eq!(
+        json["obstacles"][0]["items"][0],
+        "ALTER SCHEMA bruhmcp_archive RENAME TO …"
+    );
+}
+
+/// The tables have moved when 001 fails, and the error says so.
+#[test]
+fn a_failure_after_the_move_says_what_moved() {
+    let database = empty_database();
+    database
+        .psql(
+            "CREATE TABLE users (id int);
+             CREATE FUNCTION refuse() RETURNS event_trigger LANGUAGE plpgsql
+                 AS $$ BEGIN RAISE EXCEPTION 'no types'; END $$;
+             CREATE EVENT TRIGGER no_types ON ddl_command_start WHEN TAG IN ('CREATE TYPE')
+                 EXECUTE FUNCTION refuse()",
+        )
+        .unwrap();
+    let error = runner(&database.url()).unwrap().run().unwrap_err();
+    let Error::Failed(failure) = error else {
+        panic!("{error:?}")
+    };
+    assert_eq!(failure.version, "001");
+    assert_eq!(
+        items(&failure.done.notes, "Moved to the schema"),
+        ["table users (0 rows)"]
+    );
 }

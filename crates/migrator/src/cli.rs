@@ -1,4 +1,4 @@
-//! The command line: `run`, `revert`, `redo`, `status`, `plan` and `verify`. `--help` lists the
+//! The command line: `run`, `revert`, `redo`, `status`, `plan`, `adopt` and `verify`. `--help` lists the
 //! exit codes.
 
 use std::env;
@@ -89,6 +89,9 @@ enum Command {
         #[arg(long)]
         sql: bool,
     },
+    /// Write the rows that a lost __diesel_schema_migrations lacks, if the schema is that of a
+    /// version.
+    Adopt,
     /// Compare the schema with the expected one. Only reads.
     Verify,
 }
@@ -202,6 +205,7 @@ fn execute(cli: Cli, runner: impl FnOnce(&str) -> Result<Runner, Error>) -> Resu
             show_plan(plan, sql, json);
             return Ok(code);
         }
+        Command::Adopt => show_adopted(&runner.adopt()?, json),
         Command::Verify => {
             let verification = runner.verify()?;
             show_verification(&verification, json);
@@ -297,6 +301,18 @@ fn show_plan(mut plan: Plan, sql: bool, json: bool) {
             "warning: run would refuse: {}",
             Refusal::Obstacles(obstacles)
         ));
+    }
+}
+
+fn show_adopted(recorded: &[String], json: bool) {
+    if json {
+        return say(json!({ "recorded": recorded }));
+    }
+    if recorded.is_empty() {
+        say("Nothing to adopt.");
+    }
+    for name in recorded {
+        say(format!("recorded  {name}"));
     }
 }
 

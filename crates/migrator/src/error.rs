@@ -144,32 +144,30 @@ pub enum Refusal {
     )]
     Pooler,
     /// The schema has more migrations than `__diesel_schema_migrations`. `found` is the name of the
-    /// newest; `elsewhere` has the other schemas with such a table.
+    /// newest; `elsewhere` names other schemas that have such a table.
     #[error(
-        "the schema is that of {found}, but __diesel_schema_migrations lacks it. Rows were lost, or \
-         another tool migrated the database. Run `adopt`, which writes the missing rows.{}",
-        elsewhere.iter().map(|schema| format!(
-            " Or, if the table in the schema {schema} is the right one: ALTER TABLE \
-             {schema}.__diesel_schema_migrations SET SCHEMA …"
+        "the schema {schema} is that of {found}, but __diesel_schema_migrations lacks it. Rows were \
+         lost, or another tool migrated the database. Run `adopt`, which writes them.{}",
+        elsewhere.iter().map(|other| format!(
+            " If the table in the schema {other} is the right one: ALTER TABLE \
+             {other}.__diesel_schema_migrations SET SCHEMA {schema}."
         )).collect::<String>()
     )]
     #[expect(missing_docs, reason = "the names say it")]
     LostLedger {
         found: String,
+        schema: String,
         elsewhere: Vec<String>,
     },
-    /// The schema is that of no version. `differences` are those from `nearest`: what is missing
-    /// begins with `-`, what should not be there with `+`.
+    /// The schema is that of no version that the ledger allows. Has the name of the nearest, and
+    /// the differences from it: what is missing begins with `-`, what should not be there with `+`.
     #[error(
-        "the schema is that of no version. It comes nearest to {nearest}; the differences are\n{}\n\
-         Repair them, or restore __diesel_schema_migrations from a backup.",
-        differences.join("\n")
+        "the schema is that of no version from the newest recorded one on. It comes nearest to \
+         {}:\n{}\nRepair it, or restore __diesel_schema_migrations from a backup.",
+        .0.as_deref().unwrap_or("a schema without migrations"),
+        first(.1)
     )]
-    #[expect(missing_docs, reason = "the names say it")]
-    NotAdopted {
-        nearest: String,
-        differences: Vec<String>,
-    },
+    NotAdopted(Option<String>, Vec<String>),
     /// The project's [`Hook`](crate::Hook) knows that the migrations would fail.
     #[error(
         "the migrations would fail.{}",
@@ -182,6 +180,16 @@ pub enum Refusal {
     /// `confirm` returned `false`.
     #[error("the revert was not confirmed.")]
     NotConfirmed,
+}
+
+/// Joins the first lines.
+fn first(lines: &[String]) -> String {
+    const SHOWN: usize = 20;
+    let mut text = lines[..lines.len().min(SHOWN)].join("\n");
+    if let Some(more) = lines.len().checked_sub(SHOWN + 1) {
+        text += &format!("\n… and {} more", more + 1);
+    }
+    text
 }
 
 /// The session that holds the lock. A field is `None` if this role may not see it; `address` is

@@ -16,7 +16,10 @@ use crate::error::{Error, Failure, Refusal, StateAfter};
 use crate::session::{self, Session};
 use crate::source::{Known, Migrations};
 use crate::verify::{Lines, Verification};
-use crate::{Direction, Event, Hook, Plan, Preflight, Report, Reversal, Status, Step, rehearsal};
+use crate::{
+    Direction, Event, Hook, MigrationStatus, Plan, Preflight, Report, Reversal, Status, Step,
+    adoption, rehearsal,
+};
 
 /// Applies, reverts and checks migrations.
 ///
@@ -49,6 +52,13 @@ impl Settings {
             i64::from_be_bytes(*bytes)
         })
     }
+}
+
+/// The version that a schema comes nearest to.
+struct Recognised {
+    /// The migrations up to that version, as the ledger has them.
+    migrations: Vec<MigrationStatus>,
+    differences: Vec<String>,
 }
 
 /// How many migrations to revert.
@@ -173,8 +183,12 @@ impl Runner {
         let status = self.status_of(&migrations)?;
         let pending = migrations.pending(&status, to)?;
         let known: Vec<&Known> = pending.iter().map(|&index| migrations.get(index)).collect();
-        let mut connection = session::connect(&self.settings)?;
-        let preflight = self.preflight(&mut connection, &known)?;
+        let mut preflight = Preflight::default();
+        if !known.is_empty() {
+            let mut connection = session::connect(&self.settings)?;
+            self.refuse_lost_ledger(&mut connection)?;
+            preflight = self.preflight(&mut connection, &known)?;
+        }
         let planned = pending.into_iter().map(|index| migrations.plan(index));
         Ok(Plan {
             migrations: planned.collect::<Result<_, _>>()?,
@@ -259,29 +273,27 @@ impl Runner {
     /// # Errors
     /// Any but [`Error::Failed`].
     pub fn adopt(&mut self) -> Result<Vec<String>, Error> {
-        if self.catalogue.is_none() {
-            return Err(Refusal::NoCatalogue.into());
-        }
         let mut recorded = Vec::new();
-        self.locked("adopt", Migrations::missing, |runner, session, missing| {
+        self.locked("adopt", Migrations::missing, |runner, session, _| {
             let connection = &mut session.connection;
-            let Some((found, status)) = runner.recognise(connection)? else {
-                return Err(Refusal::NoCatalogue.into());
-            };
+            let found = runner.recognise(connection)?;
+            let found = found.ok_or(Refusal::NoCatalogue)?;
+            let newest = found.migrations.last();
             if !found.differences.is_empty() {
-                let nearest = found.migrations.checked_sub(1);
-                let nearest = nearest.map_or("an empty one", |last| &status.migrations[last].name);
-                return Err(Refusal::NotAdopted {
-                    nearest: nearest.to_owned(),
-                    differences: found.differences,
-                }
-                .into());
+                let nearest = newest.map(|newest| newest.name.clone());
+                let differences = found.differences;
+                return Err(Refusal::NotAdopted(nearest, differences).into());
             }
-            let newest = status.migrations[..found.migrations].last();
-            let lost = missing
+            let lost = found
+                .migrations
                 .iter()
-                .filter(|known| newest.is_some_and(|newest| known.version <= newest.version));
-            recorded = lost.map(|known| known.version.clone()).collect();
+                .filter(|one| one.applied_at.is_none());
+            let lost: Vec<&MigrationStatus> = lost.collect();
+            if !lost.is_empty() {
+                session::record(connection, lost.iter().map(|one| &*one.version))
+                    .map_err(Error::database("writing __diesel_schema_migrations"))?;
+            }
+            recorded = lost.into_iter().map(|one| one.name.clone()).collect();
             Ok(())
         })?;
         Ok(recorded)
@@ -336,6 +348,57 @@ impl Runner {
         Ok(migrations.status(ledger))
     }
 
+    /// Finds the version that the schema comes nearest to, at least the newest applied one. Of
+    /// versions that build the same it is the oldest.
+    fn recognise(&self, connection: &mut PgConnection) -> Result<Option<Recognised>, Error> {
+        let Some(catalogue) = &self.catalogue else {
+            return Ok(None);
+        };
+        let schema = &self.settings.schema;
+        let migrations = self.migrations()?;
+        let Some(differences) =
+            adoption::differences(connection, schema, catalogue, &migrations.names())?
+        else {
+            return Ok(None);
+        };
+        // After the schema: what another runner applies in between has its row here.
+        let mut applied = migrations
+            .status(session::ledger(connection, schema)?)
+            .migrations;
+        let is_applied = |one: &MigrationStatus| one.applied_at.is_some();
+        let at_least = applied
+            .iter()
+            .rposition(is_applied)
+            .map_or(0, |last| last + 1);
+        let candidates = differences.into_iter().enumerate().skip(at_least);
+        let nearest = candidates.min_by_key(|(_, differences)| differences.len());
+        Ok(nearest.map(|(count, differences)| {
+            applied.truncate(count);
+            Recognised {
+                migrations: applied,
+                differences,
+            }
+        }))
+    }
+
+    /// Refuses if the schema has more migrations than the ledger.
+    fn refuse_lost_ledger(&self, connection: &mut PgConnection) -> Result<(), Error> {
+        let Some(found) = self.recognise(connection)? else {
+            return Ok(());
+        };
+        match found.migrations.last() {
+            Some(newest) if newest.applied_at.is_none() && found.differences.is_empty() => {
+                Err(Refusal::LostLedger {
+                    found: newest.name.clone(),
+                    schema: self.settings.schema.clone(),
+                    elsewhere: adoption::ledgers_elsewhere(connection, &self.settings.schema)?,
+                }
+                .into())
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Calls `work` under the lock with the migrations that `choose` returns, if there are any.
     fn locked(
         &mut self,
@@ -376,7 +439,7 @@ impl Runner {
         connection: &mut PgConnection,
         known: &[&Known],
     ) -> Result<Preflight, Error> {
-        let Some(hook) = self.hook.as_mut().filter(|_| !known.is_empty()) else {
+        let Some(hook) = &mut self.hook else {
             return Ok(Preflight::default());
         };
         let pending: Vec<&str> = known.iter().map(|known| &*known.version).collect();

@@ -79,6 +79,17 @@ impl Lines {
         Some(lines)
     }
 
+    /// Returns the objects of all of them, each as in the last one that has it.
+    pub(crate) fn union(all: &[Self]) -> Self {
+        Self(all.iter().flat_map(|lines| lines.0.clone()).collect())
+    }
+
+    pub(crate) fn contains(&self, line: &str) -> bool {
+        split(line).is_some_and(|(key, definition)| {
+            self.0.get(key).is_some_and(|found| found == definition)
+        })
+    }
+
     /// Reads the lines of `schema`: what has the keys of `expected` and what hangs on it, or all.
     pub(crate) fn found(
         connection: &mut PgConnection,
