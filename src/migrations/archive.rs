@@ -31,10 +31,7 @@ struct Finding {
 /// Each topic of `preflight.sql`, what it means and what to do about it.
 const MOVES: &str = "moves";
 const NOTES: [(&str, &str); 6] = [
-    (
-        MOVES,
-        "000 moves to the schema bruhmcp_archive, with indexes, triggers and sequences",
-    ),
+    (MOVES, "000 moves to the schema bruhmcp_archive"),
     (
         "stays",
         "Stays, and goes on using what moves. Recreate it on the new tables, or drop it before the \
@@ -146,8 +143,7 @@ impl Hook for Archive {
         if notes.is_empty() || !exists.get_result::<bool>(connection)? {
             return Ok(Vec::new());
         }
-        "Moved to the schema bruhmcp_archive, with indexes, triggers and sequences"
-            .clone_into(&mut notes[0].title);
+        "Moved to the schema bruhmcp_archive".clone_into(&mut notes[0].title);
         Ok(notes)
     }
 }

@@ -4,6 +4,7 @@ use std::process::{Child, Command, Output, Stdio};
 
 use serde_json::Value;
 
+use crate::json;
 use crate::runner::{names, next_version, versions};
 use crate::support::empty_database;
 
@@ -37,13 +38,13 @@ pub(crate) fn start(url: &str, arguments: &[&str]) -> Child {
         .unwrap()
 }
 
-/// Runs the binary on the database at `url`.
+/// Runs the binary on the database at `url`. Each document of `--json` has the documented shape.
 pub(crate) fn bruhmcp(url: &str, arguments: &[&str]) -> Outcome {
-    start(url, arguments).wait_with_output().unwrap().into()
-}
-
-fn json(outcome: &Outcome) -> Value {
-    serde_json::from_str(&outcome.out).unwrap_or_else(|error| panic!("{error}: {outcome:?}"))
+    let outcome: Outcome = start(url, arguments).wait_with_output().unwrap().into();
+    if arguments.contains(&"--json") {
+        json::check(&outcome);
+    }
+    outcome
 }
 
 const USER: &str = "INSERT INTO users (first_name, last_name, email) VALUES ('A', 'B', 'a@b.c')";
@@ -220,26 +221,26 @@ fn each_command_and_its_exit_code() {
 fn json_of_each_command() {
     let database = empty_database();
     let url = database.url();
-    let status = json(&bruhmcp(&url, &["status", "--json"]));
+    let status = &json::check(&bruhmcp(&url, &["status", "--json"]))["status"];
     assert_eq!(
         (&status["pending"], &status["migrations"][0]["applied_at"]),
         (&names().len().into(), &Value::Null)
     );
-    let plan = json(&bruhmcp(&url, &["plan", "--json", "--sql"]));
+    let plan = &json::check(&bruhmcp(&url, &["plan", "--json", "--sql"]))["plan"];
     assert!(
-        plan[1]["sql"]
+        plan["migrations"][1]["sql"]
             .as_str()
             .unwrap()
             .contains("CREATE TABLE users")
     );
-    let run = json(&bruhmcp(&url, &["--json", "run"]));
+    let run = &json::check(&bruhmcp(&url, &["--json", "run"]))["report"];
     let step = run["steps"].as_array().unwrap().last().unwrap();
     assert_eq!(
         (&step["version"], &step["direction"]),
         (&(&**versions().last().unwrap()).into(), &"up".into())
     );
     assert!(run["steps"][1]["duration_ms"].as_f64().unwrap() > 0.0);
-    let verify = json(&bruhmcp(&url, &["verify", "--json"]));
+    let verify = &json::check(&bruhmcp(&url, &["verify", "--json"]))["verification"];
     assert_eq!(
         (&verify["version"], &verify["missing"]),
         (
@@ -247,25 +248,26 @@ fn json_of_each_command() {
             &Value::Array(Vec::new())
         )
     );
-    assert!(json(&bruhmcp(&url, &["status", "--json"]))["migrations"][0]["applied_at"].is_string());
+    let status = &json::check(&bruhmcp(&url, &["status", "--json"]))["status"];
+    assert!(status["migrations"][0]["applied_at"].is_string());
     database.psql(USER).unwrap();
-    let refused = json(&bruhmcp(&url, &["redo", "--all", "--json"]));
-    assert_eq!(refused["error"]["exit_code"], 5);
-    let redo = json(&bruhmcp(&url, &["redo", "--all", "--json", "--yes"]));
+    let refused = json::check(&bruhmcp(&url, &["redo", "--all", "--json"]));
+    assert_eq!(refused["exit_code"], 5);
+    let redo = &json::check(&bruhmcp(&url, &["redo", "--all", "--json", "--yes"]))["report"];
     assert_eq!(
         redo["lost"][1],
         serde_json::json!({ "table": "public.users", "column": null, "rows": 1 })
     );
-    let revert = json(&bruhmcp(
+    let revert = json::check(&bruhmcp(
         &url,
         &["revert", "--to", "006", "--yes", "--json"],
     ));
-    let newest = &revert["steps"][0]["name"];
+    let newest = &revert["report"]["steps"][0]["name"];
     assert_eq!(newest, names().last().unwrap());
     database
         .psql("CREATE TABLE user_billing_details ()")
         .unwrap();
-    let failed = json(&bruhmcp(&url, &["run", "--json"]));
+    let failed = json::check(&bruhmcp(&url, &["run", "--json"]));
     assert_eq!(
         failed["error"]["failure"]["message"],
         "relation \"user_billing_details\" already exists"

@@ -20,6 +20,8 @@ mod enums;
 mod faults;
 mod fixtures;
 mod instances;
+#[cfg(feature = "cli")]
+mod json;
 #[cfg(feature = "crypto")]
 mod locks;
 mod migrations;

@@ -171,7 +171,7 @@ fn says_what_went_to_the_archive() {
         .unwrap();
     let mut runner = runner(&database.url()).unwrap();
     let note = Note {
-        title: "Moved to the schema bruhmcp_archive, with indexes, triggers and sequences".into(),
+        title: "Moved to the schema bruhmcp_archive".into(),
         items: ["table users (0 rows)", "type plan_type"]
             .map(Into::into)
             .into(),
@@ -451,6 +451,7 @@ fn a_failure_hides_no_note() {
     let done = error.done().unwrap();
     assert_eq!(done.steps.len(), 1, "{error}");
     assert_eq!(done.notes[0].title, "Moved to the schema bruhmcp_archive");
+    assert_eq!(done.notes[0].items, ["table users (0 rows)"]);
 }
 
 /// The second half of a redo fails: what it reverted and deleted is in the report.

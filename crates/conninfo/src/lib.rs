@@ -26,16 +26,19 @@ struct Parameter {
     is_secret: bool,
 }
 
-/// Answer of a server to a ping.
+/// Outcome of an attempt to connect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ping {
-    /// The server accepts connections. This says nothing about the role, password and database.
-    Accepting,
-    /// The server is starting, stopping, in recovery or out of reach.
+pub enum Attempt {
+    /// The server accepts.
+    Accepted,
+    /// The server is starting, stopping, full or out of reach: a later attempt may succeed.
     Unavailable,
-    /// The connection string is wrong, so no server was asked.
-    Invalid,
+    /// A later attempt would fail too: a wrong password, no such database, an invalid parameter.
+    Refused,
 }
+
+/// SQLSTATEs of a server that is stopping, crashed, starting or full.
+const UNAVAILABLE: [&str; 4] = ["57P01", "57P02", "57P03", "53300"];
 
 const AMBIGUOUS: &str = "its parts can't be told apart: in a user name, password or parameter \
     write @ as %40, / as %2F and % as %25";
@@ -145,11 +148,38 @@ impl Conninfo {
         }
     }
 
-    /// Asks the server whether it accepts connections. Needs no valid role, password or database.
-    pub fn ping(&self) -> Ping {
-        self.c_string()
-            .map_or(Ping::Invalid, |text| libpq::ping(&text))
+    /// Tries to connect. The outcome does not depend on the language of messages.
+    pub fn attempt(&self) -> Attempt {
+        let Some(text) = self.c_string() else {
+            return Attempt::Refused;
+        };
+        let Some(message) = libpq::refusal(&text) else {
+            return Attempt::Accepted;
+        };
+        // Without a SQLSTATE no server answered. Of several hosts one may have.
+        let mut codes = sqlstates(&message).peekable();
+        let is_later = if codes.peek().is_some() {
+            codes.all(|code| UNAVAILABLE.contains(&code))
+        } else {
+            libpq::is_valid(&text)
+        };
+        if is_later {
+            Attempt::Unavailable
+        } else {
+            Attempt::Refused
+        }
     }
+}
+
+/// Returns the SQLSTATEs of a message of libpq: `FATAL:  57P03: …`, where FATAL is translated.
+fn sqlstates(message: &str) -> impl Iterator<Item = &str> {
+    let is_code = |code: &&str| {
+        let mut letters = code.bytes();
+        code.len() == 5 && letters.all(|one| one.is_ascii_uppercase() || one.is_ascii_digit())
+    };
+    let after = message.split(":  ").skip(1);
+    let codes = after.filter_map(|rest| rest.split_once(": ").map(|(code, _)| code));
+    codes.filter(is_code)
 }
 
 /// Percent-encodes all but letters, digits and `-._~`.
@@ -168,7 +198,7 @@ fn encode(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{Conninfo, Ping};
+    use super::{Attempt, Conninfo};
 
     #[test]
     fn urls_and_pairs_mean_the_same() -> Result<(), &'static str> {
@@ -238,10 +268,27 @@ mod tests {
     }
 
     #[test]
-    fn a_ping_tells_unavailable_from_invalid() -> Result<(), &'static str> {
+    fn an_attempt_tells_unavailable_from_refused() -> Result<(), &'static str> {
         let nowhere = Conninfo::parse("host=/nowhere")?;
-        assert_eq!(nowhere.ping(), Ping::Unavailable);
-        assert_eq!(nowhere.with("sslmode", "x").ping(), Ping::Invalid);
+        assert_eq!(nowhere.attempt(), Attempt::Unavailable);
+        let invalid = nowhere.with("sslmode", "x");
+        assert_eq!(invalid.attempt(), Attempt::Refused);
+        let unknown = Conninfo::parse("host=no-such-host.invalid")?;
+        assert_eq!(unknown.attempt(), Attempt::Unavailable);
         Ok(())
+    }
+
+    #[test]
+    fn sqlstates_are_found_in_any_language() {
+        let of = |message| super::sqlstates(message).collect::<Vec<_>>();
+        assert_eq!(
+            of("Verbindung zum Server fehlgeschlagen: FATAL:  53300: tut mir leid: schon zu viele"),
+            ["53300"]
+        );
+        assert_eq!(of("connection refused:  no: one"), [""; 0]);
+        assert_eq!(
+            of("a: FATAL:  57P03: b\nc: FATAL:  28P01: d"),
+            ["57P03", "28P01"]
+        );
     }
 }

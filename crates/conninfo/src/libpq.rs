@@ -3,9 +3,9 @@
 use std::ffi::{CStr, c_char};
 use std::ptr;
 
-use pq_sys::{PGPing, PQconninfoOption};
+use pq_sys::{ConnStatusType, PGPing, PGVerbosity, PQconninfoOption};
 
-use crate::{Parameter, Ping};
+use crate::Parameter;
 
 /// Returns the parameters that `text` sets, or `None` if libpq can't read it.
 pub(crate) fn parse(text: &CStr) -> Option<Vec<Parameter>> {
@@ -29,13 +29,27 @@ pub(crate) fn resolve(text: &CStr) -> Option<Vec<Parameter>> {
     }
 }
 
-pub(crate) fn ping(text: &CStr) -> Ping {
+/// Tries to connect, and returns libpq's message with SQLSTATEs, or `None` if the server accepts.
+pub(crate) fn refusal(text: &CStr) -> Option<String> {
     // SAFETY: `text` is NUL-terminated and outlives the call.
-    match unsafe { pq_sys::PQping(text.as_ptr()) } {
-        PGPing::PQPING_OK => Ping::Accepting,
-        PGPing::PQPING_REJECT | PGPing::PQPING_NO_RESPONSE => Ping::Unavailable,
-        PGPing::PQPING_NO_ATTEMPT => Ping::Invalid,
+    let connection = unsafe { pq_sys::PQconnectStart(text.as_ptr()) };
+    // SAFETY: `connection` is null, which all these functions accept, or valid and freed only here.
+    // The message is NUL-terminated and copied before it is freed with the connection.
+    unsafe {
+        pq_sys::PQsetErrorVerbosity(connection, PGVerbosity::PQERRORS_VERBOSE);
+        // Connects anew and waits, but keeps the verbosity.
+        pq_sys::PQreset(connection);
+        let accepted = pq_sys::PQstatus(connection) == ConnStatusType::CONNECTION_OK;
+        let message = string(pq_sys::PQerrorMessage(connection)).unwrap_or_default();
+        pq_sys::PQfinish(connection);
+        (!accepted).then_some(message)
     }
+}
+
+/// Returns whether libpq can use the parameters of `text`. Asks the server if so.
+pub(crate) fn is_valid(text: &CStr) -> bool {
+    // SAFETY: `text` is NUL-terminated and outlives the call.
+    unsafe { pq_sys::PQping(text.as_ptr()) != PGPing::PQPING_NO_ATTEMPT }
 }
 
 /// Copies the options that have a value, and frees them.

@@ -4,17 +4,21 @@
 use std::env;
 use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
-use std::process::ExitCode;
+use std::process::{self, ExitCode};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use serde_json::{Value, json};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
 
 use crate::{
-    Direction, Error, Event, Extent, Plan, Preflight, Refusal, Report, Reversal, Runner, Status,
-    Verification,
+    Cause, Direction, Error, Event, Extent, Plan, Preflight, Refusal, Report, Reversal, Runner,
+    Status, Verification,
 };
 
 const DONE: u8 = 0;
@@ -25,9 +29,11 @@ const LOCK_BUSY: u8 = 4;
 const REFUSED: u8 = 5;
 const NO_CONNECTION: u8 = 6;
 const DRIFT: u8 = 7;
+const TIMED_OUT: u8 = 8;
 
 const EXIT_CODES: &str = "Exit codes: 0 done or current, 1 failed, 2 usage, 3 pending (status, \
-    verify), 4 lock busy, 5 refused, 6 no connection, 7 drift (verify).";
+    verify), 4 lock busy, 5 refused, 6 no connection, 7 drift (verify), 8 time limit (--timeout), \
+    130 or 143 stopped by SIGINT or SIGTERM.";
 
 /// Interval between two lines about a migration that is still running.
 const LIVE: Duration = Duration::from_secs(2);
@@ -47,13 +53,24 @@ struct Cli {
     /// of the machine can't see.
     #[arg(long, global = true, value_name = "URL")]
     database_url: Option<String>,
-    /// How long to retry while the server is starting or out of reach.
+    /// How long to retry while the server is starting, full or out of reach.
     #[arg(long, global = true, value_name = "SECS", default_value_t = 0)]
     wait: u64,
     /// How long to wait for another runner.
     #[arg(long, global = true, value_name = "SECS", default_value_t = 60)]
     lock_wait: u64,
-    /// Print one JSON document.
+    /// How long a migration waits for a busy table, unless it says so itself; at least 1.
+    #[arg(long, global = true, value_name = "SECS", default_value_t = 5,
+        value_parser = clap::value_parser!(u64).range(1..))]
+    lock_timeout: u64,
+    /// How often to try a migration that waits too long for a table.
+    #[arg(long, global = true, value_name = "N", default_value_t = 5,
+        value_parser = clap::value_parser!(u32).range(1..))]
+    tries: u32,
+    /// Bound of a whole run, revert or redo. At the bound the migration that runs is cancelled.
+    #[arg(long, global = true, value_name = "SECS")]
+    timeout: Option<u64>,
+    /// Print one JSON document, also for an error.
     #[arg(long, global = true)]
     json: bool,
     #[command(subcommand)]
@@ -119,6 +136,41 @@ impl ExtentArgs {
     }
 }
 
+impl Command {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Run { .. } => "run",
+            Self::Revert { .. } => "revert",
+            Self::Redo(_) => "redo",
+            Self::Status => "status",
+            Self::Plan { .. } => "plan",
+            Self::Adopt => "adopt",
+            Self::Verify => "verify",
+        }
+    }
+}
+
+/// What a command returns.
+enum Answer {
+    Report(Report),
+    Status(Status),
+    Plan { plan: Plan, sql: bool },
+    Adopted(Vec<String>),
+    Verification(Verification),
+}
+
+impl Answer {
+    fn show(self) {
+        match self {
+            Self::Report(report) => show_report(&report),
+            Self::Status(status) => show_status(&status),
+            Self::Plan { plan, sql } => show_plan(plan, sql),
+            Self::Adopted(recorded) => show_adopted(&recorded),
+            Self::Verification(verification) => show_verification(&verification),
+        }
+    }
+}
+
 /// Runs the command line of `program`. `runner` creates the configured runner for a database URL.
 pub fn main(program: Program, runner: impl FnOnce(&str) -> Result<Runner, Error>) -> ExitCode {
     let command = Cli::command()
@@ -127,21 +179,49 @@ pub fn main(program: Program, runner: impl FnOnce(&str) -> Result<Runner, Error>
         .about(program.about)
         .after_help(EXIT_CODES);
     let matches = command.try_get_matches();
-    let cli = match matches.and_then(|matches| Cli::from_arg_matches(&matches)) {
-        Ok(cli) => cli,
-        Err(error) => return usage(&error).into(),
+    let code = match matches.and_then(|matches| Cli::from_arg_matches(&matches)) {
+        Ok(cli) => run(cli, runner),
+        Err(error) => usage(&error),
     };
-    let json = cli.json;
-    match execute(cli, runner) {
-        Ok(code) => code.into(),
+    if let Err(error) = io::stdout().flush() {
+        unwritten(&error);
+    }
+    match UNWRITTEN.get() {
+        Some(error) => {
+            tell(format!("error: can't write the output: {error}"));
+            if code == DONE { FAILED } else { code }
+        }
+        None => code,
+    }
+    .into()
+}
+
+fn run(cli: Cli, runner: impl FnOnce(&str) -> Result<Runner, Error>) -> u8 {
+    let (json, command) = (cli.json, cli.command.name());
+    let signals = Signal::catch(json, command);
+    let answer = execute(cli, &signals, runner);
+    let code = match &answer {
+        Ok(Answer::Status(status)) if status.pending().next().is_some() => PENDING,
+        Ok(Answer::Plan { plan, .. }) if !plan.preflight.obstacles.is_empty() => REFUSED,
+        Ok(Answer::Verification(found)) if found.has_drift() => DRIFT,
+        Ok(Answer::Verification(found)) if !found.pending.is_empty() => PENDING,
+        Ok(_) => DONE,
+        Err(error) => signals.exit_code(error),
+    };
+    if json {
+        say(of_answer(command, code, &answer));
+    }
+    match answer {
+        Ok(answer) if !json => answer.show(),
+        Ok(_) => {}
         Err(error) => {
-            if json {
-                say(json_of_error(&error));
+            if let (false, Some(done)) = (json, error.done()) {
+                show_notes(done);
             }
             tell(format!("error: {error}"));
-            exit_code(&error).into()
         }
     }
+    code
 }
 
 fn usage(error: &clap::Error) -> u8 {
@@ -154,83 +234,202 @@ fn usage(error: &clap::Error) -> u8 {
         let mut letters = argument.chars();
         letters.all(|letter| letter.is_ascii_alphanumeric() || "-_.".contains(letter))
     };
-    if env::args_os()
+    let is_public = env::args_os()
         .skip(1)
-        .all(|argument| argument.into_string().is_ok_and(is_word))
-    {
-        tell(error.to_string().trim_end());
+        .all(|argument| argument.into_string().is_ok_and(is_word));
+    let text = if is_public {
+        error.to_string().trim_end().to_owned()
     } else {
-        tell(format!("error: {}. See --help.", error.kind()));
+        format!("error: {}. See --help.", error.kind())
+    };
+    if env::args_os().any(|argument| argument == "--json") {
+        let message = text.trim_start_matches("error: ");
+        say(of_error(None, USAGE, "usage", message));
     }
+    tell(text);
     USAGE
 }
 
-fn execute(cli: Cli, runner: impl FnOnce(&str) -> Result<Runner, Error>) -> Result<u8, Error> {
-    let json = cli.json;
+fn execute(
+    cli: Cli,
+    signals: &Signal,
+    runner: impl FnOnce(&str) -> Result<Runner, Error>,
+) -> Result<Answer, Error> {
     let url = cli.database_url.or_else(|| env::var("DATABASE_URL").ok());
     let url = url
         .filter(|url| !url.is_empty())
         .ok_or(Error::Url("set DATABASE_URL or give --database-url"))?;
+    let working = Arc::clone(&signals.working);
+    let mut progress = (!cli.json).then(progress);
     let mut runner = runner(&url)?
         .connect_wait(Duration::from_secs(cli.wait))
-        .lock_wait(Duration::from_secs(cli.lock_wait));
-    if !json {
-        runner = runner.on_event(progress());
+        .lock_wait(Duration::from_secs(cli.lock_wait))
+        .lock_timeout(Duration::from_secs(cli.lock_timeout))
+        .tries(cli.tries)
+        .stop_flag(Arc::clone(&signals.stop))
+        .on_event(move |event| {
+            if let Event::Started(..) = event {
+                working.store(true, Ordering::Relaxed);
+            }
+            if let Some(progress) = &mut progress {
+                progress(event);
+            }
+        });
+    if let Some(timeout) = cli.timeout {
+        runner = runner.timeout(Duration::from_secs(timeout));
     }
-    match cli.command {
-        Command::Run { to } => show_report(&runner.run_to(to.as_deref())?, json),
+    Ok(match cli.command {
+        Command::Run { to } => Answer::Report(runner.run_to(to.as_deref())?),
         Command::Revert { extent, to } => {
             let steps = to.map_or_else(|| extent.extent(), Extent::To);
-            let report = runner.revert(&steps, |reversal| confirm(reversal, extent.yes))?;
-            show_report(&report, json);
+            Answer::Report(runner.revert(&steps, |reversal| confirm(reversal, extent.yes))?)
         }
         Command::Redo(extent) => {
             let confirm = |reversal: &Reversal| confirm(reversal, extent.yes);
-            show_report(&runner.redo(&extent.extent(), confirm)?, json);
+            Answer::Report(runner.redo(&extent.extent(), confirm)?)
         }
-        Command::Status => {
-            let status = runner.status()?;
-            show_status(&status, json);
-            if status.pending().next().is_some() {
-                return Ok(PENDING);
-            }
-        }
-        Command::Plan { to, sql } => {
-            let plan = runner.plan(to.as_deref())?;
-            let code = if plan.preflight.obstacles.is_empty() {
-                DONE
-            } else {
-                REFUSED
-            };
-            show_plan(plan, sql, json);
-            return Ok(code);
-        }
-        Command::Adopt => show_adopted(&runner.adopt()?, json),
-        Command::Verify => {
-            let verification = runner.verify()?;
-            show_verification(&verification, json);
-            if verification.has_drift() {
-                return Ok(DRIFT);
-            }
-            if !verification.pending.is_empty() {
-                return Ok(PENDING);
-            }
-        }
-    }
-    Ok(DONE)
+        Command::Status => Answer::Status(runner.status()?),
+        Command::Plan { to, sql } => Answer::Plan {
+            plan: runner.plan(to.as_deref())?,
+            sql,
+        },
+        Command::Adopt => Answer::Adopted(runner.adopt()?),
+        Command::Verify => Answer::Verification(runner.verify()?),
+    })
 }
 
-fn show_report(report: &Report, json: bool) {
-    if json {
-        return say(json!(report));
+/// SIGINT and SIGTERM. A handler of our own, because process 1 of a container has none.
+struct Signal {
+    /// A migration has started.
+    working: Arc<AtomicBool>,
+    stop: Arc<AtomicBool>,
+    /// 128 and the number of the signal.
+    code: Arc<AtomicU8>,
+}
+
+impl Signal {
+    /// Before the first migration a signal ends the process. Then the first one stops the run, and
+    /// the second ends the process.
+    fn catch(json: bool, command: &'static str) -> Self {
+        let caught = Self {
+            working: Arc::default(),
+            stop: Arc::default(),
+            code: Arc::new(AtomicU8::new(FAILED)),
+        };
+        let (working, stop) = (Arc::clone(&caught.working), Arc::clone(&caught.stop));
+        let code = Arc::clone(&caught.code);
+        match Signals::new([SIGINT, SIGTERM]) {
+            Err(error) => tell(format!("warning: signals can't be caught: {error}")),
+            Ok(mut signals) => drop(thread::spawn(move || {
+                for signal in signals.forever() {
+                    let number = if signal == SIGINT { 130 } else { 143 };
+                    code.store(number, Ordering::Relaxed);
+                    let is_first = !stop.swap(true, Ordering::Relaxed);
+                    let message = match (is_first, working.load(Ordering::Relaxed)) {
+                        (true, true) => {
+                            tell("Stopping. Another signal ends this program at once.");
+                            continue;
+                        }
+                        (true, false) => "stopped by a signal. Nothing was changed.",
+                        (false, _) => {
+                            "ended by a second signal. The resulting state is unknown: look at \
+                             the status before retrying."
+                        }
+                    };
+                    if json {
+                        say(of_error(Some(command), number, "stopped", message));
+                    }
+                    tell(format!("error: {message}"));
+                    process::exit(number.into());
+                }
+            })),
+        }
+        caught
     }
+
+    fn exit_code(&self, error: &Error) -> u8 {
+        match error {
+            Error::Url(_) => USAGE,
+            Error::LockBusy { .. } => LOCK_BUSY,
+            Error::Refused(_) => REFUSED,
+            Error::Connect(_) => NO_CONNECTION,
+            Error::Failed(failure) if failure.cause == Cause::Stopped => {
+                self.code.load(Ordering::Relaxed)
+            }
+            Error::Failed(failure) if failure.cause == Cause::TimedOut => TIMED_OUT,
+            _ => FAILED,
+        }
+    }
+}
+
+/// The document of `--json`: always these keys. `docs/json.md` describes it.
+fn document(command: Option<&str>, code: u8) -> Value {
+    json!({
+        "command": command,
+        "exit_code": code,
+        "report": null,
+        "status": null,
+        "plan": null,
+        "adopted": null,
+        "verification": null,
+        "error": null,
+    })
+}
+
+fn of_answer(command: &str, code: u8, answer: &Result<Answer, Error>) -> Value {
+    let mut document = match answer {
+        Ok(_) => document(Some(command), code),
+        Err(error) => of_error(Some(command), code, kind(error), &error.to_string()),
+    };
+    match answer {
+        Ok(Answer::Report(report)) => document["report"] = json!(report),
+        Ok(Answer::Status(status)) => {
+            let mut value = json!(status);
+            value["pending"] = status.pending().count().into();
+            value["refusal"] = json!(status.refusal().map(|refusal| refusal.to_string()));
+            document["status"] = value;
+        }
+        Ok(Answer::Plan { plan, sql }) => {
+            let mut plan = plan.clone();
+            if !sql {
+                let planned = plan.migrations.iter_mut();
+                planned.for_each(|planned| planned.sql.clear());
+            }
+            document["plan"] = json!(plan);
+        }
+        Ok(Answer::Adopted(recorded)) => document["adopted"] = json!(recorded),
+        Ok(Answer::Verification(verification)) => document["verification"] = json!(verification),
+        Err(error) => {
+            document["report"] = json!(error.done());
+            match error {
+                Error::Failed(failure) => document["error"]["failure"] = json!(failure),
+                Error::LockBusy { holder, .. } => document["error"]["holder"] = json!(holder),
+                _ => {}
+            }
+        }
+    }
+    document
+}
+
+fn of_error(command: Option<&str>, code: u8, kind: &str, message: &str) -> Value {
+    let mut document = document(command, code);
+    document["error"] =
+        json!({ "kind": kind, "message": message, "failure": null, "holder": null });
+    document
+}
+
+fn show_report(report: &Report) {
     if report.steps.is_empty() {
         say("Nothing to do.");
     }
+    show_notes(report);
+    show_newer(&report.newer);
+}
+
+fn show_notes(report: &Report) {
     for note in &report.notes {
         say(note);
     }
-    show_newer(&report.newer);
 }
 
 fn show_newer(newer: &[String]) {
@@ -243,15 +442,8 @@ fn show_newer(newer: &[String]) {
     }
 }
 
-fn show_status(status: &Status, json: bool) {
+fn show_status(status: &Status) {
     let pending = status.pending().count();
-    let refusal = status.refusal().map(|refusal| refusal.to_string());
-    if json {
-        let mut value = json!(status);
-        value["pending"] = pending.into();
-        value["refusal"] = json!(refusal);
-        return say(value);
-    }
     let known = status.migrations.iter().map(|one| {
         let word = one.applied_at.map_or("pending", |_| "applied");
         (word, one.applied_at, &one.name)
@@ -267,21 +459,13 @@ fn show_status(status: &Status, json: bool) {
     } else {
         say(format!("{pending} pending."));
     }
-    match refusal {
+    match status.refusal() {
         Some(refusal) => tell(format!("warning: run would refuse: {refusal}")),
         None => show_newer(&status.newer()),
     }
 }
 
-fn show_plan(mut plan: Plan, sql: bool, json: bool) {
-    if json {
-        if !sql {
-            plan.migrations
-                .iter_mut()
-                .for_each(|planned| planned.sql.clear());
-        }
-        return say(json!(plan));
-    }
+fn show_plan(plan: Plan, sql: bool) {
     if plan.migrations.is_empty() {
         say("Nothing is pending.");
     }
@@ -304,10 +488,7 @@ fn show_plan(mut plan: Plan, sql: bool, json: bool) {
     }
 }
 
-fn show_adopted(recorded: &[String], json: bool) {
-    if json {
-        return say(json!({ "recorded": recorded }));
-    }
+fn show_adopted(recorded: &[String]) {
     if recorded.is_empty() {
         say("Nothing to adopt.");
     }
@@ -316,10 +497,7 @@ fn show_adopted(recorded: &[String], json: bool) {
     }
 }
 
-fn show_verification(verification: &Verification, json: bool) {
-    if json {
-        return say(json!(verification));
-    }
+fn show_verification(verification: &Verification) {
     let Verification {
         version,
         pending,
@@ -377,24 +555,21 @@ fn confirm(reversal: &Reversal, yes: bool) -> bool {
     io::stdin().read_line(&mut answer).is_ok() && answer.trim() == "yes"
 }
 
-fn exit_code(error: &Error) -> u8 {
+fn kind(error: &Error) -> &'static str {
     match error {
-        Error::Url(_) => USAGE,
-        Error::LockBusy { .. } => LOCK_BUSY,
-        Error::Refused(_) => REFUSED,
-        Error::Connect(_) => NO_CONNECTION,
-        _ => FAILED,
+        Error::Url(_) => "usage",
+        Error::Connect(_) => "no_connection",
+        Error::LockBusy { .. } => "lock_busy",
+        Error::Refused(_) => "refused",
+        Error::Failed(failure) => match failure.cause {
+            Cause::Stopped => "stopped",
+            Cause::TimedOut => "timed_out",
+            Cause::Error | Cause::LockTimeout => "failed",
+        },
+        Error::LockLost { .. } => "lock_lost",
+        Error::Database { .. } => "database",
+        Error::Source(_) => "source",
     }
-}
-
-fn json_of_error(error: &Error) -> Value {
-    let mut value = json!({ "exit_code": exit_code(error), "message": error.to_string() });
-    match error {
-        Error::Failed(failure) => value["failure"] = json!(failure),
-        Error::LockBusy { holder, .. } => value["holder"] = json!(holder),
-        _ => {}
-    }
-    json!({ "error": value })
 }
 
 /// Returns a watcher that prints a line for each migration, and one every [`LIVE`] while it runs.
@@ -417,6 +592,18 @@ fn progress() -> impl FnMut(Event<'_>) + Send + 'static {
     });
     move |event| match event {
         Event::Waiting(holder) => tell(format!("Waiting for another runner: {holder}.")),
+        Event::Lifted(settings) => tell(format!(
+            "These settings don't apply to the run: {}.",
+            settings.join(", ")
+        )),
+        Event::Blocked(name, blockers) => {
+            let blockers: Vec<String> = blockers.iter().map(ToString::to_string).collect();
+            tell(format!("{name} waits for {}.", blockers.join("; ")));
+        }
+        Event::Retrying(name, pause) => tell(format!(
+            "{name} waited too long for a lock and was rolled back. Next try in {} s.",
+            pause.as_secs()
+        )),
         Event::Started(name, direction) => {
             let what = format!("{} {name}", direction.verb());
             let _ = sender.send(Some((what, Instant::now())));
@@ -433,9 +620,21 @@ fn progress() -> impl FnMut(Event<'_>) + Send + 'static {
     }
 }
 
-/// Prints to standard output. Unlike `println!` it does not end the run if the reader has gone.
+/// The first error of standard output.
+static UNWRITTEN: OnceLock<String> = OnceLock::new();
+
+/// Prints to standard output. Unlike `println!` it does not end the run.
 fn say(text: impl Display) {
-    let _ = writeln!(io::stdout(), "{text}");
+    if let Err(error) = writeln!(io::stdout(), "{text}") {
+        unwritten(&error);
+    }
+}
+
+/// A reader that has gone, such as `head`, wants no more: that is no error.
+fn unwritten(error: &io::Error) {
+    if error.kind() != io::ErrorKind::BrokenPipe {
+        UNWRITTEN.get_or_init(|| error.to_string());
+    }
 }
 
 /// Prints to standard error.

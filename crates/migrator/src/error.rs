@@ -6,7 +6,7 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use diesel::prelude::*;
 use diesel::result::DatabaseErrorKind;
-use diesel::sql_types::{Integer, Nullable, Text, Timestamptz};
+use diesel::sql_types::{BigInt, Integer, Nullable, Text, Timestamptz};
 use serde::Serialize;
 
 use crate::{Direction, Note, Report};
@@ -126,6 +126,9 @@ pub enum Refusal {
         found: Option<String>,
         schema: String,
     },
+    /// The server lacks settings that a run needs.
+    #[error("the server is PostgreSQL {0}. A run needs PostgreSQL 14; tested are 15 and newer.")]
+    OldServer(String),
     /// The server is a replica, or `default_transaction_read_only` is on.
     #[error("the session is read-only. Connect to the primary, with a role that may write.")]
     ReadOnly,
@@ -223,8 +226,62 @@ impl fmt::Display for Holder {
     }
 }
 
-/// A migration that failed, and the state it left. `done` is what the run did before; in JSON it
-/// stands beside the error.
+/// A session whose lock a migration waits for. A field is `None` if this role may not see it. A
+/// prepared transaction has the `pid` 0.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, QueryableByName)]
+#[expect(missing_docs, reason = "the names say it")]
+pub struct Blocker {
+    #[diesel(sql_type = Integer)]
+    pub pid: i32,
+    #[diesel(sql_type = Nullable<Text>)]
+    pub application: Option<String>,
+    /// `active`, `idle in transaction` and so on.
+    #[diesel(sql_type = Nullable<Text>)]
+    pub state: Option<String>,
+    /// Age of its last query.
+    #[diesel(sql_type = Nullable<BigInt>)]
+    pub query_seconds: Option<i64>,
+    /// Age of its transaction.
+    #[diesel(sql_type = Nullable<BigInt>)]
+    pub transaction_seconds: Option<i64>,
+}
+
+impl fmt::Display for Blocker {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.pid == 0 {
+            return formatter.write_str("a prepared transaction (see pg_prepared_xacts)");
+        }
+        write!(formatter, "server process {}", self.pid)?;
+        for text in [&self.application, &self.state].into_iter().flatten() {
+            write!(formatter, ", {text}")?;
+        }
+        if let Some(seconds) = self.transaction_seconds {
+            write!(formatter, ", transaction {seconds} s old")?;
+        }
+        if let Some(seconds) = self.query_seconds {
+            write!(formatter, ", query {seconds} s old")?;
+        }
+        Ok(())
+    }
+}
+
+/// Why a migration did not finish.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Cause {
+    /// The server refused a statement, or the connection was lost.
+    Error,
+    /// It waited for a lock too long, as often as the runner tries.
+    LockTimeout,
+    /// The [stop flag](crate::Runner::stop_flag) was set.
+    Stopped,
+    /// The run reached its [time limit](crate::Runner::timeout).
+    TimedOut,
+}
+
+/// A migration that failed or was stopped, and the state it left. `begun` is `false` if the run
+/// ended before it. `blockers` held the lock that it waited for last. `done` is what the run did
+/// before; in JSON it stands beside the error.
 #[derive(Debug, Clone, Serialize)]
 #[expect(missing_docs, reason = "the names say it")]
 pub struct Failure {
@@ -233,8 +290,11 @@ pub struct Failure {
     pub version: String,
     pub name: String,
     pub direction: Direction,
+    pub cause: Cause,
+    pub begun: bool,
     #[serde(flatten)]
     pub report: ServerReport,
+    pub blockers: Vec<Blocker>,
     pub in_transaction: bool,
     #[serde(skip)]
     pub done: Report,
@@ -251,6 +311,9 @@ pub enum StateAfter {
         newest: Option<String>,
         /// Whether the failed migration is recorded as applied.
         recorded: bool,
+        /// INVALID indexes of the schema, quoted as in SQL, if the migration does not run in a
+        /// transaction. `CREATE INDEX CONCURRENTLY` leaves one when it fails.
+        invalid_indexes: Vec<String>,
         /// A session that holds the lock and may still change this state.
         holder: Option<Holder>,
     },
@@ -260,16 +323,8 @@ pub enum StateAfter {
 
 impl fmt::Display for Failure {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let direction = self.direction;
-        write!(formatter, "{} {} failed", direction.verb(), self.name)?;
-        if let Some((line, column)) = self.report.line.zip(self.report.column) {
-            write!(
-                formatter,
-                " in {direction}.sql, line {line}, column {column}"
-            )?;
-        }
-        writeln!(formatter, ": {}", self.report)?;
-        let (newest, recorded, holder) = match &self.state {
+        self.fmt_event(formatter)?;
+        let (newest, recorded, invalid_indexes, holder) = match &self.state {
             StateAfter::Unknown(why) => {
                 return write!(
                     formatter,
@@ -281,27 +336,67 @@ impl fmt::Display for Failure {
             StateAfter::Known {
                 newest,
                 recorded,
+                invalid_indexes,
                 holder,
-            } => (newest, *recorded, holder),
+            } => (newest, *recorded, invalid_indexes, holder),
         };
-        formatter.write_str(if recorded == (direction == Direction::Up) {
-            "The database records it as done: the connection broke after the commit, or another \
-             tool did it at the same time."
-        } else if self.in_transaction {
-            "The migration was rolled back."
-        } else {
-            "The migration does not run in a transaction: some of its changes may remain. Remove \
-             them by hand before retrying."
-        })?;
+        if self.begun {
+            formatter.write_str(if recorded == (self.direction == Direction::Up) {
+                "The database records it as done: the connection broke after the commit, or \
+                 another tool did it at the same time. "
+            } else if self.in_transaction {
+                "The migration was rolled back. "
+            } else {
+                "The migration does not run in a transaction: some of its changes may remain. \
+                 Remove them by hand before retrying. "
+            })?;
+        }
         match newest {
-            None => formatter.write_str(" No migration is applied.")?,
-            Some(newest) => write!(formatter, " The database is at {newest}.")?,
+            None => formatter.write_str("No migration is applied.")?,
+            Some(newest) => write!(formatter, "The database is at {newest}.")?,
+        }
+        for index in invalid_indexes {
+            write!(
+                formatter,
+                "\nThe index {index} is INVALID: DROP INDEX CONCURRENTLY {index};"
+            )?;
         }
         if let Some(holder) = holder {
             write!(
                 formatter,
                 " The lock is still held ({holder}), so this state may change."
             )?;
+        }
+        Ok(())
+    }
+}
+
+impl Failure {
+    fn fmt_event(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            name, direction, ..
+        } = self;
+        let verb = direction.verb();
+        let when = if self.begun { "while" } else { "before" };
+        match self.cause {
+            Cause::Stopped => return writeln!(formatter, "stopped {when} {verb} {name}"),
+            Cause::TimedOut => {
+                return writeln!(
+                    formatter,
+                    "stopped {when} {verb} {name}: the run reached its time limit"
+                );
+            }
+            Cause::Error | Cause::LockTimeout => write!(formatter, "{verb} {name} failed")?,
+        }
+        if let Some((line, column)) = self.report.line.zip(self.report.column) {
+            write!(
+                formatter,
+                " in {direction}.sql, line {line}, column {column}"
+            )?;
+        }
+        writeln!(formatter, ": {}", self.report)?;
+        for blocker in &self.blockers {
+            writeln!(formatter, "The lock was held by {blocker}.")?;
         }
         Ok(())
     }

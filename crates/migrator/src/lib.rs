@@ -12,8 +12,9 @@ mod session;
 mod source;
 mod status;
 mod verify;
+mod watch;
 
-pub use error::{Error, Failure, Holder, Refusal, ServerReport, StateAfter};
+pub use error::{Blocker, Cause, Error, Failure, Holder, Refusal, ServerReport, StateAfter};
 pub use rehearsal::{Loss, Reversal};
 pub use report::{Direction, Event, Hook, Note, Preflight, Report, Step};
 pub use runner::{Extent, Runner};

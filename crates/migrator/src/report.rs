@@ -7,7 +7,9 @@ use diesel::pg::PgConnection;
 use diesel::result::QueryResult;
 use serde::{Serialize, Serializer};
 
-use crate::{Holder, Loss};
+use crate::{Blocker, Holder, Loss};
+
+pub(crate) type Watcher = Box<dyn FnMut(Event<'_>) + Send>;
 
 /// Progress of a run.
 #[derive(Debug)]
@@ -15,8 +17,16 @@ use crate::{Holder, Loss};
 pub enum Event<'a> {
     /// Another runner holds the lock.
     Waiting(&'a Holder),
+    /// Settings of the role or the database, such as `statement_timeout = 30s`, that don't apply
+    /// to the run.
+    Lifted(&'a [String]),
     /// A migration starts.
     Started(&'a str, Direction),
+    /// A migration waits for locks of these sessions. Repeated while it lasts.
+    Blocked(&'a str, &'a [Blocker]),
+    /// A migration waited too long for a lock and was rolled back. It is tried again after this
+    /// pause.
+    Retrying(&'a str, Duration),
     /// A migration has finished.
     Finished(&'a Step),
 }

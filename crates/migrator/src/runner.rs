@@ -1,6 +1,8 @@
 //! The runner.
 
 use std::fmt;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use diesel::migration::{Migration, MigrationConnection, MigrationSource};
@@ -12,10 +14,12 @@ use diesel_migrations::MigrationHarness;
 use libpq_conninfo::Conninfo;
 use sha2::{Digest, Sha256};
 
-use crate::error::{Error, Failure, Refusal, StateAfter};
+use crate::error::{Cause, Error, Failure, Refusal, ServerReport, StateAfter};
+use crate::report::Watcher;
 use crate::session::{self, Session};
 use crate::source::{Known, Migrations};
 use crate::verify::{Lines, Verification};
+use crate::watch::{Limits, Seen};
 use crate::{
     Direction, Event, Hook, MigrationStatus, Plan, Preflight, Report, Reversal, Status, Step,
     adoption, rehearsal,
@@ -24,14 +28,14 @@ use crate::{
 /// Applies, reverts and checks migrations.
 ///
 /// It opens its own connections. Each migration runs in a transaction of its own, unless its
-/// `metadata.toml` turns that off. A run that changes the database holds an advisory lock and waits
-/// 5 seconds for a busy table (`lock_timeout`). With nothing to do it takes no lock and only reads.
+/// `metadata.toml` turns that off. A run that changes the database holds an advisory lock, and has
+/// a second connection that watches the first. With nothing to do it takes no lock and only reads.
 pub struct Runner {
     source: Box<dyn MigrationSource<Pg> + Send>,
     settings: Settings,
     catalogue: Option<String>,
     hook: Option<Box<dyn Hook>>,
-    watcher: Box<dyn FnMut(Event<'_>) + Send>,
+    watcher: Arc<Mutex<Watcher>>,
 }
 
 pub(crate) struct Settings {
@@ -42,7 +46,14 @@ pub(crate) struct Settings {
     pub(crate) secret_tables: Vec<String>,
     pub(crate) connect_wait: Duration,
     pub(crate) lock_wait: Duration,
+    pub(crate) lock_timeout: Duration,
+    pub(crate) tries: u32,
+    pub(crate) timeout: Option<Duration>,
+    pub(crate) limits: Limits,
 }
+
+/// Pause before the second try at a migration. It doubles with each further one.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
 
 impl Settings {
     pub(crate) fn lock_key(&self) -> i64 {
@@ -97,10 +108,14 @@ impl Runner {
                 secret_tables: Vec::new(),
                 connect_wait: Duration::ZERO,
                 lock_wait: Duration::from_secs(60),
+                lock_timeout: Duration::from_secs(5),
+                tries: 5,
+                timeout: None,
+                limits: Limits::default(),
             },
             catalogue: None,
             hook: None,
-            watcher: Box::new(|_| {}),
+            watcher: Arc::new(Mutex::new(Box::new(|_| {}))),
         })
     }
 
@@ -141,8 +156,8 @@ impl Runner {
         self
     }
 
-    /// Sets how long to retry while the server is starting or out of reach. Default: not at all.
-    /// A wrong password is returned at once.
+    /// Sets how long to retry while the server is starting, full or out of reach. Default: not at
+    /// all. A wrong password is returned at once.
     #[must_use]
     pub fn connect_wait(mut self, wait: Duration) -> Self {
         self.settings.connect_wait = wait;
@@ -156,10 +171,43 @@ impl Runner {
         self
     }
 
-    /// Calls `watcher` with each event, for a log or a terminal.
+    /// Sets how long a statement waits for a busy table. Default: 5 seconds. A `SET LOCAL` of the
+    /// migration goes before. A migration outside a transaction waits without bound, because a
+    /// failed `CREATE INDEX CONCURRENTLY` leaves an INVALID index.
+    #[must_use]
+    pub fn lock_timeout(mut self, timeout: Duration) -> Self {
+        self.settings.lock_timeout = timeout;
+        self
+    }
+
+    /// Sets how often to try a migration that waits too long for a lock. It is rolled back, and
+    /// the pauses grow: 1, 2, 4 … seconds. Default: 5 times.
+    #[must_use]
+    pub fn tries(mut self, tries: u32) -> Self {
+        self.settings.tries = tries;
+        self
+    }
+
+    /// Bounds a whole run, revert or redo. At the bound the migration that runs is cancelled.
+    /// Default: no bound.
+    #[must_use]
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.settings.timeout = Some(timeout);
+        self
+    }
+
+    /// Sets a flag that stops a run when it becomes `true`, such as one that a signal sets. The
+    /// migration that runs is cancelled.
+    #[must_use]
+    pub fn stop_flag(mut self, flag: Arc<AtomicBool>) -> Self {
+        self.settings.limits.stop = flag;
+        self
+    }
+
+    /// Calls `watcher` with each event, for a log or a terminal. A second thread calls it too.
     #[must_use]
     pub fn on_event(mut self, watcher: impl FnMut(Event<'_>) + Send + 'static) -> Self {
-        self.watcher = Box::new(watcher);
+        self.watcher = Arc::new(Mutex::new(Box::new(watcher)));
         self
     }
 
@@ -399,8 +447,25 @@ impl Runner {
         }
     }
 
+    fn tell(&self, event: Event<'_>) {
+        self.watcher.lock().unwrap_or_else(PoisonError::into_inner)(event);
+    }
+
     /// Calls `work` under the lock with the migrations that `choose` returns, if there are any.
     fn locked(
+        &mut self,
+        purpose: &str,
+        choose: impl Fn(&Migrations, &Status) -> Result<Vec<usize>, Error>,
+        work: impl FnOnce(&mut Self, &mut Session, &[&Known]) -> Result<(), Error>,
+    ) -> Result<Report, Error> {
+        let timeout = self.settings.timeout;
+        self.settings.limits.deadline = timeout.map(|timeout| Instant::now() + timeout);
+        let report = self.within_limits(purpose, choose, work);
+        self.settings.limits.deadline = None;
+        report
+    }
+
+    fn within_limits(
         &mut self,
         purpose: &str,
         choose: impl Fn(&Migrations, &Status) -> Result<Vec<usize>, Error>,
@@ -414,10 +479,7 @@ impl Runner {
                 ..Report::default()
             });
         }
-        let mut session = Session::open(&self.settings, purpose)?;
-        session.lock(self.settings.lock_wait, |holder| {
-            (self.watcher)(Event::Waiting(holder));
-        })?;
+        let mut session = Session::open(&self.settings, purpose, &self.watcher)?;
         // Another runner may have done the work in the meantime.
         let ledger = session::ledger(&mut session.connection, &self.settings.schema)?;
         let chosen = choose(&migrations, &migrations.status(ledger))?;
@@ -461,7 +523,8 @@ impl Runner {
 
     fn up(&mut self, session: &mut Session, known: &[&Known]) -> Result<(), Error> {
         let obstacles = self.preflight(&mut session.connection, known)?.obstacles;
-        if !obstacles.is_empty() {
+        // In the second half of a redo it is too late.
+        if !obstacles.is_empty() && session.done.steps.is_empty() {
             return Err(Refusal::Obstacles(obstacles).into());
         }
         session
@@ -491,12 +554,16 @@ impl Runner {
     ) -> Result<(), Error> {
         let migrations: Vec<&dyn Migration<Pg>> =
             known.iter().map(|known| &*known.migration).collect();
-        let losses = rehearsal::losses(&mut session.connection, &migrations).map_err(|error| {
-            Error::Database {
-                doing: "the rehearsal of the revert",
-                report: session.report(&*error),
-                done: Box::default(),
-            }
+        let (losses, seen) = session.watched("the rehearsal of the revert", |connection| {
+            rehearsal::losses(connection, &migrations)
+        });
+        if let Some((cause, first)) = seen.cancelled.zip(known.first()) {
+            return Err(self.stopped(session, first, Direction::Down, cause));
+        }
+        let losses = losses.map_err(|error| Error::Database {
+            doing: "the rehearsal of the revert",
+            report: session.report(&*error),
+            done: Box::default(),
         })?;
         let names = known.iter().map(|known| known.name.clone()).collect();
         let reversal = Reversal { names, losses };
@@ -521,42 +588,110 @@ impl Runner {
             name,
             migration,
         } = known;
-        (self.watcher)(Event::Started(name, direction));
-        let begin = Instant::now();
-        let outcome = match direction {
-            Direction::Up => session.connection.run_migration(migration),
-            Direction::Down => session.connection.revert_migration(migration),
-        };
-        let duration = begin.elapsed();
-        if let Err(error) = outcome {
+        let in_transaction = migration.metadata().run_in_transaction();
+        let mut pause = FIRST_PAUSE;
+        for left in (0..self.settings.tries.max(1)).rev() {
+            if let Some(cause) = self.settings.limits.reached() {
+                return Err(self.stopped(session, known, direction, cause));
+            }
+            if pause == FIRST_PAUSE {
+                self.tell(Event::Started(name, direction));
+            }
+            session.set_lock_timeout(if in_transaction {
+                self.settings.lock_timeout
+            } else {
+                Duration::ZERO
+            })?;
+            let begin = Instant::now();
+            let (outcome, seen) = session.watched(name, |connection| match direction {
+                Direction::Up => connection.run_migration(migration),
+                Direction::Down => connection.revert_migration(migration),
+            });
+            let duration = begin.elapsed();
+            let Err(error) = outcome else {
+                let step = Step {
+                    version: version.clone(),
+                    name: name.clone(),
+                    direction,
+                    duration,
+                };
+                self.tell(Event::Finished(&step));
+                session.done.steps.push(step);
+                return Ok(());
+            };
+            let report = session.report(&*error);
+            let Seen {
+                cancelled,
+                blockers,
+            } = seen;
+            let cause = match cancelled {
+                Some(cause) => cause,
+                None if session.is_lock_timeout(&report) => Cause::LockTimeout,
+                None => Cause::Error,
+            };
+            if cause == Cause::LockTimeout && in_transaction && left > 0 {
+                self.tell(Event::Retrying(name, pause));
+                self.settings.limits.sleep(pause);
+                pause *= 2;
+                continue;
+            }
             return Err(Error::Failed(Box::new(Failure {
                 program: self.settings.program.clone(),
                 version: version.clone(),
                 name: name.clone(),
                 direction,
-                report: session.report(&*error),
-                in_transaction: migration.metadata().run_in_transaction(),
+                cause,
+                begun: true,
+                report,
+                blockers: if cause == Cause::LockTimeout {
+                    blockers
+                } else {
+                    Vec::new()
+                },
+                in_transaction,
                 done: Report::default(),
-                state: self.state_after(session, version),
+                state: self.state_after(session, known),
             })));
         }
-        let step = Step {
-            version: version.clone(),
-            name: name.clone(),
-            direction,
-            duration,
-        };
-        (self.watcher)(Event::Finished(&step));
-        session.done.steps.push(step);
         Ok(())
     }
 
-    fn state_after(&self, session: &mut Session, version: &str) -> StateAfter {
+    /// Returns the error of a run that ends before `known`.
+    fn stopped(
+        &self,
+        session: &mut Session,
+        known: &Known,
+        direction: Direction,
+        cause: Cause,
+    ) -> Error {
+        Error::Failed(Box::new(Failure {
+            program: self.settings.program.clone(),
+            version: known.version.clone(),
+            name: known.name.clone(),
+            direction,
+            cause,
+            begun: false,
+            report: ServerReport::default(),
+            blockers: Vec::new(),
+            in_transaction: known.migration.metadata().run_in_transaction(),
+            done: Report::default(),
+            state: self.state_after(session, known),
+        }))
+    }
+
+    fn state_after(&self, session: &mut Session, known: &Known) -> StateAfter {
+        let schema = &self.settings.schema;
+        let in_transaction = known.migration.metadata().run_in_transaction();
         let known = |connection: &mut PgConnection, holder| {
-            let ledger = session::ledger(connection, &self.settings.schema)?;
+            let ledger = session::ledger(connection, schema)?;
             Ok(StateAfter::Known {
                 newest: ledger.keys().next_back().cloned(),
-                recorded: ledger.contains_key(version),
+                recorded: ledger.contains_key(&known.version),
+                invalid_indexes: if in_transaction {
+                    Vec::new()
+                } else {
+                    session::invalid_indexes(connection, schema)?
+                },
                 holder,
             })
         };

@@ -14,33 +14,58 @@ use diesel::dsl::{select, sql};
 use diesel::migration::MigrationConnection;
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
-use diesel::sql_types::{BigInt, Bool, Nullable, Text, Timestamptz};
+use diesel::result::DatabaseErrorKind;
+use diesel::sql_types::{BigInt, Bool, Integer, Nullable, Text, Timestamptz};
 use diesel::{ConnectionError, sql_query};
-use libpq_conninfo::{Conninfo, Ping};
+use libpq_conninfo::{Attempt, Conninfo};
 
 use crate::error::{Error, Holder, Refusal, ServerReport};
-use crate::report::Report;
+use crate::report::{Event, Report, Watcher};
 use crate::runner::Settings;
+use crate::watch::{Seen, Watch};
 
 /// Interval between two tries at a busy lock or an unreachable server.
 const POLL: Duration = Duration::from_millis(100);
-/// Seconds until a server that never answers is given up, unless the user says otherwise.
-const CONNECT_TIMEOUT: &str = "10";
+/// Bounds on a server that never answers, unless the user sets others: 10 seconds to connect, 20
+/// for a connection that broke without a word.
+const BOUNDS: [(&str, &str); 5] = [
+    ("connect_timeout", "10"),
+    ("keepalives_idle", "5"),
+    ("keepalives_interval", "5"),
+    ("keepalives_count", "3"),
+    ("tcp_user_timeout", "20000"),
+];
+/// The same on the server, in milliseconds and seconds. A Unix-domain socket ignores what is TCP's.
+///
+/// client_connection_check_interval: if this process is killed, its statement and its lock end at
+/// once. idle_session_timeout: the runner may wait for a person's answer. The timeouts of a role
+/// are for its usual work.
+const SETTINGS: &str = "
+    ('client_connection_check_interval', '100'), ('idle_session_timeout', '0'),
+    ('idle_in_transaction_session_timeout', '60000'),
+    ('statement_timeout', '0'), ('transaction_timeout', '0'),
+    ('tcp_keepalives_idle', '5'), ('tcp_keepalives_interval', '5'), ('tcp_keepalives_count', '3'),
+    ('tcp_user_timeout', '20000')";
+/// Oldest server that has client_connection_check_interval.
+const OLDEST_SERVER: i32 = 140_000;
 
 /// Applied versions and when they were applied.
 pub(crate) type Ledger = BTreeMap<String, DateTime<Utc>>;
 
 pub(crate) fn connect(settings: &Settings) -> Result<PgConnection, Error> {
-    establish(settings.conninfo.clone(), settings.connect_wait)
+    let wait = settings.limits.bound(settings.connect_wait);
+    establish(settings.conninfo.clone(), wait)
 }
 
 fn establish(mut conninfo: Conninfo, wait: Duration) -> Result<PgConnection, Error> {
-    if conninfo.effective("connect_timeout").is_none() {
-        conninfo = conninfo.with("connect_timeout", CONNECT_TIMEOUT);
+    for (keyword, value) in BOUNDS {
+        if conninfo.effective(keyword).is_none() {
+            conninfo = conninfo.with(keyword, value);
+        }
     }
     let url = conninfo.secret_url();
     let begin = Instant::now();
-    let mut accepting = false;
+    let mut accepted = false;
     loop {
         let text = match PgConnection::establish(&url) {
             Ok(connection) => return Ok(connection),
@@ -52,14 +77,14 @@ fn establish(mut conninfo: Conninfo, wait: Duration) -> Result<PgConnection, Err
             return Err(Refusal::Pooler.into());
         }
         let error = Error::Connect(conninfo.conceal(&text));
-        if accepting || begin.elapsed() >= wait {
+        if accepted || begin.elapsed() >= wait {
             return Err(error);
         }
-        match conninfo.ping() {
-            // It may have come up since the attempt, which therefore gets a second try.
-            Ping::Accepting => accepting = true,
-            Ping::Unavailable => thread::sleep(POLL),
-            Ping::Invalid => return Err(error),
+        match conninfo.attempt() {
+            // It has come up since, and gets a second try.
+            Attempt::Accepted => accepted = true,
+            Attempt::Unavailable => thread::sleep(POLL),
+            Attempt::Refused => return Err(error),
         }
     }
 }
@@ -103,11 +128,14 @@ pub(crate) fn record<'a>(
     })
 }
 
-/// A connection that has a server process of its own, and the settings of a runner.
+/// A connection that has a server process of its own, the settings of a runner, the lock and a
+/// watch.
 pub(crate) struct Session {
     pub(crate) connection: PgConnection,
     pub(crate) done: Report,
     lock_key: i64,
+    pid: i32,
+    watch: Watch,
     caught: Arc<Mutex<Option<ServerReport>>>,
 }
 
@@ -115,6 +143,12 @@ pub(crate) struct Session {
 struct Surroundings {
     #[diesel(sql_type = Bool)]
     is_own_process: bool,
+    #[diesel(sql_type = Integer)]
+    pid: i32,
+    #[diesel(sql_type = Integer)]
+    version: i32,
+    #[diesel(sql_type = Text)]
+    version_name: String,
     #[diesel(sql_type = Bool)]
     is_read_only: bool,
     #[diesel(sql_type = Nullable<Text>)]
@@ -126,9 +160,13 @@ struct Surroundings {
 }
 
 impl Session {
-    /// Connects. Refuses a pooler, a read-only session, another search_path and a role that may
-    /// not create objects.
-    pub(crate) fn open(settings: &Settings, purpose: &str) -> Result<Self, Error> {
+    /// Connects and takes the lock. Refuses a pooler, an old server, a read-only session, another
+    /// search_path and a role that may not create objects.
+    pub(crate) fn open(
+        settings: &Settings,
+        purpose: &str,
+        watcher: &Arc<Mutex<Watcher>>,
+    ) -> Result<Self, Error> {
         // A pooler rejects or drops a startup option. Either shows that there is a pooler, before
         // a lock is taken in a server process that other clients get too.
         let conninfo = &settings.conninfo;
@@ -136,51 +174,24 @@ impl Session {
         let options = conninfo.effective("options").unwrap_or_default();
         let options = format!("{options} -c diesel_pg_migrator.session={token}");
         let conninfo = conninfo.clone().with("options", &options);
-        let mut connection = establish(conninfo, settings.connect_wait)?;
-        let found: Surroundings = sql_query(
-            "SELECT coalesce(current_setting('diesel_pg_migrator.session', true), '') = $1 AS is_own_process,
-                    current_setting('transaction_read_only')::boolean AS is_read_only,
-                    current_schema()::text AS schema,
-                    coalesce(has_schema_privilege(to_regnamespace(quote_ident($2)), 'CREATE'), false) AS may_create,
-                    current_user::text AS role",
-        )
-        .bind::<Text, _>(&token)
-        .bind::<Text, _>(&settings.schema)
-        .get_result(&mut connection)
-        .map_err(Error::database("checking the session"))?;
-        let schema = settings.schema.clone();
-        if !found.is_own_process {
-            return Err(Refusal::Pooler.into());
+        let wait = settings.limits.bound(settings.connect_wait);
+        let mut connection = establish(conninfo, wait)?;
+        let pid = check(&mut connection, settings, &token)?;
+        let name = format!("{} {purpose}, process {}", settings.program, process::id());
+        let tell = |event: Event<'_>| {
+            watcher.lock().unwrap_or_else(PoisonError::into_inner)(event);
+        };
+        let lifted = set_up(&mut connection, &name)?;
+        if !lifted.is_empty() {
+            tell(Event::Lifted(&lifted));
         }
-        if found.is_read_only {
-            return Err(Refusal::ReadOnly.into());
-        }
-        if found.schema.as_ref() != Some(&schema) {
-            let found = found.schema;
-            return Err(Refusal::SearchPath { found, schema }.into());
-        }
-        if !found.may_create {
-            let role = found.role;
-            return Err(Refusal::NoRights { role, schema }.into());
-        }
+        let lock_key = settings.lock_key();
+        let busy = |holder: &Holder| tell(Event::Waiting(holder));
+        lock(&mut connection, lock_key, settings, busy)?;
 
-        // idle_session_timeout: the runner may wait for a person's answer.
-        // client_connection_check_interval: if this process is killed, its statement and its lock
-        // end at once.
-        sql_query(
-            "SELECT set_config('application_name', $1, false),
-                    set_config('lock_timeout', '5s', false),
-                    set_config('idle_session_timeout', '0', false),
-                    set_config('client_connection_check_interval', '100ms', false)",
-        )
-        .bind::<Text, _>(format!(
-            "{} {purpose}, process {}",
-            settings.program,
-            process::id()
-        ))
-        .execute(&mut connection)
-        .map_err(Error::database("setting up the session"))?;
-
+        let mut second = connect(settings)?;
+        set_up(&mut second, &format!("watch of {name}"))?;
+        let watch = Watch::start(second, pid, settings.limits.clone(), Arc::clone(watcher));
         let caught = Arc::new(Mutex::new(None));
         let slot = Arc::clone(&caught);
         let secret_tables = settings.secret_tables.clone();
@@ -202,9 +213,27 @@ impl Session {
         Ok(Self {
             connection,
             done: Report::default(),
-            lock_key: settings.lock_key(),
+            lock_key,
+            pid,
+            watch,
             caught,
         })
+    }
+
+    /// Calls `work` under the watch. `name` is the migration's.
+    pub(crate) fn watched<T>(
+        &mut self,
+        name: &str,
+        work: impl FnOnce(&mut PgConnection) -> T,
+    ) -> (T, Seen) {
+        self.watch.begin(name);
+        let outcome = work(&mut self.connection);
+        let seen = self.watch.end();
+        if seen.cancelled.is_some() {
+            // Takes a cancellation that came after the last statement.
+            let _ = sql_query("SELECT 1").execute(&mut self.connection);
+        }
+        (outcome, seen)
     }
 
     /// Returns the server's first error, for a migration's own error has only the message.
@@ -215,36 +244,58 @@ impl Session {
             .unwrap_or_else(|| ServerReport::from_text(error))
     }
 
-    /// Takes the lock. Polls, because a blocked `pg_advisory_lock` would deadlock with a
-    /// `CREATE INDEX CONCURRENTLY` of the holder.
-    pub(crate) fn lock(
-        &mut self,
-        wait: Duration,
-        mut busy: impl FnMut(&Holder),
-    ) -> Result<(), Error> {
-        let begin = Instant::now();
-        let mut told = false;
-        loop {
-            if self.call("pg_try_advisory_lock", "taking the lock")? {
-                return Ok(());
-            }
-            if let Some(holder) = holder(&mut self.connection, self.lock_key)? {
-                if !told {
-                    told = true;
-                    busy(&holder);
-                }
-                let waited = begin.elapsed();
-                if waited >= wait {
-                    return Err(Error::LockBusy { holder, waited });
-                }
-            }
-            thread::sleep(POLL);
+    /// Sets how long a statement waits for a lock; zero is without bound.
+    pub(crate) fn set_lock_timeout(&mut self, timeout: Duration) -> Result<(), Error> {
+        sql_query("SELECT set_config('lock_timeout', $1, false)")
+            .bind::<Text, _>(timeout.as_millis().to_string())
+            .execute(&mut self.connection)
+            .map_err(Error::database("setting lock_timeout"))?;
+        Ok(())
+    }
+
+    /// Returns whether `report` is about a lock timeout. Diesel doesn't tell the SQLSTATE, and the
+    /// message depends on the server's language. So this session runs into a lock timeout on a lock
+    /// that the watch holds, and the messages are compared.
+    pub(crate) fn is_lock_timeout(&mut self, report: &ServerReport) -> bool {
+        let pid = self.pid;
+        let locks = |function: &str| select(sql::<Bool>(&format!("{function}({pid}, {pid})")));
+        let holds = self.watch.with(|watch| {
+            locks("pg_try_advisory_lock")
+                .get_result(watch)
+                .unwrap_or(false)
+        });
+        if !holds {
+            return false;
         }
+        let error = self
+            .set_lock_timeout(Duration::from_millis(1))
+            .ok()
+            .and_then(|()| {
+                sql_query(format!("SELECT pg_advisory_lock({pid}, {pid})"))
+                    .execute(&mut self.connection)
+                    .err()
+            });
+        // A lost connection or a cancelled statement of the watch doesn't matter here.
+        let _ = self
+            .watch
+            .with(|watch| locks("pg_advisory_unlock").execute(watch));
+        error.is_some_and(|error| {
+            // Forgets it.
+            let message = self.report(&error).message;
+            let diesel::result::Error::DatabaseError(DatabaseErrorKind::Unknown, _) = error else {
+                return false;
+            };
+            message == report.message
+        })
     }
 
     /// Releases the lock.
     pub(crate) fn unlock(&mut self, program: &str) -> Result<(), Error> {
-        if self.call("pg_advisory_unlock", "releasing the lock")? {
+        let unlock = format!("pg_advisory_unlock({})", self.lock_key);
+        let unlocked: bool = select(sql::<Bool>(&unlock))
+            .get_result(&mut self.connection)
+            .map_err(Error::database("releasing the lock"))?;
+        if unlocked {
             Ok(())
         } else {
             Err(Error::LockLost {
@@ -253,12 +304,96 @@ impl Session {
             })
         }
     }
+}
 
-    fn call(&mut self, function: &str, doing: &'static str) -> Result<bool, Error> {
-        let key = self.lock_key;
-        select(sql::<Bool>(&format!("{function}({key})")))
-            .get_result(&mut self.connection)
-            .map_err(Error::database(doing))
+/// Checks that a run can work in this session, and returns the server's process id.
+fn check(connection: &mut PgConnection, settings: &Settings, token: &str) -> Result<i32, Error> {
+    let schema = settings.schema.clone();
+    let found: Surroundings = sql_query(
+        "SELECT coalesce(current_setting('diesel_pg_migrator.session', true), '') = $1 AS is_own_process,
+                pg_backend_pid() AS pid,
+                current_setting('server_version_num')::integer AS version,
+                current_setting('server_version') AS version_name,
+                current_setting('transaction_read_only')::boolean AS is_read_only,
+                current_schema()::text AS schema,
+                coalesce(has_schema_privilege(to_regnamespace(quote_ident($2)), 'CREATE'), false) AS may_create,
+                current_user::text AS role",
+    )
+    .bind::<Text, _>(token)
+    .bind::<Text, _>(&schema)
+    .get_result(connection)
+    .map_err(Error::database("checking the session"))?;
+    if !found.is_own_process {
+        return Err(Refusal::Pooler.into());
+    }
+    if found.version < OLDEST_SERVER {
+        return Err(Refusal::OldServer(found.version_name).into());
+    }
+    if found.is_read_only {
+        return Err(Refusal::ReadOnly.into());
+    }
+    if found.schema.as_ref() != Some(&schema) {
+        let found = found.schema;
+        return Err(Refusal::SearchPath { found, schema }.into());
+    }
+    if !found.may_create {
+        let role = found.role;
+        return Err(Refusal::NoRights { role, schema }.into());
+    }
+    Ok(found.pid)
+}
+
+/// Makes the settings of a session the runner's, and returns those of a role or database that were
+/// meant to bound its statements.
+fn set_up(connection: &mut PgConnection, name: &str) -> Result<Vec<String>, Error> {
+    let lifted = sql::<Text>(
+        "SELECT name || ' = ' || current_setting(name) FROM pg_settings
+         WHERE name IN ('statement_timeout', 'transaction_timeout', 'idle_in_transaction_session_timeout')
+             AND setting <> '0'
+         ORDER BY name",
+    )
+    .load(connection)
+    .map_err(Error::database("reading the session's settings"))?;
+    // Without those that this server doesn't have.
+    sql_query(format!(
+        "SELECT set_config(name, value, false) FROM pg_settings
+         JOIN (VALUES ('application_name', $1), {SETTINGS}) wanted (name, value) USING (name)"
+    ))
+    .bind::<Text, _>(name)
+    .execute(connection)
+    .map_err(Error::database("setting up the session"))?;
+    Ok(lifted)
+}
+
+/// Takes the lock. Polls, because a blocked `pg_advisory_lock` would deadlock with a
+/// `CREATE INDEX CONCURRENTLY` of the holder.
+fn lock(
+    connection: &mut PgConnection,
+    key: i64,
+    settings: &Settings,
+    busy: impl Fn(&Holder),
+) -> Result<(), Error> {
+    let begin = Instant::now();
+    let wait = settings.limits.bound(settings.lock_wait);
+    let mut told = false;
+    loop {
+        let locked: bool = select(sql::<Bool>(&format!("pg_try_advisory_lock({key})")))
+            .get_result(connection)
+            .map_err(Error::database("taking the lock"))?;
+        if locked {
+            return Ok(());
+        }
+        if let Some(holder) = holder(connection, key)? {
+            if !told {
+                told = true;
+                busy(&holder);
+            }
+            let waited = begin.elapsed();
+            if waited >= wait || settings.limits.reached().is_some() {
+                return Err(Error::LockBusy { holder, waited });
+            }
+        }
+        thread::sleep(POLL);
     }
 }
 
@@ -276,4 +411,24 @@ pub(crate) fn holder(connection: &mut PgConnection, key: i64) -> Result<Option<H
     .get_result(connection)
     .optional()
     .map_err(Error::database("reading who holds the lock"))
+}
+
+/// Returns the INVALID indexes of `schema`, without those that are being built, quoted as in SQL.
+pub(crate) fn invalid_indexes(
+    connection: &mut PgConnection,
+    schema: &str,
+) -> Result<Vec<String>, Error> {
+    sql::<Text>(
+        "SELECT format('%I.%I', n.nspname, c.relname) AS name
+         FROM pg_index i
+         JOIN pg_class c ON c.oid = i.indexrelid AND c.relkind = 'i'
+         JOIN pg_namespace n ON n.oid = c.relnamespace
+         WHERE NOT i.indisvalid
+             AND NOT EXISTS (SELECT FROM pg_stat_progress_create_index p WHERE p.index_relid = c.oid)
+             AND n.nspname = ",
+    )
+    .bind::<Text, _>(schema)
+    .sql(" ORDER BY name")
+    .load(connection)
+    .map_err(Error::database("reading the INVALID indexes"))
 }
