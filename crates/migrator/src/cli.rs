@@ -479,7 +479,7 @@ fn show_plan(plan: Plan, sql: bool) {
     let Preflight { notes, obstacles } = plan.preflight;
     // Beside SQL, the notes are no part of the output.
     let show = if sql { tell } else { say };
-    notes.into_iter().for_each(show);
+    notes.iter().for_each(|note| show(format!("\n{note}")));
     if !obstacles.is_empty() {
         tell(format!(
             "warning: run would refuse: {}",

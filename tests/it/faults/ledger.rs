@@ -2,9 +2,9 @@
 
 use bruhmcp_devdb::Database;
 
-use super::{Row, SERVER, USER, applied, finish, forget, full, query, said};
+use super::{Row, SERVER, applied, finish, forget, full, query, said};
 use crate::cli::{Outcome, bruhmcp};
-use crate::runner::versions;
+use crate::runner::{names, versions};
 
 /// Damages the ledger of a complete database with a user, and checks what `run` and `adopt` say.
 fn lost(test: &'static str, fault: &'static str, damage: &str) {
@@ -107,9 +107,11 @@ fn old(more: &str) -> Database {
 
 /// Runs on the old database, and returns what the program said on both of its outputs.
 fn told(outcome: Outcome) -> String {
+    let is_migration =
+        |line: &str| line.starts_with("applied ") || names().iter().any(|name| name == line);
     let lines = outcome.out.lines();
     let notes: Vec<&str> = lines
-        .filter(|line| !line.starts_with("applied ") && !line.starts_with("00"))
+        .filter(|line| !line.is_empty() && !is_migration(line))
         .map(str::trim)
         .collect();
     let notes = notes.join("<br>");
@@ -165,8 +167,14 @@ fn old_tables_in_a_publication_of_all() {
     );
 }
 
-/// An old database that is refused until `remedy`.
-fn refused(test: &'static str, fault: &'static str, more: &str, role: &str, remedy: &str) {
+/// An old database that is refused until `remedy`, which `then` describes.
+fn refused(
+    test: &'static str,
+    fault: &'static str,
+    more: &str,
+    role: &str,
+    (remedy, then): (&str, &str),
+) {
     let database = old(more);
     let url = super::with_parameter(&database, &format!("options=-crole%3D{role}"));
     assert_eq!(bruhmcp(&url, &["plan"]).code, Some(5));
@@ -194,7 +202,10 @@ fn old_tables_and_a_name_that_is_taken() {
         "old tables, and an index of another table with a name that 001 needs",
         "CREATE TABLE people (at date); CREATE INDEX users_created_at_idx ON people (at)",
         "postgres",
-        "ALTER INDEX users_created_at_idx RENAME TO people_at_idx",
+        (
+            "ALTER INDEX users_created_at_idx RENAME TO people_at_idx",
+            "after ALTER INDEX … RENAME",
+        ),
     );
 }
 
@@ -205,7 +216,10 @@ fn old_tables_of_another_owner() {
         "old tables that belong to another role",
         "GRANT CREATE ON SCHEMA public TO pg_monitor",
         "pg_monitor",
-        "REVOKE CREATE ON SCHEMA public FROM pg_monitor",
+        (
+            "REVOKE CREATE ON SCHEMA public FROM pg_monitor",
+            "with the owner's role",
+        ),
     );
 }
 
@@ -216,7 +230,10 @@ fn everybody_may_create() {
         "PUBLIC may create in the schema",
         "GRANT CREATE ON SCHEMA public TO PUBLIC",
         "postgres",
-        "REVOKE CREATE ON SCHEMA public FROM PUBLIC",
+        (
+            "REVOKE CREATE ON SCHEMA public FROM PUBLIC",
+            "after the REVOKE",
+        ),
     );
 }
 
