@@ -228,7 +228,7 @@ fn json_of_each_command() {
     );
     let plan = &json::check(&bruhmcp(&url, &["plan", "--json", "--sql"]))["plan"];
     assert!(
-        plan[1]["sql"]
+        plan["migrations"][1]["sql"]
             .as_str()
             .unwrap()
             .contains("CREATE TABLE users")
@@ -240,9 +240,9 @@ fn json_of_each_command() {
         (&(&**versions().last().unwrap()).into(), &"up".into())
     );
     assert!(run["steps"][1]["duration_ms"].as_f64().unwrap() > 0.0);
-    let verify = json::check(&bruhmcp(&url, &["verify", "--json"]));
+    let verify = &json::check(&bruhmcp(&url, &["verify", "--json"]))["verification"];
     assert_eq!(
-        (&verify["verification"]["version"], &verify["verification"]["missing"]),
+        (&verify["version"], &verify["missing"]),
         (
             &(&**versions().last().unwrap()).into(),
             &Value::Array(Vec::new())

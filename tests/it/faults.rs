@@ -22,6 +22,7 @@ use crate::runner::{Folder, names, next_version, versions};
 
 mod schema;
 mod verify;
+mod ledger;
 mod networks;
 
 const USER: &str = "INSERT INTO users (first_name, last_name, email) VALUES ('A', 'B', 'a@b.c')";

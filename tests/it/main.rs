@@ -1,6 +1,8 @@
 //! All tests that need a server. They are one binary, so that they share the server.
 #![expect(clippy::unwrap_used, reason = "a test that can't go on panics")]
 
+#[cfg(feature = "cli")]
+mod adopt;
 mod archive;
 mod audit;
 #[cfg(all(feature = "crypto", feature = "migrator", feature = "r2d2"))]
@@ -29,6 +31,8 @@ mod monitor;
 mod oauth;
 mod payments;
 mod plans;
+#[cfg(feature = "cli")]
+mod preflight;
 #[cfg(all(feature = "crypto", feature = "migrator"))]
 mod quickstart;
 mod rules;

@@ -1,5 +1,5 @@
-//! The command line: `run`, `revert`, `redo`, `status`, `plan`, `verify` and `grant`. `--help`
-//! lists the exit codes.
+//! The command line: `run`, `revert`, `redo`, `status`, `plan`, `adopt`, `verify` and `grant`.
+//! `--help` lists the exit codes.
 
 use std::env;
 use std::fmt::Display;
@@ -17,8 +17,8 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::{
-    Cause, Direction, Error, Event, Extent, Granted, Planned, Report, Reversal, Runner, Status,
-    Verification,
+    Cause, Direction, Error, Event, Extent, Granted, Plan, Preflight, Refusal, Report, Reversal,
+    Runner, Status, Verification,
 };
 
 const DONE: u8 = 0;
@@ -106,6 +106,9 @@ enum Command {
         #[arg(long)]
         sql: bool,
     },
+    /// Write the rows that a lost __diesel_schema_migrations lacks, if the schema is that of a
+    /// version.
+    Adopt,
     /// Compare the schema and the rights with the expected ones. Only reads.
     Verify {
         /// A role that may have any right. Repeat it for more roles.
@@ -147,6 +150,7 @@ impl Command {
             Self::Redo(_) => "redo",
             Self::Status => "status",
             Self::Plan { .. } => "plan",
+            Self::Adopt => "adopt",
             Self::Verify { .. } => "verify",
             Self::Grant => "grant",
         }
@@ -157,7 +161,8 @@ impl Command {
 enum Answer {
     Report(Report),
     Status(Status),
-    Plan { plan: Vec<Planned>, sql: bool },
+    Plan { plan: Plan, sql: bool },
+    Adopted(Vec<String>),
     Verification(Verification),
     Granted(Granted),
 }
@@ -168,6 +173,7 @@ impl Answer {
             Self::Report(report) => show_report(&report),
             Self::Status(status) => show_status(&status),
             Self::Plan { plan, sql } => show_plan(plan, sql),
+            Self::Adopted(recorded) => show_adopted(&recorded),
             Self::Verification(verification) => show_verification(&verification),
             Self::Granted(granted) => show_granted(&granted),
         }
@@ -205,6 +211,7 @@ fn run(cli: Cli, runner: impl FnOnce(&str) -> Result<Runner, Error>) -> u8 {
     let answer = execute(cli, &signals, runner);
     let code = match &answer {
         Ok(Answer::Status(status)) if status.pending().next().is_some() => PENDING,
+        Ok(Answer::Plan { plan, .. }) if !plan.preflight.obstacles.is_empty() => REFUSED,
         Ok(Answer::Verification(found)) if found.has_drift() => DRIFT,
         Ok(Answer::Verification(found)) if !found.pending.is_empty() => PENDING,
         Ok(_) => DONE,
@@ -295,6 +302,7 @@ fn execute(
             plan: runner.plan(to.as_deref())?,
             sql,
         },
+        Command::Adopt => Answer::Adopted(runner.adopt()?),
         Command::Verify { trust } => {
             runner = trust.iter().fold(runner, |runner, role| runner.trust(role));
             Answer::Verification(runner.verify()?)
@@ -374,6 +382,7 @@ fn document(command: Option<&str>, code: u8) -> Value {
         "report": null,
         "status": null,
         "plan": null,
+        "adopted": null,
         "verification": null,
         "granted": null,
         "error": null,
@@ -396,10 +405,12 @@ fn of_answer(command: &str, code: u8, answer: &Result<Answer, Error>) -> Value {
         Ok(Answer::Plan { plan, sql }) => {
             let mut plan = plan.clone();
             if !sql {
-                plan.iter_mut().for_each(|planned| planned.sql.clear());
+                let planned = plan.migrations.iter_mut();
+                planned.for_each(|planned| planned.sql.clear());
             }
             document["plan"] = json!(plan);
         }
+        Ok(Answer::Adopted(recorded)) => document["adopted"] = json!(recorded),
         Ok(Answer::Verification(verification)) => document["verification"] = json!(verification),
         Ok(Answer::Granted(granted)) => document["granted"] = json!(granted),
         Err(error) => {
@@ -431,7 +442,7 @@ fn show_report(report: &Report) {
 
 fn show_notes(report: &Report) {
     for note in &report.notes {
-        say(format!("{}: {}.", note.title, note.items.join(", ")));
+        say(note);
     }
 }
 
@@ -468,16 +479,35 @@ fn show_status(status: &Status) {
     }
 }
 
-fn show_plan(plan: Vec<Planned>, sql: bool) {
-    if plan.is_empty() {
+fn show_plan(plan: Plan, sql: bool) {
+    if plan.migrations.is_empty() {
         say("Nothing is pending.");
     }
-    for planned in plan {
+    for planned in plan.migrations {
         // A comment, so that psql can run the output.
         say(format!("{}{}", if sql { "-- " } else { "" }, planned.name));
         if sql {
             say(planned.sql);
         }
+    }
+    let Preflight { notes, obstacles } = plan.preflight;
+    // Beside SQL, the notes are no part of the output.
+    let show = if sql { tell } else { say };
+    notes.iter().for_each(|note| show(format!("\n{note}")));
+    if !obstacles.is_empty() {
+        tell(format!(
+            "warning: run would refuse: {}",
+            Refusal::Obstacles(obstacles)
+        ));
+    }
+}
+
+fn show_adopted(recorded: &[String]) {
+    if recorded.is_empty() {
+        say("Nothing to adopt.");
+    }
+    for name in recorded {
+        say(format!("recorded  {name}"));
     }
 }
 

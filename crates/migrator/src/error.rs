@@ -9,7 +9,7 @@ use diesel::result::DatabaseErrorKind;
 use diesel::sql_types::{BigInt, Integer, Nullable, Text, Timestamptz};
 use serde::Serialize;
 
-use crate::{Direction, Report};
+use crate::{Direction, Note, Report};
 
 /// Error of a [`Runner`](crate::Runner). No text contains the password of the URL. `done` is what
 /// the run did before.
@@ -100,8 +100,9 @@ pub enum Refusal {
     DuplicateVersion(String, String),
     /// A pending migration is older than an applied one.
     #[error(
-        "{pending} is pending, but the newer {applied} is applied. Give {pending} a version after \
-         {applied}, or first revert to the version before it."
+        "{pending} is pending, but the newer {applied} is applied. If {pending} was applied and its \
+         row in __diesel_schema_migrations was lost, run `adopt`. Otherwise give {pending} a version \
+         after {applied}, or first revert to the version before it."
     )]
     #[expect(missing_docs, reason = "the names say it")]
     OutOfOrder { pending: String, applied: String },
@@ -151,6 +152,37 @@ pub enum Refusal {
          address. With nothing pending, the pooler's address works too."
     )]
     Pooler,
+    /// The schema has more migrations than `__diesel_schema_migrations`. `found` is the name of the
+    /// newest; `elsewhere` names other schemas that have such a table.
+    #[error(
+        "the schema {schema} is that of {found}, but __diesel_schema_migrations lacks it. Rows were \
+         lost, or another tool migrated the database. Run `adopt`, which writes them.{}",
+        elsewhere.iter().map(|other| format!(
+            " If the table in the schema {other} is the right one: ALTER TABLE \
+             {other}.__diesel_schema_migrations SET SCHEMA {schema}."
+        )).collect::<String>()
+    )]
+    #[expect(missing_docs, reason = "the names say it")]
+    LostLedger {
+        found: String,
+        schema: String,
+        elsewhere: Vec<String>,
+    },
+    /// The schema is that of no version that the ledger allows. Has the name of the nearest, and
+    /// the differences from it: what is missing begins with `-`, what should not be there with `+`.
+    #[error(
+        "the schema is that of no version from the newest recorded one on. It comes nearest to \
+         {}:\n{}\nRepair it, or restore __diesel_schema_migrations from a backup.",
+        .0.as_deref().unwrap_or("a schema without migrations"),
+        first(.1)
+    )]
+    NotAdopted(Option<String>, Vec<String>),
+    /// The project's [`Hook`](crate::Hook) knows that the migrations would fail.
+    #[error(
+        "the migrations would fail.{}",
+        .0.iter().map(|note| format!("\n{note}")).collect::<String>()
+    )]
+    Obstacles(Vec<Note>),
     /// The program was built without an expected catalogue of the applied migrations.
     #[error("this program has no expected catalogue of what is applied, to verify against.")]
     NoCatalogue,
@@ -160,6 +192,16 @@ pub enum Refusal {
     /// `confirm` returned `false`.
     #[error("the revert was not confirmed.")]
     NotConfirmed,
+}
+
+/// Joins the first lines.
+fn first(lines: &[String]) -> String {
+    const SHOWN: usize = 20;
+    let mut text = lines[..lines.len().min(SHOWN)].join("\n");
+    if let Some(more) = lines.len().checked_sub(SHOWN + 1) {
+        text += &format!("\n… and {} more", more + 1);
+    }
+    text
 }
 
 /// The session that holds the lock. A field is `None` if this role may not see it; `address` is

@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 #![deny(missing_docs)]
 
+mod adoption;
 #[cfg(feature = "cli")]
 pub mod cli;
 mod error;
@@ -15,7 +16,7 @@ mod watch;
 
 pub use error::{Blocker, Cause, Error, Failure, Holder, Refusal, ServerReport, StateAfter};
 pub use rehearsal::{Loss, Reversal};
-pub use report::{Direction, Event, Granted, Hook, Note, Report, Step};
+pub use report::{Direction, Event, Granted, Hook, Note, Preflight, Report, Step};
 pub use runner::{Extent, Runner};
-pub use status::{Applied, MigrationStatus, Planned, Status};
+pub use status::{Applied, MigrationStatus, Plan, Planned, Status};
 pub use verify::{Change, Verification};

@@ -100,7 +100,8 @@ pub struct Granted {
     pub newer: Vec<String>,
 }
 
-/// A project's own line in a [`Report`], such as "Moved to the schema archive: table users".
+/// A project's own lines in a [`Report`] or a [`Plan`](crate::Plan), such as "Moved to the schema
+/// archive: table users".
 #[expect(missing_docs, reason = "the names say it")]
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Note {
@@ -108,15 +109,40 @@ pub struct Note {
     pub items: Vec<String>,
 }
 
-/// A project's own code around the migrations that a run applies. It runs under the lock.
+impl fmt::Display for Note {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{}:", self.title)?;
+        self.items
+            .iter()
+            .try_for_each(|item| write!(formatter, "\n  {item}"))
+    }
+}
+
+/// What a project finds in a database before a run.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Preflight {
+    /// What the run will do to the rest of the database.
+    pub notes: Vec<Note>,
+    /// Why the run would fail, and what to do about it. The runner refuses until it is done.
+    pub obstacles: Vec<Note>,
+}
+
+/// A project's own code around the migrations that a run applies.
 pub trait Hook: Send {
-    /// Runs before the first migration.
+    /// Looks at the database before the versions `pending` are applied: in a plan, and in a run
+    /// under the lock. It runs in a read-only transaction whose `search_path` is the schema of the
+    /// migrations.
     ///
     /// # Errors
     /// An error ends the run before a migration is applied.
-    fn before(&mut self, connection: &mut PgConnection) -> QueryResult<()>;
+    fn preflight(
+        &mut self,
+        connection: &mut PgConnection,
+        pending: &[&str],
+    ) -> QueryResult<Preflight>;
 
-    /// Runs after the last migration, also if that failed, and returns notes for the report.
+    /// Runs after the last migration, also if that failed, under the lock, and returns notes for
+    /// the report.
     ///
     /// # Errors
     /// An error is returned to the caller, unless a migration failed; the migrations stay applied.

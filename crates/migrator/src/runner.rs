@@ -8,6 +8,9 @@ use std::time::{Duration, Instant};
 use diesel::connection::{Connection, SimpleConnection};
 use diesel::migration::{Migration, MigrationConnection, MigrationSource};
 use diesel::pg::{Pg, PgConnection};
+use diesel::prelude::*;
+use diesel::sql_query;
+use diesel::sql_types::Text;
 use diesel_migrations::MigrationHarness;
 use libpq_conninfo::Conninfo;
 use sha2::{Digest, Sha256};
@@ -18,7 +21,10 @@ use crate::session::{self, Session};
 use crate::source::{Known, Migrations};
 use crate::verify::{Expected, Found, Verification};
 use crate::watch::{Limits, Seen};
-use crate::{Direction, Event, Granted, Hook, Planned, Report, Reversal, Status, Step, rehearsal};
+use crate::{
+    Direction, Event, Granted, Hook, MigrationStatus, Plan, Preflight, Report, Reversal, Status,
+    Step, adoption, rehearsal,
+};
 
 /// Applies, reverts and checks migrations.
 ///
@@ -67,6 +73,13 @@ impl Settings {
             i64::from_be_bytes(*bytes)
         })
     }
+}
+
+/// The version that a schema comes nearest to.
+struct Recognised {
+    /// The migrations up to that version, as the ledger has them.
+    migrations: Vec<MigrationStatus>,
+    differences: Vec<String>,
 }
 
 /// How many migrations to revert.
@@ -239,15 +252,27 @@ impl Runner {
         self.status_of(&migrations)
     }
 
-    /// Returns what [`run_to`](Self::run_to) would apply, oldest first. Only reads.
+    /// Returns what [`run_to`](Self::run_to) would do. Only reads.
     ///
     /// # Errors
-    /// As [`status`](Self::status), and [`Error::Refused`] if `run_to` would refuse.
-    pub fn plan(&mut self, to: Option<&str>) -> Result<Vec<Planned>, Error> {
+    /// As [`status`](Self::status), and [`Error::Refused`] if `run_to` would refuse, except for an
+    /// obstacle of the project's, which the plan has.
+    pub fn plan(&mut self, to: Option<&str>) -> Result<Plan, Error> {
         let migrations = self.migrations()?;
         let status = self.status_of(&migrations)?;
-        let pending = migrations.pending(&status, to)?.into_iter();
-        pending.map(|index| migrations.plan(index)).collect()
+        let pending = migrations.pending(&status, to)?;
+        let known: Vec<&Known> = pending.iter().map(|&index| migrations.get(index)).collect();
+        let mut preflight = Preflight::default();
+        if !known.is_empty() {
+            let mut connection = session::connect(&self.settings)?;
+            self.refuse_lost_ledger(&mut connection)?;
+            preflight = self.preflight(&mut connection, &known)?;
+        }
+        let planned = pending.into_iter().map(|index| migrations.plan(index));
+        Ok(Plan {
+            migrations: planned.collect::<Result<_, _>>()?,
+            preflight,
+        })
     }
 
     /// Compares the schema with what the applied migrations build, by the
@@ -314,8 +339,47 @@ impl Runner {
         self.locked(
             "run",
             |migrations, status| migrations.pending(status, to),
-            Self::up,
+            |runner, session, known| {
+                runner.refuse_lost_ledger(&mut session.connection)?;
+                runner.up(session, known)
+            },
         )
+    }
+
+    /// Writes the rows that `__diesel_schema_migrations` lacks, if the schema is that of a version
+    /// by the [expected catalogue](Self::expect_catalogue). What was added by hand does not matter.
+    /// Returns the names of the migrations that it recorded, oldest first.
+    ///
+    /// For a database whose ledger was lost, or that another tool migrated. Migrations that leave
+    /// no trace in the schema are not recorded after the last one that does.
+    ///
+    /// # Errors
+    /// Any but [`Error::Failed`].
+    pub fn adopt(&mut self) -> Result<Vec<String>, Error> {
+        let mut recorded = Vec::new();
+        self.locked("adopt", Migrations::missing, |runner, session, _| {
+            let connection = &mut session.connection;
+            let found = runner.recognise(connection)?;
+            let found = found.ok_or(Refusal::NoCatalogue)?;
+            let newest = found.migrations.last();
+            if !found.differences.is_empty() {
+                let nearest = newest.map(|newest| newest.name.clone());
+                let differences = found.differences;
+                return Err(Refusal::NotAdopted(nearest, differences).into());
+            }
+            let lost = found
+                .migrations
+                .iter()
+                .filter(|one| one.applied_at.is_none());
+            let lost: Vec<&MigrationStatus> = lost.collect();
+            if !lost.is_empty() {
+                session::record(connection, lost.iter().map(|one| &*one.version))
+                    .map_err(Error::database("writing __diesel_schema_migrations"))?;
+            }
+            recorded = lost.into_iter().map(|one| one.name.clone()).collect();
+            Ok(())
+        })?;
+        Ok(recorded)
     }
 
     /// Reverts applied migrations, newest first, if `confirm` returns `true`.
@@ -403,6 +467,57 @@ impl Runner {
         Ok(migrations.status(ledger))
     }
 
+    /// Finds the version that the schema comes nearest to, at least the newest applied one. Of
+    /// versions that build the same it is the oldest.
+    fn recognise(&self, connection: &mut PgConnection) -> Result<Option<Recognised>, Error> {
+        let Some(catalogue) = &self.catalogue else {
+            return Ok(None);
+        };
+        let schema = &self.settings.schema;
+        let migrations = self.migrations()?;
+        let Some(differences) =
+            adoption::differences(connection, schema, catalogue, &migrations.names())?
+        else {
+            return Ok(None);
+        };
+        // After the schema: what another runner applies in between has its row here.
+        let mut applied = migrations
+            .status(session::ledger(connection, schema)?)
+            .migrations;
+        let is_applied = |one: &MigrationStatus| one.applied_at.is_some();
+        let at_least = applied
+            .iter()
+            .rposition(is_applied)
+            .map_or(0, |last| last + 1);
+        let candidates = differences.into_iter().enumerate().skip(at_least);
+        let nearest = candidates.min_by_key(|(_, differences)| differences.len());
+        Ok(nearest.map(|(count, differences)| {
+            applied.truncate(count);
+            Recognised {
+                migrations: applied,
+                differences,
+            }
+        }))
+    }
+
+    /// Refuses if the schema has more migrations than the ledger.
+    fn refuse_lost_ledger(&self, connection: &mut PgConnection) -> Result<(), Error> {
+        let Some(found) = self.recognise(connection)? else {
+            return Ok(());
+        };
+        match found.migrations.last() {
+            Some(newest) if newest.applied_at.is_none() && found.differences.is_empty() => {
+                Err(Refusal::LostLedger {
+                    found: newest.name.clone(),
+                    schema: self.settings.schema.clone(),
+                    elsewhere: adoption::ledgers_elsewhere(connection, &self.settings.schema)?,
+                }
+                .into())
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn tell(&self, event: Event<'_>) {
         self.watcher.lock().unwrap_or_else(PoisonError::into_inner)(event);
     }
@@ -452,10 +567,36 @@ impl Runner {
         }
     }
 
+    fn preflight(
+        &mut self,
+        connection: &mut PgConnection,
+        known: &[&Known],
+    ) -> Result<Preflight, Error> {
+        let Some(hook) = &mut self.hook else {
+            return Ok(Preflight::default());
+        };
+        let pending: Vec<&str> = known.iter().map(|known| &*known.version).collect();
+        let schema = &self.settings.schema;
+        connection
+            .build_transaction()
+            .read_only()
+            .run(|connection| {
+                sql_query(
+                    "SELECT set_config('search_path', quote_ident($1), true),
+                            set_config('lock_timeout', '5s', true)",
+                )
+                .bind::<Text, _>(schema)
+                .execute(connection)?;
+                hook.preflight(connection, &pending)
+            })
+            .map_err(Error::database("the program's look at the database"))
+    }
+
     fn up(&mut self, session: &mut Session, known: &[&Known]) -> Result<(), Error> {
-        if let Some(hook) = &mut self.hook {
-            hook.before(&mut session.connection)
-                .map_err(Error::database("the program's code before the migrations"))?;
+        let obstacles = self.preflight(&mut session.connection, known)?.obstacles;
+        // In the second half of a redo it is too late.
+        if !obstacles.is_empty() && session.done.steps.is_empty() {
+            return Err(Refusal::Obstacles(obstacles).into());
         }
         session
             .connection

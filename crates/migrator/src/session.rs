@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use chrono::{DateTime, Utc};
 use diesel::connection::{Connection, InstrumentationEvent, SimpleConnection};
 use diesel::dsl::{select, sql};
+use diesel::migration::MigrationConnection;
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
 use diesel::result::DatabaseErrorKind;
@@ -113,6 +114,22 @@ pub(crate) fn ledger(connection: &mut PgConnection, schema: &str) -> Result<Ledg
     };
     let rows = read(connection).map_err(Error::database("reading __diesel_schema_migrations"))?;
     Ok(rows.into_iter().collect())
+}
+
+/// Adds versions to the ledger, and creates it if there is none.
+pub(crate) fn record<'a>(
+    connection: &mut PgConnection,
+    versions: impl Iterator<Item = &'a str>,
+) -> QueryResult<()> {
+    connection.transaction(|connection| {
+        connection.setup()?;
+        for version in versions {
+            sql_query("INSERT INTO __diesel_schema_migrations (version) VALUES ($1)")
+                .bind::<Text, _>(version)
+                .execute(connection)?;
+        }
+        Ok(())
+    })
 }
 
 /// A connection that has a server process of its own, the settings of a runner, the lock and a

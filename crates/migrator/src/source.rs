@@ -41,6 +41,10 @@ impl Migrations {
         &self.0[index]
     }
 
+    pub(crate) fn names(&self) -> Vec<&str> {
+        self.0.iter().map(|known| &*known.name).collect()
+    }
+
     /// Compares the migrations with the applied ones.
     pub(crate) fn status(&self, mut ledger: crate::session::Ledger) -> Status {
         let migrations = self.0.iter().map(|known| MigrationStatus {
@@ -70,6 +74,16 @@ impl Migrations {
         };
         let is_pending = |index: &usize| status.migrations[*index].applied_at.is_none();
         Ok((0..end).filter(is_pending).collect())
+    }
+
+    /// Returns the indexes of the migrations that are not applied, oldest first, whatever their
+    /// order.
+    pub(crate) fn missing(&self, status: &Status) -> Result<Vec<usize>, Error> {
+        if !status.unknown.is_empty() {
+            return Err(Refusal::Unknown(status.unknown_after(None)).into());
+        }
+        let is_missing = |index: &usize| status.migrations[*index].applied_at.is_none();
+        Ok((0..self.0.len()).filter(is_missing).collect())
     }
 
     /// Returns the indexes of the migrations to revert, newest first.

@@ -3,7 +3,7 @@
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 
-use crate::Refusal;
+use crate::{Preflight, Refusal};
 
 /// State of a database's migrations.
 #[derive(Debug, Clone, Serialize)]
@@ -40,6 +40,16 @@ pub struct Planned {
     pub name: String,
     #[serde(skip_serializing_if = "String::is_empty")]
     pub sql: String,
+}
+
+/// What [`Runner::run`](crate::Runner::run) would do.
+#[derive(Debug, Clone, Serialize)]
+pub struct Plan {
+    /// Migrations in the order they would run.
+    pub migrations: Vec<Planned>,
+    /// What the project's [`Hook`](crate::Hook) finds.
+    #[serde(flatten)]
+    pub preflight: Preflight,
 }
 
 impl Status {

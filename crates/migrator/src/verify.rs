@@ -100,6 +100,15 @@ impl Expected {
         })
     }
 
+    /// Returns the lines of all of them, each as in the last one that has it.
+    pub(crate) fn union(all: &[Self]) -> Self {
+        let lines = all.iter().flat_map(|one| one.lines.0.clone());
+        Self {
+            lines: Lines(lines.collect()),
+            rights: Lines::default(),
+        }
+    }
+
     pub(crate) fn compare(&self, found: &Found) -> Verification {
         let line = |lines: &Lines, key: &str| Some(format!("{key}: {}", lines.0.get(key)?));
         let mut verification = Verification {
@@ -262,6 +271,12 @@ impl Lines {
         key("relation", relation)
             || key("function", object)
             || object == "__diesel_schema_migrations"
+    }
+
+    pub(crate) fn contains(&self, line: &str) -> bool {
+        split(line).is_some_and(|(key, definition)| {
+            self.0.get(key).is_some_and(|found| found == definition)
+        })
     }
 
     fn fingerprint(&self) -> String {
