@@ -839,7 +839,10 @@ fn no_rights() {
     Row {
         test: "no_rights",
         fault: "a role without rights",
-        reported: format!("{}<br>`status` reports the same; `verify` works.", said(&outcome)),
+        reported: format!(
+            "{}<br>`status` reports the same; `verify` works.",
+            said(&outcome)
+        ),
         after,
         then: format!("with the owner's role: {then}"),
     }

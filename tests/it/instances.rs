@@ -100,10 +100,7 @@ fn a_registered_service_is_brought_in_line() {
         assert!(changed.updated_at > updated_at);
         updated_at = changed.updated_at;
         // An equal row is not written.
-        assert_eq!(
-            register(conn, &other).unwrap(),
-            Recorded::Existing(changed)
-        );
+        assert_eq!(register(conn, &other).unwrap(), Recorded::Existing(changed));
     }
 }
 
@@ -128,9 +125,7 @@ fn a_disabled_service_stays_disabled_and_takes_no_new_instance() {
     let gmail = service(conn, "gmail", 4001);
     create(conn, user, gmail).unwrap();
 
-    let disabled = set_enabled(conn, gmail, false)
-        .unwrap()
-        .unwrap();
+    let disabled = set_enabled(conn, gmail, false).unwrap().unwrap();
     assert!(!disabled.is_active);
     let refused = create(conn, user, gmail);
     assert!(
@@ -142,17 +137,9 @@ fn a_disabled_service_stays_disabled_and_takes_no_new_instance() {
         Recorded::Existing(disabled)
     );
 
-    assert!(
-        set_enabled(conn, gmail, true)
-            .unwrap()
-            .unwrap()
-            .is_active
-    );
+    assert!(set_enabled(conn, gmail, true).unwrap().unwrap().is_active);
     create(conn, user, gmail).unwrap();
-    assert_eq!(
-        set_enabled(conn, ServiceId::new(), true).unwrap(),
-        None
-    );
+    assert_eq!(set_enabled(conn, ServiceId::new(), true).unwrap(), None);
 }
 
 #[test]

@@ -224,6 +224,9 @@ fn all_migrations_run_in_one_transaction() {
         .collect::<Vec<_>>()
         .join("\n");
     conn.batch_execute(&format!("BEGIN;{all};COMMIT")).unwrap();
-    let args = ["--exclude-table=__diesel_schema_migrations", "--no-privileges"];
+    let args = [
+        "--exclude-table=__diesel_schema_migrations",
+        "--no-privileges",
+    ];
     assert_same(&database().dump(&args), &database_with_one.dump(&args));
 }

@@ -7,6 +7,8 @@ use std::path::Path;
 use std::sync::LazyLock;
 
 use bruhmcp_db::migrations::MIGRATIONS;
+#[cfg(feature = "migrator")]
+use bruhmcp_db::migrations::{Extent, Note, runner};
 use bruhmcp_devdb::Server;
 use diesel_migrations::MigrationHarness;
 
@@ -349,6 +351,28 @@ fn the_file_works_in_the_current_schema_only() {
          t\n"
     );
     assert_same_set(before, grants(&database));
+}
+
+/// Tables that a migration creates again have no rights.
+#[test]
+#[cfg(feature = "migrator")]
+fn a_run_says_that_rights_are_to_be_granted() {
+    let database = database();
+    let mut runner = runner(&database.url()).unwrap();
+    let report = runner.redo(&Extent::Last(1), |_| true).unwrap();
+    let title = "For rights on what is new, run `bruhmcp-db grant`".to_owned();
+    let items = vec!["app_admin".to_owned(), "app_user".to_owned()];
+    assert_eq!(
+        report.notes,
+        [Note {
+            title,
+            items: items.clone()
+        }]
+    );
+    let service = "SET ROLE app_user; SELECT FROM user_billing_details";
+    assert!(database.psql(service).is_err());
+    assert_eq!(runner.grant().unwrap().roles, items);
+    database.psql(service).unwrap();
 }
 
 /// A superuser's rights can't be taken, and only the owner can grant.

@@ -68,10 +68,7 @@ fn grant(database: &Database) {
 }
 
 /// Runs `work` as `app_admin`, whose part are the service registry and the audit log's clean-up.
-pub(crate) fn as_admin<T>(
-    conn: &mut PgConnection,
-    work: impl FnOnce(&mut PgConnection) -> T,
-) -> T {
+pub(crate) fn as_admin<T>(conn: &mut PgConnection, work: impl FnOnce(&mut PgConnection) -> T) -> T {
     if !*ROLES {
         return work(conn);
     }
@@ -278,7 +275,9 @@ fn databases_are_apart() {
     );
     let error = other.psql("TABLE of_one").unwrap_err();
     assert!(error.contains("42P01"), "{error}");
-    one.connect_as_owner().batch_execute("DROP TABLE of_one").unwrap();
+    one.connect_as_owner()
+        .batch_execute("DROP TABLE of_one")
+        .unwrap();
     assert_eq!(one.dump(&[]), other.dump(&[]));
 }
 

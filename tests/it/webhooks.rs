@@ -258,9 +258,7 @@ fn closed_events_are_purged_in_batches() {
     };
     assert_eq!(purge(conn, past, 10), 0);
     let future = Utc::now() + TimeDelta::hours(1);
-    let batches: Vec<_> = (0..3)
-        .map(|_| purge(conn, future, 3))
-        .collect();
+    let batches: Vec<_> = (0..3).map(|_| purge(conn, future, 3)).collect();
     assert_eq!(batches, [3, 2, 0]);
     assert_eq!(open(conn), ids[5..]);
 }

@@ -303,7 +303,9 @@ fn show_granted(granted: &Granted, json: bool) {
         say(format!("granted   {role}"));
     }
     for role in &granted.missing {
-        say(format!("missing   {role}: create the role, then grant again"));
+        say(format!(
+            "missing   {role}: create the role, then grant again"
+        ));
     }
     if !granted.newer.is_empty() {
         say("Nothing was granted.");

@@ -15,7 +15,7 @@ use crate::session::{self, Session};
 use crate::source::{Known, Migrations};
 use crate::verify::{self, Verification};
 use crate::{
-    Direction, Event, Granted, Hook, Planned, Report, Reversal, Status, Step, rehearsal,
+    Direction, Event, Granted, Hook, Note, Planned, Report, Reversal, Status, Step, rehearsal,
 };
 
 /// Applies, reverts and checks migrations.
@@ -368,6 +368,14 @@ impl Runner {
             session.done.notes = hook
                 .after(&mut session.connection)
                 .map_err(Error::database("the program's code after the migrations"))?;
+        }
+        if let Some(roles) = &self.roles {
+            let items = session::existing_roles(&mut session.connection, &roles.names)?;
+            if !items.is_empty() {
+                let program = &self.settings.program;
+                let title = format!("For rights on what is new, run `{program} grant`");
+                session.done.notes.push(Note { title, items });
+            }
         }
         Ok(())
     }
