@@ -29,6 +29,7 @@ mod payments;
 mod plans;
 #[cfg(all(feature = "crypto", feature = "migrator"))]
 mod quickstart;
+mod rights;
 mod rules;
 #[cfg(feature = "migrator")]
 mod runner;

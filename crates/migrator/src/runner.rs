@@ -14,7 +14,9 @@ use crate::error::{Error, Failure, Refusal, StateAfter};
 use crate::session::{self, Session};
 use crate::source::{Known, Migrations};
 use crate::verify::{Expected, Found, Verification};
-use crate::{Direction, Event, Granted, Hook, Planned, Report, Reversal, Status, Step, rehearsal};
+use crate::{
+    Direction, Event, Granted, Hook, Note, Planned, Report, Reversal, Status, Step, rehearsal,
+};
 
 /// Applies, reverts and checks migrations.
 ///
@@ -402,6 +404,14 @@ impl Runner {
             session.done.notes = hook
                 .after(&mut session.connection)
                 .map_err(Error::database("the program's code after the migrations"))?;
+        }
+        if let Some(roles) = &self.roles {
+            let items = session::existing_roles(&mut session.connection, &roles.names)?;
+            if !items.is_empty() {
+                let program = &self.settings.program;
+                let title = format!("For rights on what is new, run `{program} grant`");
+                session.done.notes.push(Note { title, items });
+            }
         }
         Ok(())
     }
