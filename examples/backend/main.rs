@@ -5,7 +5,7 @@
 //! JSON on the loopback interface; put it behind a proxy that does TLS and limits rates. The
 //! environment configures it:
 //!
-//! - `DATABASE_URL`: a migrated database
+//! - `DATABASE_URL`: a migrated database, with the role `app_user`
 //! - `PORT`: 0 or unset for any free port; the first line of standard output has the address
 //! - `TOKEN_KEY`: 64 hexadecimal digits, the key for digests of session tokens
 //! - `CREDENTIAL_KEYS`: the keys that seal credentials, newest first: `2:<64 hexadecimal

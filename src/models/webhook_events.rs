@@ -219,7 +219,7 @@ impl WebhookEvent {
     /// retry. Each call reads the table up to the last row it deletes.
     ///
     /// # Errors
-    /// A missing right: the application role may not delete events.
+    /// A missing right: `app_admin` may delete events, and `app_user` may not.
     pub fn purge(conn: &mut PgConnection, before: DateTime<Utc>, limit: u16) -> QueryResult<usize> {
         // Two statements: PostgreSQL may evaluate a LIMIT in a subquery of DELETE more than once.
         conn.transaction(|conn| {

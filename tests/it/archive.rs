@@ -631,7 +631,7 @@ fn a_busy_table_stops_it_after_the_lock_timeout() {
     let database = legacy();
     // Runs 000 while another session reads a table.
     let while_read = |table: &str, run: fn(&TestDatabase) -> Result<String, String>| {
-        let mut reader = database.connect();
+        let mut reader = database.connect_as_owner();
         reader
             .transaction(|reader| {
                 reader.batch_execute(&format!("SELECT FROM {table} LIMIT 1"))?;

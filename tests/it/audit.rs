@@ -12,7 +12,7 @@ use diesel::pg::PgConnection;
 use diesel::prelude::*;
 
 use crate::fixtures;
-use crate::support::database;
+use crate::support::{as_admin, database};
 
 fn append(
     conn: &mut PgConnection,
@@ -57,7 +57,7 @@ fn the_log_is_listed_in_pages() {
     );
     assert_eq!(prepared.execute(conn).unwrap(), 2);
     let error = diesel::sql_query("UPDATE token_audit_log SET operation = 'x'")
-        .execute(conn)
+        .execute(&mut database.connect_as_owner())
         .unwrap_err();
     assert!(
         ConstraintViolation::of(&error)
@@ -178,15 +178,15 @@ fn old_rows_are_purged_in_batches() {
     let database = database();
     let conn = &mut database.connect();
     let instance = InstanceId::new();
-    conn.batch_execute(&format!(
+    let old = format!(
         "INSERT INTO token_audit_log (instance_id, operation, status, created_at)
          SELECT '{instance}', 'refresh', 'success', now() - interval '91 days'
            FROM generate_series(1, 5)"
-    ))
-    .unwrap();
+    );
+    database.psql(&old).unwrap();
     let kept = append(conn, instance, "refresh", AuditStatus::Pending);
     let batches: Vec<_> = (0..4)
-        .map(|_| TokenAudit::purge(conn, 2).unwrap())
+        .map(|_| as_admin(conn, |conn| TokenAudit::purge(conn, 2)).unwrap())
         .collect();
     assert_eq!(batches, [2, 2, 1, 0]);
     let left = TokenAudit::list_by_instance(conn, instance, Page::first(10)).unwrap();

@@ -12,16 +12,14 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use bruhmcp_db::enums::AuthType;
-use bruhmcp_db::migrations::MIGRATIONS;
 use bruhmcp_db::models::{McpService, NewMcpService};
 use bruhmcp_devdb::Server;
 use diesel::pg::PgConnection;
-use diesel_migrations::MigrationHarness;
 use hmac::{Hmac, KeyInit, Mac};
 use serde_json::{Value, json};
 use sha2::Sha256;
 
-use crate::support::{TestDatabase, database, example};
+use crate::support::{TestDatabase, as_admin, database, database_on, example};
 
 const PASSWORD: &str = "correct horse battery";
 const API_KEY: &str = "figd_0123456789";
@@ -44,7 +42,7 @@ struct Service {
 
 impl Service {
     fn start(database: &TestDatabase) -> Self {
-        let mut child = Self::command(&database.url()).spawn().unwrap();
+        let mut child = Self::command(&database.app_url()).spawn().unwrap();
         let mut stdout = BufReader::new(child.stdout.take().unwrap());
         let mut stderr = child.stderr.take().unwrap();
         let mut service = Self {
@@ -242,7 +240,7 @@ fn payment(user: &Value) -> String {
 #[test]
 fn a_customer_from_sign_up_to_pro() {
     let database = database();
-    add_services(&mut database.connect());
+    as_admin(&mut database.connect(), add_services);
     let mut service = Service::start(&database);
 
     let user = service.sign_up(" Asha@Example.IN ");
@@ -385,7 +383,7 @@ fn a_customer_from_sign_up_to_pro() {
 #[test]
 fn bad_requests() {
     let database = database();
-    add_services(&mut database.connect());
+    as_admin(&mut database.connect(), add_services);
     let mut service = Service::start(&database);
     service.sign_up("asha@example.in");
     let asha = service.log_in("asha@example.in");
@@ -505,7 +503,7 @@ fn it_refuses_to_start_with_a_wrong_configuration() {
         String::from_utf8(output.stderr).unwrap()
     };
     let database = database();
-    let url = database.url();
+    let url = database.app_url();
     let secret_url = "postgresql://somebody:hush@127.0.0.1:1/nothing";
     assert_eq!(
         refused(&mut Service::command(secret_url)),
@@ -538,12 +536,8 @@ fn it_refuses_to_start_with_a_wrong_configuration() {
 #[test]
 fn the_database_goes_away_and_comes_back() {
     let server = Server::private(&[]).unwrap();
-    let database = TestDatabase::from(server.create_database().unwrap());
-    database
-        .connect()
-        .run_pending_migrations(MIGRATIONS)
-        .unwrap();
-    add_services(&mut database.connect());
+    let database = database_on(&server);
+    as_admin(&mut database.connect(), add_services);
     let mut service = Service::start(&database);
     let user = service.sign_up("asha@example.in");
     let asha = service.log_in("asha@example.in");
@@ -593,6 +587,6 @@ fn the_database_goes_away_and_comes_back() {
     let answer = service.webhook("evt_1", &payment, WEBHOOK_SECRET);
     assert_eq!(expect(200, answer)["status"], "processed");
     let token = asha.token;
-    assert_no_secrets(&service.stop(), &[&token, &database.url()]);
+    assert_no_secrets(&service.stop(), &[&token, &database.app_url()]);
     assert_eq!(service.child.wait().unwrap().signal(), Some(15));
 }

@@ -5,9 +5,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use bruhmcp_db::migrations::MIGRATIONS;
-use diesel_migrations::MigrationHarness;
-
 use crate::difference::assert_same_set;
 use crate::support::{TestDatabase, database};
 
@@ -368,48 +365,6 @@ fn an_update_of_list_names_each_column_of_the_when() {
             .filter(|column| !listed.contains(column.as_str()))
             .collect();
         assert!(missing.is_empty(), "{name}: missing {missing:?}");
-    }
-}
-
-/// A migration grants rights only to roles that exist. The server is a private one, because roles
-/// belong to the whole server.
-#[test]
-fn each_table_has_rights_for_both_roles() {
-    let server = bruhmcp_devdb::Server::private(&[]).unwrap();
-    let database = TestDatabase::from(server.create_database().unwrap());
-    database
-        .psql("CREATE ROLE app_user; CREATE ROLE app_admin")
-        .unwrap();
-    database
-        .connect()
-        .run_pending_migrations(MIGRATIONS)
-        .unwrap();
-    let relations = |condition: &str| {
-        lines(
-            &database,
-            &format!("SELECT relname FROM {RELATIONS} AND {condition}"),
-        )
-    };
-    let may = |role: &str, privilege: &str| {
-        relations(&format!(
-            "has_table_privilege('{role}', pg_class.oid, '{privilege}')"
-        ))
-    };
-    let all = relations("true");
-    assert_same_set(all.clone(), may("app_user", "SELECT"));
-    assert_same_set(all, may("app_admin", "SELECT"));
-    for privilege in ["INSERT", "UPDATE", "DELETE"] {
-        // The log is append-only. A function deletes its old rows.
-        let writable = relations(&format!(
-            "relkind <> 'v' AND (relname <> 'token_audit_log' OR '{privilege}' = 'INSERT')"
-        ));
-        assert_same_set(writable, may("app_admin", privilege));
-    }
-    for privilege in ["TRUNCATE", "REFERENCES", "TRIGGER"] {
-        assert_same_set([], may("app_user", privilege));
-    }
-    for privilege in ["SELECT", "INSERT", "UPDATE", "DELETE", "TRUNCATE"] {
-        assert_same_set([], may("public", privilege));
     }
 }
 

@@ -12,6 +12,8 @@ use chrono::{DateTime, Utc};
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
 
+use crate::support::as_admin;
+
 /// An active user with the free plan.
 pub(crate) fn user(conn: &mut PgConnection) -> UserId {
     let id = UserId::new();
@@ -43,7 +45,8 @@ pub(crate) fn new_service(name: &str, port: i32) -> NewMcpService<'_> {
 }
 
 pub(crate) fn service(conn: &mut PgConnection, name: &str, port: i32) -> ServiceId {
-    let service = McpService::register(conn, &new_service(name, port)).unwrap();
+    let new = new_service(name, port);
+    let service = as_admin(conn, |conn| McpService::register(conn, &new)).unwrap();
     service.into_inner().mcp_service_id
 }
 

@@ -6,7 +6,7 @@ use bruhmcp_db::models::{
     InstanceError, InstanceFilter, McpCredential, McpInstance, McpService, NewMcpInstance,
     NewMcpService, Recorded, User,
 };
-use bruhmcp_db::schema::{mcp_credentials, user_plans};
+use bruhmcp_db::schema::mcp_credentials;
 use bruhmcp_db::{ConstraintViolation, Page, SecretText};
 use chrono::{DateTime, TimeDelta, Utc};
 use diesel::connection::SimpleConnection;
@@ -16,19 +16,31 @@ use crate::fixtures::{
     api_key, authorize, create, create_inactive, create_pending, find, new_service, pro_user,
     sealed, service, upgrade, user,
 };
-use crate::support;
+use crate::support::{self, TestDatabase, as_admin};
+
+fn register(conn: &mut PgConnection, new: &NewMcpService<'_>) -> QueryResult<Recorded<McpService>> {
+    as_admin(conn, |conn| McpService::register(conn, new))
+}
+
+fn set_enabled(
+    conn: &mut PgConnection,
+    service: ServiceId,
+    enabled: bool,
+) -> QueryResult<Option<McpService>> {
+    as_admin(conn, |conn| McpService::set_enabled(conn, service, enabled))
+}
 
 #[test]
 fn a_service_is_registered_once() {
     let database = support::database();
     let conn = &mut database.connect();
 
-    let first = McpService::register(conn, &new_service("gmail", 4001)).unwrap();
+    let first = register(conn, &new_service("gmail", 4001)).unwrap();
     let Recorded::New(new) = first else {
         panic!("{first:?}");
     };
     assert!(new.is_active);
-    let again = McpService::register(conn, &new_service("gmail", 4001)).unwrap();
+    let again = register(conn, &new_service("gmail", 4001)).unwrap();
     assert_eq!(again, Recorded::Existing(new));
 }
 
@@ -64,7 +76,7 @@ fn a_registered_service_is_brought_in_line() {
         first,
     ];
     for other in others {
-        let outcome = McpService::register(conn, &other).unwrap();
+        let outcome = register(conn, &other).unwrap();
         let Recorded::Existing(changed) = outcome else {
             panic!("{outcome:?}");
         };
@@ -88,10 +100,7 @@ fn a_registered_service_is_brought_in_line() {
         assert!(changed.updated_at > updated_at);
         updated_at = changed.updated_at;
         // An equal row is not written.
-        assert_eq!(
-            McpService::register(conn, &other).unwrap(),
-            Recorded::Existing(changed)
-        );
+        assert_eq!(register(conn, &other).unwrap(), Recorded::Existing(changed));
     }
 }
 
@@ -100,7 +109,7 @@ fn a_port_has_one_service() {
     let database = support::database();
     let conn = &mut database.connect();
     service(conn, "gmail", 4001);
-    let error = McpService::register(conn, &new_service("slack", 4001)).unwrap_err();
+    let error = register(conn, &new_service("slack", 4001)).unwrap_err();
     assert!(
         ConstraintViolation::of(&error)
             .unwrap()
@@ -116,9 +125,7 @@ fn a_disabled_service_stays_disabled_and_takes_no_new_instance() {
     let gmail = service(conn, "gmail", 4001);
     create(conn, user, gmail).unwrap();
 
-    let disabled = McpService::set_enabled(conn, gmail, false)
-        .unwrap()
-        .unwrap();
+    let disabled = set_enabled(conn, gmail, false).unwrap().unwrap();
     assert!(!disabled.is_active);
     let refused = create(conn, user, gmail);
     assert!(
@@ -126,21 +133,13 @@ fn a_disabled_service_stays_disabled_and_takes_no_new_instance() {
         "{refused:?}"
     );
     assert_eq!(
-        McpService::register(conn, &new_service("gmail", 4001)).unwrap(),
+        register(conn, &new_service("gmail", 4001)).unwrap(),
         Recorded::Existing(disabled)
     );
 
-    assert!(
-        McpService::set_enabled(conn, gmail, true)
-            .unwrap()
-            .unwrap()
-            .is_active
-    );
+    assert!(set_enabled(conn, gmail, true).unwrap().unwrap().is_active);
     create(conn, user, gmail).unwrap();
-    assert_eq!(
-        McpService::set_enabled(conn, ServiceId::new(), true).unwrap(),
-        None
-    );
+    assert_eq!(set_enabled(conn, ServiceId::new(), true).unwrap(), None);
 }
 
 #[test]
@@ -194,10 +193,10 @@ fn a_pending_instance_counts_when_it_is_authorized() {
     assert_eq!(find(conn, second).oauth_status, OauthStatus::Pending);
 }
 
-pub(crate) fn delete_plan(conn: &mut PgConnection, user: UserId) {
-    diesel::delete(user_plans::table.filter(user_plans::user_id.eq(user)))
-        .execute(conn)
-        .unwrap();
+/// As the owner: no operation deletes a plan.
+pub(crate) fn delete_plan(database: &TestDatabase, user: UserId) {
+    let sql = format!("DELETE FROM user_plans WHERE user_id = '{user}'");
+    database.psql(&sql).unwrap();
 }
 
 #[test]
@@ -222,7 +221,7 @@ fn an_expired_or_missing_plan_allows_no_activation() {
     // A pending instance is checked when it is authorized.
     create_pending(conn, user, gmail);
 
-    delete_plan(conn, user);
+    delete_plan(&database, user);
     let refusals = [
         create(conn, user, gmail).map(drop),
         McpInstance::activate(conn, inactive, user).map(drop),

@@ -35,6 +35,7 @@ mod plans;
 mod preflight;
 #[cfg(all(feature = "crypto", feature = "migrator"))]
 mod quickstart;
+mod rights;
 mod rules;
 #[cfg(feature = "migrator")]
 mod runner;

@@ -208,7 +208,7 @@ fn money() {
     assert_eq!((credit.amount, credit.currency.as_str()), (-5, "INR"));
 
     let error = diesel::delete(bruhmcp_db::schema::users::table.find(user.id))
-        .execute(conn)
+        .execute(&mut database.connect_as_owner())
         .unwrap_err();
     assert!(
         ConstraintViolation::of(&error)

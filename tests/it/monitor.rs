@@ -14,7 +14,7 @@ use diesel::pg::PgConnection;
 use diesel::prelude::*;
 
 use crate::fixtures::{authorize, create, create_pending, find, pro_user, sealed, service};
-use crate::support;
+use crate::support::{self, TestDatabase};
 
 const IDLE: TimeDelta = TimeDelta::minutes(5);
 
@@ -24,14 +24,12 @@ fn all_due(conn: &mut PgConnection) {
         .unwrap();
 }
 
-/// Makes all credentials look unchanged for an hour.
-fn all_idle(conn: &mut PgConnection) {
-    conn.batch_execute(
-        "ALTER TABLE mcp_credentials DISABLE TRIGGER USER;
+/// Makes all credentials look unchanged for an hour, which only their owner can.
+fn all_idle(database: &TestDatabase) {
+    let sql = "ALTER TABLE mcp_credentials DISABLE TRIGGER USER;
          UPDATE mcp_credentials SET updated_at = now() - interval '1 hour';
-         ALTER TABLE mcp_credentials ENABLE TRIGGER USER",
-    )
-    .unwrap();
+         ALTER TABLE mcp_credentials ENABLE TRIGGER USER";
+    database.psql(sql).unwrap();
 }
 
 fn ids(instances: &[McpInstance]) -> Vec<InstanceId> {
@@ -153,7 +151,7 @@ fn abandoned_instances_are_listed_and_removed() {
         .set(mcp_credentials::access_token.eq(sealed()))
         .execute(conn)
         .unwrap();
-    all_idle(conn);
+    all_idle(&database);
     let fresh = create_pending(conn, user, gmail);
 
     let listed = McpInstance::list_abandoned(conn, IDLE, 10).unwrap();
@@ -188,7 +186,7 @@ fn an_authorization_that_is_completing_is_not_lost() {
     let user = pro_user(conn);
     let gmail = service(conn, "gmail", 4001);
     let [completing, renamed, abandoned] = [(); 3].map(|()| create_pending(conn, user, gmail));
-    all_idle(conn);
+    all_idle(&database);
     let listed = ids(&McpInstance::list_abandoned(conn, IDLE, 10).unwrap());
     assert_eq!(listed.len(), 3);
 
@@ -217,7 +215,7 @@ fn an_authorization_and_its_removal_race_and_one_wins() {
     let pending: Vec<_> = (0..100)
         .map(|_| create_pending(conn, user, gmail))
         .collect();
-    all_idle(conn);
+    all_idle(&database);
 
     let start = Barrier::new(3);
     let (completed, deleted, removed) = thread::scope(|scope| {

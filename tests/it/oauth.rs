@@ -288,7 +288,7 @@ fn completing_never_loses_the_tokens() {
 
     let mina = user(conn);
     let fourth = pending(conn, mina, service_id);
-    delete_plan(conn, mina);
+    delete_plan(&database, mina);
     assert_eq!(
         complete(conn, &fourth),
         (CompletedInstance::PlanMissing, InstanceStatus::Inactive)

@@ -18,7 +18,7 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
 use crate::fixtures::user;
-use crate::support::{at_once, database};
+use crate::support::{TestDatabase, at_once, database};
 
 fn payment(
     user_id: UserId,
@@ -459,7 +459,7 @@ fn an_operation_locks_the_user_first() {
                     .for_update()
                     .first::<UserId>(conn)?;
                 locked.wait();
-                wait_for_a_blocked_session(conn);
+                wait_for_a_blocked_session(database);
                 if after_lock(conn, paid, subscription) {
                     Ok(())
                 } else {
@@ -474,14 +474,12 @@ fn an_operation_locks_the_user_first() {
     assert_eq!(deadlocks, [""; 0]);
 }
 
-fn wait_for_a_blocked_session(conn: &mut PgConnection) {
+/// Another role does not see what a session waits for.
+fn wait_for_a_blocked_session(database: &TestDatabase) {
+    let conn = &mut database.connect_as_owner();
     let blocked = "SELECT FROM pg_stat_activity
                     WHERE datname = current_database() AND wait_event_type = 'Lock'";
     while diesel::sql_query(blocked).execute(conn).unwrap() == 0 {
-        // Otherwise the view stays the same within a transaction.
-        diesel::sql_query("SELECT pg_stat_clear_snapshot()")
-            .execute(conn)
-            .unwrap();
         thread::sleep(Duration::from_millis(5));
     }
 }

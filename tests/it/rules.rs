@@ -38,7 +38,7 @@ pub(crate) fn with_keys(sql: &str) -> String {
 pub(crate) fn database_with_rows() -> TestDatabase {
     let database = database();
     let rows = with_keys(include_str!("../fixtures/rows.sql"));
-    database.connect().batch_execute(&rows).unwrap();
+    database.connect_as_owner().batch_execute(&rows).unwrap();
     database
 }
 
@@ -335,7 +335,7 @@ fn violation(conn: &mut PgConnection, sql: &str) -> ConstraintViolation {
 
 #[test]
 fn each_violated_constraint_is_named() {
-    assert_violations(&mut database_with_rows().connect());
+    assert_violations(&mut database_with_rows().connect_as_owner());
 }
 
 /// Violates each constraint, in a database with the rows of `tests/fixtures/rows.sql`.
@@ -370,7 +370,7 @@ struct Name {
 
 fn names(sql: &str) -> BTreeSet<String> {
     let names = diesel::sql_query(sql)
-        .load::<Name>(&mut database().connect())
+        .load::<Name>(&mut database().connect_as_owner())
         .unwrap();
     names.into_iter().map(|row| row.name).collect()
 }
@@ -420,7 +420,7 @@ fn each_violated_constraint_exists() {
 #[test]
 fn what_is_allowed_is_allowed() {
     let database = database_with_rows();
-    let conn = &mut database.connect();
+    let conn = &mut database.connect_as_owner();
     for sql in [
         "UPDATE users SET last_name = '', password = '$argon2id$v=19$x', email = 'é@example.in'
             WHERE id = :u1",

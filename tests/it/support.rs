@@ -11,22 +11,76 @@ use std::thread;
 use bruhmcp_db::migrations::MIGRATIONS;
 use bruhmcp_devdb::{Database, Server};
 use diesel::connection::SimpleConnection;
+use diesel::dsl::{select, sql};
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
+use diesel::sql_types::Text;
 use diesel_migrations::MigrationHarness;
 
 static SERVER: LazyLock<Server> =
     LazyLock::new(|| Server::from_env().unwrap_or_else(|error| panic!("{error}")));
 
-/// Migrated once, then only copied.
+/// Migrated once, with the rights of production, then only copied.
 static TEMPLATE: LazyLock<Database> = LazyLock::new(|| {
     let template = SERVER.create_database().unwrap();
-    PgConnection::establish(&template.url())
+    migrate(&template);
+    if *ROLES {
+        grant(&template);
+    }
+    template
+});
+
+pub(crate) const ROLES_SQL: &str = include_str!("../../migrations/roles.sql");
+
+/// Whether the tests have the roles of production: the server has both, or they can be created.
+/// They belong to the whole server and stay there.
+pub(crate) static ROLES: LazyLock<bool> = LazyLock::new(|| {
+    let database = SERVER.create_database().unwrap();
+    let usable = create_roles(&mut PgConnection::establish(&database.url()).unwrap());
+    if !usable {
+        println!("no roles app_user and app_admin: the tests run with the rights of the owner");
+    }
+    usable
+});
+
+/// Returns whether the connection may act as both roles.
+pub(crate) fn create_roles(conn: &mut PgConnection) -> bool {
+    ["app_admin", "app_user"].into_iter().all(|role| {
+        // Fails where the role exists, and for a role that may not create one.
+        let _ = conn.batch_execute(&format!("CREATE ROLE {role} NOLOGIN ROLE CURRENT_USER"));
+        conn.batch_execute(&format!("SET ROLE {role}; RESET ROLE"))
+            .is_ok()
+    })
+}
+
+fn migrate(database: &Database) {
+    PgConnection::establish(&database.url())
         .unwrap()
         .run_pending_migrations(MIGRATIONS)
         .unwrap();
-    template
-});
+}
+
+fn grant(database: &Database) {
+    PgConnection::establish(&database.url())
+        .unwrap()
+        .batch_execute(ROLES_SQL)
+        .unwrap();
+}
+
+/// Runs `work` as `app_admin`, whose part are the service registry and the audit log's clean-up.
+pub(crate) fn as_admin<T>(conn: &mut PgConnection, work: impl FnOnce(&mut PgConnection) -> T) -> T {
+    if !*ROLES {
+        return work(conn);
+    }
+    let before: String = select(sql::<Text>("current_setting('role')"))
+        .get_result(conn)
+        .unwrap();
+    conn.batch_execute("SET ROLE app_admin").unwrap();
+    let result = work(conn);
+    // Fails in a failed transaction, whose rollback does the same.
+    let _ = conn.batch_execute(&format!("SET ROLE {before}"));
+    result
+}
 
 /// A database that is dropped when the test ends.
 pub(crate) struct TestDatabase(Database);
@@ -34,6 +88,15 @@ pub(crate) struct TestDatabase(Database);
 /// A database with all migrations applied.
 pub(crate) fn database() -> TestDatabase {
     TestDatabase(SERVER.create_database_from(&TEMPLATE).unwrap())
+}
+
+/// As [`database`], on a private server.
+pub(crate) fn database_on(server: &Server) -> TestDatabase {
+    let database = server.create_database().unwrap();
+    migrate(&database);
+    create_roles(&mut PgConnection::establish(&database.url()).unwrap());
+    grant(&database);
+    TestDatabase(database)
 }
 
 /// An empty database.
@@ -86,19 +149,34 @@ impl From<Database> for TestDatabase {
 }
 
 impl TestDatabase {
+    /// The owner's URL.
     pub(crate) fn url(&self) -> String {
         self.0.url()
     }
 
-    /// The URL with one more parameter.
-    #[cfg(feature = "migrator")]
+    /// The URL of a service, which acts as `app_user`.
+    pub(crate) fn app_url(&self) -> String {
+        if *ROLES {
+            self.url_with("options=-crole%3Dapp_user")
+        } else {
+            self.url()
+        }
+    }
+
+    /// The owner's URL with one more parameter.
     pub(crate) fn url_with(&self, parameter: &str) -> String {
         let url = self.url();
         let separator = if url.contains('?') { '&' } else { '?' };
         format!("{url}{separator}{parameter}")
     }
 
+    /// Connects as `app_user`.
     pub(crate) fn connect(&self) -> PgConnection {
+        PgConnection::establish(&self.app_url()).unwrap()
+    }
+
+    /// Connects as the owner, who may also prepare and see what no service may.
+    pub(crate) fn connect_as_owner(&self) -> PgConnection {
         PgConnection::establish(&self.url()).unwrap()
     }
 
@@ -112,7 +190,7 @@ impl TestDatabase {
         lines.collect()
     }
 
-    /// Runs statements in one `psql`, each in its own transaction, until one fails.
+    /// Runs statements as the owner in one `psql`, each in its own transaction, until one fails.
     /// Rows have no header; fields are separated by `|`. The error is what `psql` prints, with
     /// SQLSTATE, DETAIL and HINT.
     pub(crate) fn psql(&self, sql: &str) -> Result<String, String> {
@@ -207,7 +285,9 @@ fn databases_are_apart() {
     );
     let error = other.psql("TABLE of_one").unwrap_err();
     assert!(error.contains("42P01"), "{error}");
-    one.connect().batch_execute("DROP TABLE of_one").unwrap();
+    one.connect_as_owner()
+        .batch_execute("DROP TABLE of_one")
+        .unwrap();
     assert_eq!(one.dump(&[]), other.dump(&[]));
 }
 
@@ -232,5 +312,8 @@ fn each_up_runs_alone_under_psql() {
         database_by_psql.psql_file(&path).unwrap();
     }
     let args = ["--exclude-table=__diesel_schema_migrations"];
+    if *ROLES {
+        database_by_psql.psql(ROLES_SQL).unwrap();
+    }
     assert_eq!(database_by_psql.dump(&args), database().dump(&args));
 }

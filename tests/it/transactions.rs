@@ -113,7 +113,6 @@ fn a_deadlock_is_retried() {
     let conn = &mut database.connect();
     let ids = [user(conn), user(conn)];
     let attempts: u32 = support::at_once(&database, 2, |thread, conn| {
-        conn.batch_execute("SET deadlock_timeout = '50ms'").unwrap();
         let [first, second] = if thread == 0 { ids } else { [ids[1], ids[0]] };
         let mut attempts = 0;
         retry_transaction(conn, Isolation::ReadCommitted, |conn| {

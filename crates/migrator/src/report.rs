@@ -79,7 +79,7 @@ fn milliseconds<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::
 pub struct Report {
     /// Migrations in the order they ran; empty if there was nothing to do.
     pub steps: Vec<Step>,
-    /// What the project's [`Hook`] reports.
+    /// What the project's [`Hook`] reports, and for which roles to grant rights.
     pub notes: Vec<Note>,
     /// Rows that a revert deleted; `None` if nothing was reverted or the revert could not be
     /// rehearsed.

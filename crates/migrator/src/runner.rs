@@ -22,8 +22,8 @@ use crate::source::{Known, Migrations};
 use crate::verify::{Expected, Found, Verification};
 use crate::watch::{Limits, Seen};
 use crate::{
-    Direction, Event, Granted, Hook, MigrationStatus, Plan, Preflight, Report, Reversal, Status,
-    Step, adoption, rehearsal,
+    Direction, Event, Granted, Hook, MigrationStatus, Note, Plan, Preflight, Report, Reversal,
+    Status, Step, adoption, rehearsal,
 };
 
 /// Applies, reverts and checks migrations.
@@ -614,7 +614,16 @@ impl Runner {
                 }
             }
         }
-        applied
+        applied?;
+        if let Some(roles) = &self.roles {
+            let items = session::existing_roles(&mut session.connection, &roles.names)?;
+            if !items.is_empty() {
+                let program = &self.settings.program;
+                let title = format!("For rights on what is new, run `{program} grant`");
+                session.done.notes.push(Note { title, items });
+            }
+        }
+        Ok(())
     }
 
     fn down(

@@ -403,9 +403,9 @@ pub(crate) fn existing_roles(
     names: &[String],
 ) -> Result<Vec<String>, Error> {
     select(
-        sql::<Array<Text>>("ARRAY(SELECT rolname::text FROM pg_roles WHERE rolname = ANY(")
+        sql::<Array<Text>>("ARRAY(SELECT name FROM unnest(")
             .bind::<Array<Text>, _>(names)
-            .sql("))"),
+            .sql(") AS name WHERE EXISTS (SELECT FROM pg_roles WHERE rolname = name))"),
     )
     .get_result(connection)
     .map_err(Error::database("reading which roles exist"))

@@ -1,0 +1,198 @@
+//! Roles: the service's, missing ones, and an owner of nothing but its database.
+
+use std::sync::LazyLock;
+
+use bruhmcp_devdb::{Database, Server};
+
+use super::{Row, finish, query, said, state, with_user};
+use crate::cli::{Outcome, bruhmcp};
+
+/// The server that has the roles.
+static SERVER: LazyLock<Server> = LazyLock::new(|| {
+    let server = Server::private(&[]).unwrap();
+    query(&server.create_database().unwrap(), ROLES);
+    server
+});
+
+const ROLES: &str = "CREATE ROLE app_user LOGIN; CREATE ROLE app_admin LOGIN";
+
+fn url_as(database: &Database, role: &str) -> String {
+    let user = format!("user={role}");
+    database.url().replace("user=postgres", &user)
+}
+
+#[track_caller]
+fn succeeds(url: &str, arguments: &[&str]) -> Outcome {
+    let outcome = bruhmcp(url, arguments);
+    assert_eq!(outcome.code, Some(0), "{arguments:?}: {outcome:?}");
+    outcome
+}
+
+/// The lines of standard output, for a row.
+fn printed(outcome: &Outcome) -> String {
+    let lines = outcome.out.lines().map(|line| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        words.join(" ")
+    });
+    lines.collect::<Vec<_>>().join("<br>")
+}
+
+#[test]
+fn service_with_pending() {
+    let database = with_user(&SERVER);
+    succeeds(&database.url(), &["grant"]);
+    let url = url_as(&database, "app_user");
+    let outcome = bruhmcp(&url, &["run"]);
+    let status = bruhmcp(&url, &["status"]);
+    assert_eq!(status.code, Some(3), "{status:?}");
+    Row {
+        test: "service_with_pending",
+        fault: "`run` as app_user, migrations are pending",
+        reported: format!("{}<br>`status` works.", said(&outcome)),
+        after: state(&database),
+        then: format!("with the owner's role: {}", finish(&database)),
+    }
+    .check();
+}
+
+#[test]
+fn service_without_pending() {
+    let database = with_user(&SERVER);
+    finish(&database);
+    succeeds(&database.url(), &["grant"]);
+    let url = url_as(&database, "app_user");
+    let outcome = succeeds(&url, &["run"]);
+    for command in ["status", "plan", "verify"] {
+        succeeds(&url, &[command]);
+    }
+    Row {
+        test: "service_without_pending",
+        fault: "`run` as app_user, nothing is pending",
+        reported: format!(
+            "{}: {}<br>`status`, `plan` and `verify` work.",
+            said(&outcome),
+            printed(&outcome)
+        ),
+        after: state(&database),
+        then: finish(&database),
+    }
+    .check();
+}
+
+#[test]
+fn grant_by_another_role() {
+    let database = with_user(&SERVER);
+    succeeds(&database.url(), &["grant"]);
+    let outcome = bruhmcp(&url_as(&database, "app_admin"), &["grant"]);
+    Row {
+        test: "grant_by_another_role",
+        fault: "`grant` as app_admin",
+        reported: said(&outcome),
+        after: state(&database),
+        then: format!("with the owner's role: {}", finish(&database)),
+    }
+    .check();
+}
+
+/// An older program's file would take the rights on newer tables away.
+#[test]
+fn grant_by_an_older_program() {
+    let database = with_user(&SERVER);
+    finish(&database);
+    let version = crate::runner::next_version();
+    query(
+        &database,
+        "CREATE TABLE newer (a int); GRANT SELECT ON newer TO app_user",
+    );
+    super::record(&database, &version);
+    let outcome = succeeds(&database.url(), &["grant"]);
+    assert_eq!(
+        query(
+            &database,
+            "SELECT has_table_privilege('app_user', 'newer', 'SELECT')"
+        ),
+        "t"
+    );
+    Row {
+        test: "grant_by_an_older_program",
+        fault: "`grant`, a newer program has applied a newer version",
+        reported: format!("{}<br>{}", said(&outcome), printed(&outcome)),
+        after: "unchanged".into(),
+        then: "the same".into(),
+    }
+    .check();
+}
+
+#[test]
+fn roles_created_later() {
+    let server = Server::private(&[]).unwrap();
+    let database = with_user(&server);
+    finish(&database);
+    let outcome = succeeds(&database.url(), &["grant"]);
+    let missing = serde_json::from_str::<serde_json::Value>(
+        &succeeds(&database.url(), &["grant", "--json"]).out,
+    );
+    assert_eq!(
+        missing.unwrap(),
+        serde_json::json!({ "roles": [], "missing": ["app_admin", "app_user"], "newer": [] })
+    );
+    query(&database, ROLES);
+    let denied = bruhmcp(&url_as(&database, "app_user"), &["run"]);
+    let again = succeeds(&database.url(), &["grant"]);
+    succeeds(&url_as(&database, "app_user"), &["run"]);
+    Row {
+        test: "roles_created_later",
+        fault: "`grant`, the roles don't exist",
+        reported: format!("{}: {}", said(&outcome), printed(&outcome)),
+        after: format!(
+            "{}; when the roles are created, `run` as app_user says: {}",
+            state(&database),
+            said(&denied)
+        ),
+        then: format!("{}: {}", said(&again), printed(&again)),
+    }
+    .check();
+}
+
+/// The roles exist, and the owner may create neither roles nor databases.
+#[test]
+fn owner_of_one_database() {
+    let server = &*SERVER;
+    let database = server.create_database().unwrap();
+    query(
+        &database,
+        &format!(
+            "CREATE ROLE owner LOGIN NOSUPERUSER NOCREATEROLE NOCREATEDB;
+             ALTER DATABASE {} OWNER TO owner",
+            database.name()
+        ),
+    );
+    let url = url_as(&database, "owner");
+    assert_eq!(bruhmcp(&url, &["status"]).code, Some(3));
+    let commands: [&[&str]; 7] = [
+        &["plan"],
+        &["run"],
+        &["verify"],
+        &["redo", "--all", "--yes"],
+        &["grant"],
+        &["status"],
+        &["revert", "--yes"],
+    ];
+    let mut reported = Vec::new();
+    for command in commands {
+        let outcome = succeeds(&url, command);
+        assert_eq!(outcome.err, "", "{command:?}");
+        reported.push(format!("`{}`", command[0]));
+    }
+    succeeds(&url, &["run"]);
+    succeeds(&url, &["grant"]);
+    succeeds(&url_as(&database, "app_user"), &["run"]);
+    Row {
+        test: "owner_of_one_database",
+        fault: "a role that owns its database and may not create roles or databases",
+        reported: format!("exit 0 from {}", reported.join(", ")),
+        after: state(&database),
+        then: finish(&database),
+    }
+    .check();
+}
