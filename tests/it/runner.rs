@@ -14,7 +14,7 @@ use diesel::pg::Pg;
 use diesel_migrations::FileBasedMigrations;
 
 use crate::difference::{assert_same, check_generated};
-use crate::support::{TestDatabase, database, empty_database};
+use crate::support::{TestDatabase, database, empty_database, superuser};
 
 /// A temporary folder of migrations.
 pub(crate) struct Folder(PathBuf);
@@ -528,6 +528,10 @@ fn verify_names_each_difference() {
             "view token_audit_summary",
         ),
     ] {
+        // Those of a foreign key are the system's.
+        if change.ends_with("TRIGGER ALL") && !superuser() {
+            continue;
+        }
         let database = crate::support::database();
         let change = if change.contains("VIEW") {
             change.replace("CREATE OR REPLACE", "DROP VIEW token_audit_summary; CREATE")
