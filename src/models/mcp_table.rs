@@ -72,8 +72,8 @@ impl<'a> NewMcpService<'a> {
 }
 
 impl McpService {
-    /// Inserts a service, or brings the existing one of this name in line with `new`. Call it at
-    /// each start.
+    /// Inserts a service, or brings the existing one of this name in line with `new`. Call it in
+    /// each deploy, as `app_admin`.
     ///
     /// `Existing` holds the row after the change; an equal row is not written. A disabled service
     /// stays disabled.
@@ -124,7 +124,8 @@ impl McpService {
         }
     }
 
-    /// Enables or disables a service and returns it; `None` if it doesn't exist.
+    /// Enables or disables a service and returns it; `None` if it doesn't exist. Call it as
+    /// `app_admin`.
     ///
     /// Disabling doesn't wait for open transactions, so an instance that one of them creates may
     /// still appear.

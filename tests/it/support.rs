@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs;
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::{Barrier, LazyLock};
@@ -38,10 +38,25 @@ pub(crate) static ROLES: LazyLock<bool> = LazyLock::new(|| {
     let database = SERVER.create_database().unwrap();
     let usable = create_roles(&mut PgConnection::establish(&database.url()).unwrap());
     if !usable {
-        println!("no roles app_user and app_admin: the tests run with the rights of the owner");
+        tell("no roles app_user and app_admin: the tests run with the rights of the owner");
     }
     usable
 });
+
+/// Prints a line that the test harness doesn't capture.
+fn tell(text: &str) {
+    let _ = writeln!(io::stderr(), "{text}");
+}
+
+/// Returns whether the server's role is a superuser, and says that the test is skipped if not.
+pub(crate) fn superuser() -> bool {
+    let is_superuser = empty_database().psql("SHOW is_superuser").unwrap() == "on\n";
+    if !is_superuser {
+        let name = thread::current().name().unwrap_or_default().to_owned();
+        tell(&format!("{name} is skipped: needs a superuser"));
+    }
+    is_superuser
+}
 
 /// Returns whether the connection may act as both roles.
 pub(crate) fn create_roles(conn: &mut PgConnection) -> bool {

@@ -367,7 +367,7 @@ fn pages_of_users_come_from_one_statement_that_reads_an_index() {
     let conn = &mut database.connect();
     database
         .psql(
-            "ALTER TABLE users DISABLE TRIGGER ALL;
+            "ALTER TABLE users DISABLE TRIGGER USER;
              INSERT INTO users (first_name, last_name, email, created_at)
              SELECT 'Ada', '', n || '@example.org', now() - n / 3 * interval '1 minute'
                FROM generate_series(1, 20000) AS n;
