@@ -48,7 +48,7 @@ pub enum Error {
     #[expect(missing_docs, reason = "the names say it")]
     Database {
         doing: &'static str,
-        report: ServerReport,
+        report: Box<ServerReport>,
         done: Box<Report>,
     },
     /// The SQL of [`Runner::roles`](crate::Runner::roles) failed.
@@ -85,7 +85,7 @@ impl Error {
     pub(crate) fn database(doing: &'static str) -> impl FnOnce(diesel::result::Error) -> Self {
         move |error| Self::Database {
             doing,
-            report: ServerReport::new(&error, "", &[]),
+            report: Box::new(ServerReport::new(&error, "", &[])),
             done: Box::default(),
         }
     }

@@ -643,7 +643,7 @@ impl Runner {
         }
         let losses = losses.map_err(|error| Error::Database {
             doing: "the rehearsal of the revert",
-            report: session.report(&*error),
+            report: Box::new(session.report(&*error)),
             done: Box::default(),
         })?;
         let names = known.iter().map(|known| known.name.clone()).collect();

@@ -24,6 +24,18 @@ fn signal(child: &Child, signal: &str) {
     must("kill", &[signal, &child.id().to_string()]);
 }
 
+/// Calls `work` when the program has told `words`, and returns its outcome.
+fn when_told(words: &str, mut run: Child, work: impl FnOnce(&Child)) -> Outcome {
+    let mut told = BufReader::new(run.stderr.take().unwrap());
+    let mut err = String::new();
+    while !err.contains(words) {
+        assert_ne!(told.read_line(&mut err).unwrap(), 0, "{err}");
+    }
+    work(&run);
+    told.read_to_string(&mut err).unwrap();
+    Outcome { err, ..ended(run) }
+}
+
 /// A network of two: this machine, and a namespace in which a client runs.
 struct Network {
     namespace: String,
@@ -190,11 +202,7 @@ fn sigterm_while_waiting() {
     let holder = hold_users(&database);
     let first = stuck_run(&database, &[]);
     let waiting = start(&database.url(), &["run"]);
-    until("both runners", || {
-        query(&database, &format!("SELECT count(*) {RUNNERS}")) == "2"
-    });
-    signal(&waiting, "-TERM");
-    let outcome = ended(waiting);
+    let outcome = when_told("Waiting for", waiting, |run| signal(run, "-TERM"));
     drop(holder);
     assert_eq!(ended(first).code, Some(0));
     Row {
@@ -350,18 +358,8 @@ fn old_snapshot_beside_index() {
 fn table_released() {
     let database = with_user(&SERVER);
     let holder = hold_users(&database);
-    let mut run = start(&database.url(), &["run"]);
-    let mut err = BufReader::new(run.stderr.take().unwrap());
-    let mut text = String::new();
-    while !text.contains("Next try") {
-        assert_ne!(err.read_line(&mut text).unwrap(), 0, "{text}");
-    }
-    drop(holder);
-    err.read_to_string(&mut text).unwrap();
-    let outcome = Outcome {
-        err: text,
-        ..ended(run)
-    };
+    let run = start(&database.url(), &["run"]);
+    let outcome = when_told("Next try", run, |_| drop(holder));
     assert!(
         outcome
             .err
