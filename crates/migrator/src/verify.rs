@@ -84,6 +84,10 @@ impl Lines {
         Self(all.iter().flat_map(|lines| lines.0.clone()).collect())
     }
 
+    pub(crate) fn keys(&self) -> Vec<&str> {
+        self.0.keys().map(String::as_str).collect()
+    }
+
     pub(crate) fn contains(&self, line: &str) -> bool {
         split(line).is_some_and(|(key, definition)| {
             self.0.get(key).is_some_and(|found| found == definition)
