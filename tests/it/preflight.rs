@@ -254,6 +254,11 @@ fn public_may_create_refuses_the_run() {
         ["REVOKE CREATE ON SCHEMA public FROM PUBLIC"]
     );
     assert_refused(&database, &database.url(), &found);
+    // It stands in the way of 001, not of 000.
+    runner(&database.url())
+        .unwrap()
+        .run_to(Some("000"))
+        .unwrap();
 }
 
 /// The search_path of the role is not what counts.

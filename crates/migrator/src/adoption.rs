@@ -3,7 +3,8 @@
 use diesel::dsl::sql;
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
-use diesel::sql_types::Text;
+use diesel::sql_query;
+use diesel::sql_types::{Array, Bool, Text};
 
 use crate::Verification;
 use crate::error::Error;
@@ -21,6 +22,10 @@ pub(crate) fn differences(
     let Some(versions) = versions.collect::<Option<Vec<Expected>>>() else {
         return Ok(None);
     };
+    // A definition may wait for a lock of its table.
+    sql_query("SET lock_timeout = '5s'")
+        .execute(connection)
+        .map_err(Error::database("setting up the session"))?;
     let found = Found::read(connection, schema, Some(&Expected::union(&versions)), &[])
         .map_err(Error::database("reading the catalogue"))?;
     let of = |(n, version): (usize, &Expected)| {
@@ -40,6 +45,47 @@ pub(crate) fn differences(
         missing.chain(changed).chain(later).collect()
     };
     Ok(Some(versions.iter().enumerate().map(of).collect()))
+}
+
+/// Returns whether the schema has an object that these migrations create. Waits for no lock.
+pub(crate) fn has_traces(
+    connection: &mut PgConnection,
+    schema: &str,
+    catalogue: &str,
+    names: &[&str],
+) -> Result<bool, Error> {
+    let Some(lines) = Lines::expected(catalogue, names) else {
+        return Ok(false);
+    };
+    sql::<Bool>(
+        "WITH relation AS (
+             SELECT oid, relname, relkind
+             FROM pg_class
+             WHERE relnamespace = to_regnamespace(quote_ident(",
+    )
+    .bind::<Text, _>(schema)
+    .sql(
+        "))
+         ),
+         found (key) AS (
+             SELECT format(CASE relkind WHEN 'i' THEN 'index %I' ELSE 'relation %I' END, relname)
+             FROM relation
+             UNION ALL
+             SELECT format('column %I.%I', relname, attname)
+             FROM relation JOIN pg_attribute ON attrelid = oid
+             UNION ALL
+             SELECT format('constraint %I.%I', relname, conname)
+             FROM relation r JOIN pg_constraint ON conrelid = r.oid
+             UNION ALL
+             SELECT format('trigger %I.%I', relname, tgname)
+             FROM relation r JOIN pg_trigger ON tgrelid = r.oid
+         )
+         SELECT EXISTS (SELECT FROM found WHERE key = ANY (",
+    )
+    .bind::<Array<Text>, _>(lines.keys())
+    .sql("))")
+    .get_result(connection)
+    .map_err(Error::database("looking for what is pending"))
 }
 
 /// Returns the other schemas that have a ledger.

@@ -265,7 +265,7 @@ impl Runner {
         let mut preflight = Preflight::default();
         if !known.is_empty() {
             let mut connection = session::connect(&self.settings)?;
-            self.refuse_lost_ledger(&mut connection)?;
+            self.refuse_lost_ledger(&mut connection, &known)?;
             preflight = self.preflight(&mut connection, &known)?;
         }
         let planned = pending.into_iter().map(|index| migrations.plan(index));
@@ -340,7 +340,7 @@ impl Runner {
             "run",
             |migrations, status| migrations.pending(status, to),
             |runner, session, known| {
-                runner.refuse_lost_ledger(&mut session.connection)?;
+                runner.refuse_lost_ledger(&mut session.connection, known)?;
                 runner.up(session, known)
             },
         )
@@ -500,8 +500,17 @@ impl Runner {
         }))
     }
 
-    /// Refuses if the schema has more migrations than the ledger.
-    fn refuse_lost_ledger(&self, connection: &mut PgConnection) -> Result<(), Error> {
+    /// Refuses if the schema has more migrations than the ledger, which lacks `pending`.
+    fn refuse_lost_ledger(
+        &self,
+        connection: &mut PgConnection,
+        pending: &[&Known],
+    ) -> Result<(), Error> {
+        let catalogue = self.catalogue.as_deref().unwrap_or_default();
+        let names: Vec<&str> = pending.iter().map(|known| &*known.name).collect();
+        if !adoption::has_traces(connection, &self.settings.schema, catalogue, &names)? {
+            return Ok(());
+        }
         let Some(found) = self.recognise(connection)? else {
             return Ok(());
         };

@@ -273,6 +273,10 @@ impl Lines {
             || object == "__diesel_schema_migrations"
     }
 
+    pub(crate) fn keys(&self) -> Vec<&str> {
+        self.0.keys().map(String::as_str).collect()
+    }
+
     pub(crate) fn contains(&self, line: &str) -> bool {
         split(line).is_some_and(|(key, definition)| {
             self.0.get(key).is_some_and(|found| found == definition)

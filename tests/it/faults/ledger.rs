@@ -184,13 +184,9 @@ fn refused(
     Row {
         test,
         fault,
-        reported: said(&outcome),
+        reported: said(&outcome).replace(database.name(), "…"),
         after: format!("nothing applied; {after}"),
-        then: format!(
-            "when that is done: {}; {}",
-            finish(&database),
-            users_in(&database)
-        ),
+        then: format!("{then}: {}; {}", finish(&database), users_in(&database)),
     }
     .check();
 }
