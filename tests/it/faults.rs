@@ -244,7 +244,8 @@ fn said(outcome: &Outcome) -> String {
         ("up after ", " s"),
         ("host=", "&"),
         ("on socket \"", "\""),
-        ("extend file \"", "\""),
+        // The reason differs between versions.
+        ("extend file ", "\n"),
         ("was lost (", ")\n"),
         ("be reached (", "). Run"),
         ("database \"bruhmcp_dev", "\""),

@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs;
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::{Barrier, LazyLock};
@@ -77,6 +77,19 @@ pub(crate) fn example(name: &str) -> PathBuf {
         program.display()
     );
     program
+}
+
+/// A program of the server's folder.
+pub(crate) fn program(name: &str) -> PathBuf {
+    SERVER.bin_dir().unwrap().join(name)
+}
+
+/// Says why a test is not run here. `script/test-servers` reads it.
+pub(crate) fn skipped(reason: &str) {
+    let thread = thread::current();
+    let test = thread.name().unwrap_or_default();
+    // Unlike eprintln!, this is shown for a test that passes.
+    writeln!(io::stderr(), "skipped {test}: {reason}").unwrap();
 }
 
 impl From<Database> for TestDatabase {
