@@ -20,6 +20,8 @@ use crate::cli::{Outcome, bruhmcp, start};
 use crate::difference::assert_same;
 use crate::runner::{Folder, names, next_version, versions};
 
+mod servers;
+
 const USER: &str = "INSERT INTO users (first_name, last_name, email) VALUES ('A', 'B', 'a@b.c')";
 const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/faults.md");
 const HEADER: &str = "\
@@ -103,7 +105,7 @@ fn page_is_complete() {
     let tests = String::from_utf8(tests.stdout).unwrap();
     let mut tests: Vec<&str> = tests
         .lines()
-        .filter_map(|line| line.strip_prefix("faults::")?.strip_suffix(": test"))
+        .filter_map(|line| line.strip_suffix(": test")?.rsplit("::").next())
         .filter(|&test| test != "page_is_complete")
         .collect();
     if std::env::var_os("BRUHMCP_WRITE").is_some() {
@@ -240,6 +242,9 @@ fn said(outcome: &Outcome) -> String {
     let mut text = outcome.err.clone();
     for (before, after) in [
         ("process ", ""),
+        ("Process ", ""),
+        ("on relation ", ""),
+        ("of database ", ""),
         ("since ", " UTC"),
         ("up after ", " s"),
         ("host=", "&"),

@@ -221,7 +221,7 @@ fn a_failure_says_where_and_what_is_left() {
         (failure.report.line, failure.report.column),
         (Some(3), Some(15))
     );
-    assert_eq!(failure.report.message, "column \"nothing\" does not exist");
+    assert!(failure.report.message.contains("nothing"), "{failure}");
     assert_eq!(failure.done, ["001_first"]);
     let StateAfter::Known {
         newest, recorded, ..
