@@ -260,10 +260,7 @@ fn detail_and_hint_are_told_but_no_row() {
         (Some("why"), Some("what to do"))
     );
     let report = failure("CREATE TABLE a (b int UNIQUE); INSERT INTO a VALUES (7), (7)");
-    assert_eq!(
-        report.detail.as_deref(),
-        Some("Key (b)=(7) already exists.")
-    );
+    assert!(report.detail.unwrap().contains("(b)=(7)"));
     for secret in [
         "CREATE TABLE a (b text CHECK (b = '')); INSERT INTO a VALUES ('s3cret')",
         "CREATE TABLE a (b text, c int NOT NULL); INSERT INTO a VALUES ('s3cret')",
