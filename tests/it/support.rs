@@ -85,10 +85,13 @@ pub(crate) fn program(name: &str) -> PathBuf {
 }
 
 /// Says why a test is not run here. `script/test-servers` reads it.
+#[expect(
+    clippy::explicit_write,
+    reason = "eprintln! is not shown for a test that passes"
+)]
 pub(crate) fn skipped(reason: &str) {
     let thread = thread::current();
     let test = thread.name().unwrap_or_default();
-    // Unlike eprintln!, this is shown for a test that passes.
     writeln!(io::stderr(), "skipped {test}: {reason}").unwrap();
 }
 
