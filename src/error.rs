@@ -8,12 +8,15 @@ use diesel::result::{DatabaseErrorKind, Error};
 pub enum ConstraintKind {
     /// A unique index: the value exists already.
     Unique,
-    /// A foreign key: the referenced row is missing, or other rows still refer to this one.
+    /// A foreign key: the referenced row is missing, or other rows still refer to this one. The
+    /// server tells `ON DELETE RESTRICT` from the rest since PostgreSQL 18; this kind does not.
     ForeignKey,
     /// A CHECK constraint, or a rule kept by a trigger: both look the same to a client.
     Check,
     /// NOT NULL: a value is missing.
     NotNull,
+    /// An exclusion constraint: the row conflicts with another one.
+    Exclusion,
 }
 
 /// A constraint that a statement violated.
@@ -51,9 +54,12 @@ impl ConstraintViolation {
         };
         let kind = match kind {
             DatabaseErrorKind::UniqueViolation => ConstraintKind::Unique,
-            DatabaseErrorKind::ForeignKeyViolation => ConstraintKind::ForeignKey,
+            DatabaseErrorKind::ForeignKeyViolation | DatabaseErrorKind::RestrictViolation => {
+                ConstraintKind::ForeignKey
+            }
             DatabaseErrorKind::CheckViolation => ConstraintKind::Check,
             DatabaseErrorKind::NotNullViolation => ConstraintKind::NotNull,
+            DatabaseErrorKind::ExclusionViolation => ConstraintKind::Exclusion,
             _ => return None,
         };
         let constraint = match kind {

@@ -13,6 +13,28 @@ use diesel::result::{DatabaseErrorKind, Error};
 /// The number of times [`retry_transaction`] runs a transaction before it gives up.
 pub const MAX_ATTEMPTS: u32 = 16;
 
+/// The server's message of a deadlock, in each language that PostgreSQL 15 to 18 speaks. Diesel has
+/// no kind for SQLSTATE 40P01 and doesn't tell the SQLSTATE.
+const DEADLOCK_DETECTED: &[&str] = &[
+    "deadlock detected",
+    "Verklemmung (Deadlock) entdeckt",
+    "se ha detectado un deadlock",
+    "interblocage (deadlock) détecté",
+    "terdeteksi 'deadlock'",
+    "rilevato deadlock",
+    "デッドロックを検出しました",
+    "ნაპოვნია ურთიერთბლოკირება",
+    "deadlock 발생했음",
+    "wykryto zakleszczenie",
+    "impasse detectado",
+    "обнаружена взаимоблокировка",
+    "deadlock upptäckt",
+    "çıkmaz (deadlock) durumu saptandı",
+    "виявлено взаємне блокування",
+    "检测到死锁",
+    "發現死結",
+];
+
 /// The isolation level of a transaction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Isolation {
@@ -74,9 +96,8 @@ where
 pub fn is_transient(error: &(dyn StdError + 'static)) -> bool {
     match error.downcast_ref::<Error>() {
         Some(Error::DatabaseError(DatabaseErrorKind::SerializationFailure, _)) => true,
-        // Diesel has no kind for 40P01 and doesn't tell the SQLSTATE.
         Some(Error::DatabaseError(DatabaseErrorKind::Unknown, info)) => {
-            info.message() == "deadlock detected"
+            DEADLOCK_DETECTED.contains(&info.message())
         }
         Some(Error::RollbackErrorOnCommit { commit_error, .. }) => {
             is_transient(commit_error.as_ref())

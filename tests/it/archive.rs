@@ -100,7 +100,7 @@ fn assert_refused(
 ) -> String {
     let before = database.dump(&[]);
     let error = run(database).unwrap_err();
-    assert!(error.contains(&format!("ERROR:  {sqlstate}: ")), "{error}");
+    assert!(error.contains(&format!(":  {sqlstate}: ")), "{error}");
     assert_same(&before, &database.dump(&[]));
     error
 }
@@ -204,7 +204,9 @@ fn the_comment_lists_what_moved_and_whom_it_concerns() {
              CREATE PUBLICATION of_other FOR TABLES IN SCHEMA other;",
         )
         .unwrap();
-    up(&database).unwrap();
+    // The server describes objects in its language.
+    let up = format!("SET lc_messages = 'C';\n{}", read(&support::up_sql()[0]));
+    database.psql(&up).unwrap();
     let comment = database
         .psql("SELECT obj_description('bruhmcp_archive'::regnamespace, 'pg_namespace')")
         .unwrap();
@@ -402,11 +404,7 @@ fn an_existing_archive_is_never_added_to() {
 
     database.psql("CREATE TABLE users (id int)").unwrap();
     let error = assert_refused(&database, up, "42P06");
-    assert!(
-        error.contains("schema \"bruhmcp_archive\" already exists"),
-        "{error}"
-    );
-    assert!(error.contains("HINT:  Rename that schema"), "{error}");
+    assert!(error.contains("Rename that schema"), "{error}");
 
     // An empty archive schema is refused too.
     let database = legacy();
@@ -471,10 +469,7 @@ fn down_refuses_where_a_name_is_taken() {
     up(&database).unwrap();
     database.psql("CREATE TABLE sessions (id int)").unwrap();
     let error = assert_refused(&database, down, "42P07");
-    assert!(
-        error.contains("relation \"sessions\" already exists in schema \"public\""),
-        "{error}"
-    );
+    assert!(error.contains("sessions"), "{error}");
 
     database
         .psql("DROP TABLE sessions; CREATE TYPE plan_type AS ENUM ()")
@@ -604,7 +599,7 @@ fn nobody_else_may_enter_the_archive() {
         .psql("SET ROLE pg_monitor; SELECT name FROM bruhmcp_archive.users")
         .unwrap_err();
     assert!(
-        error.contains("permission denied for schema bruhmcp_archive"),
+        error.contains("42501") && error.contains("bruhmcp_archive"),
         "{error}"
     );
 
@@ -670,7 +665,7 @@ fn one_table_of_another_owner_stops_it() {
         .psql("ALTER TABLE sessions OWNER TO CURRENT_USER")
         .unwrap();
     let error = assert_refused(&database, |_| as_pg_monitor(&support::up_sql()[0]), "42501");
-    assert!(error.contains("must be owner of table sessions"), "{error}");
+    assert!(error.contains("sessions"), "{error}");
 
     database
         .psql("ALTER TABLE sessions OWNER TO pg_monitor")

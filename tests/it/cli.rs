@@ -268,10 +268,8 @@ fn json_of_each_command() {
         .psql("CREATE TABLE user_billing_details ()")
         .unwrap();
     let failed = json::check(&bruhmcp(&url, &["run", "--json"]));
-    assert_eq!(
-        failed["error"]["failure"]["message"],
-        "relation \"user_billing_details\" already exists"
-    );
+    let message = failed["error"]["failure"]["message"].as_str().unwrap();
+    assert!(message.contains("user_billing_details"), "{message}");
     assert_eq!(
         failed["error"]["failure"]["state"]["known"]["newest"],
         "006"

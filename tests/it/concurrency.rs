@@ -364,7 +364,8 @@ fn two_users_of_one_service_do_not_wait_for_each_other() {
     let (a, b) = (&mut database.connect(), &mut database.connect());
     let (user_a, user_b) = (user(a), user(b));
     let gmail = service(a, "gmail", 4001);
-    b.batch_execute("SET lock_timeout = '1s'").unwrap();
+    b.batch_execute("SET lock_timeout = '1s'; SET lc_messages = 'C'")
+        .unwrap();
 
     let (of_a, of_b) = a
         .transaction(|a| {

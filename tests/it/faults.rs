@@ -25,6 +25,7 @@ mod rights;
 mod verify;
 mod ledger;
 mod networks;
+mod servers;
 
 const USER: &str = "INSERT INTO users (first_name, last_name, email) VALUES ('A', 'B', 'a@b.c')";
 const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/faults.md");
@@ -249,11 +250,15 @@ fn said(outcome: &Outcome) -> String {
         ("process ", ""),
         ("transaction ", " s old"),
         ("query ", " s old"),
+        ("Process ", ""),
+        ("on relation ", ""),
+        ("of database ", ""),
         ("since ", " UTC"),
         ("up after ", " s"),
         ("host=", "&"),
         ("on socket \"", "\""),
-        ("extend file \"", "\""),
+        // The reason differs between versions.
+        ("extend file ", "\n"),
         ("was lost (", ")\n"),
         ("be reached (", "). Run"),
         ("database \"bruhmcp_dev", "\""),

@@ -362,6 +362,17 @@ pub(crate) fn assert_violations(conn: &mut PgConnection) {
     }
 }
 
+#[test]
+fn an_exclusion_constraint_has_its_own_kind() {
+    let database = database();
+    let conn = &mut database.connect();
+    conn.batch_execute("CREATE TEMP TABLE seats (seat int, EXCLUDE USING btree (seat WITH =))")
+        .unwrap();
+    let violation = violation(conn, "INSERT INTO seats VALUES (1), (1)");
+    assert_eq!(violation.kind, ConstraintKind::Exclusion);
+    assert!(violation.is("seats_seat_excl"), "{violation}");
+}
+
 #[derive(QueryableByName)]
 struct Name {
     #[diesel(sql_type = Text)]

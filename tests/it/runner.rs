@@ -208,7 +208,7 @@ fn a_failure_says_where_and_what_is_left() {
         (failure.report.line, failure.report.column),
         (Some(3), Some(15))
     );
-    assert_eq!(failure.report.message, "column \"nothing\" does not exist");
+    assert!(failure.report.message.contains("nothing"), "{failure}");
     let done: Vec<&str> = failure.done.steps.iter().map(|step| &*step.name).collect();
     assert_eq!(done, ["001_first"]);
     let StateAfter::Known {
@@ -220,8 +220,11 @@ fn a_failure_says_where_and_what_is_left() {
     assert_eq!((newest.as_deref(), recorded), (Some("001"), &false));
     assert_eq!(
         failure.to_string(),
-        "applying 002_second failed in up.sql, line 3, column 15: column \"nothing\" does not exist\n\
-         The migration was rolled back. The database is at 001."
+        format!(
+            "applying 002_second failed in up.sql, line 3, column 15: {}\n\
+             The migration was rolled back. The database is at 001.",
+            failure.report.message
+        )
     );
     assert_eq!(
         database
@@ -248,10 +251,7 @@ fn detail_and_hint_are_told_but_no_row() {
         (Some("why"), Some("what to do"))
     );
     let report = failure("CREATE TABLE a (b int UNIQUE); INSERT INTO a VALUES (7), (7)");
-    assert_eq!(
-        report.detail.as_deref(),
-        Some("Key (b)=(7) already exists.")
-    );
+    assert!(report.detail.unwrap().contains("(b)=(7)"));
     for secret in [
         "CREATE TABLE a (b text CHECK (b = '')); INSERT INTO a VALUES ('s3cret')",
         "CREATE TABLE a (b text, c int NOT NULL); INSERT INTO a VALUES ('s3cret')",

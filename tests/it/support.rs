@@ -157,6 +157,22 @@ pub(crate) fn example(name: &str) -> PathBuf {
     program
 }
 
+/// A program of the server's folder.
+pub(crate) fn program(name: &str) -> PathBuf {
+    SERVER.bin_dir().unwrap().join(name)
+}
+
+/// Says why a test is not run here. `script/test-servers` reads it.
+#[expect(
+    clippy::explicit_write,
+    reason = "eprintln! is not shown for a test that passes"
+)]
+pub(crate) fn skipped(reason: &str) {
+    let thread = thread::current();
+    let test = thread.name().unwrap_or_default();
+    writeln!(io::stderr(), "skipped {test}: {reason}").unwrap();
+}
+
 impl From<Database> for TestDatabase {
     fn from(database: Database) -> Self {
         Self(database)

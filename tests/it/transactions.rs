@@ -1,7 +1,11 @@
 //! `retry_transaction`: what it retries, whatever error type the caller uses.
 
+use std::env;
 use std::error::Error as StdError;
 use std::fmt::Debug;
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
 
 use bruhmcp_db::ids::UserId;
 use bruhmcp_db::models::{User, UserChangeset};
@@ -10,7 +14,7 @@ use bruhmcp_db::{Isolation, MAX_ATTEMPTS, is_transient, retry_transaction};
 use diesel::connection::SimpleConnection;
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
-use diesel::result::Error;
+use diesel::result::{DatabaseErrorKind, Error};
 
 use crate::fixtures::user;
 use crate::support::{self, TestDatabase};
@@ -107,6 +111,9 @@ fn a_failure_at_commit_is_retried() {
     assert_eq!(attempts, 2);
 }
 
+/// Precedes the error in the output of [`a_deadlock_is_retried`].
+const SEEN: &str = "seen: ";
+
 #[test]
 fn a_deadlock_is_retried() {
     let database = support::database();
@@ -121,8 +128,11 @@ fn a_deadlock_is_retried() {
             if attempts == 1 {
                 conn.batch_execute("SELECT pg_sleep(0.2)")?;
             }
-            rename(conn, second, "Second")?;
-            Ok::<_, anyhow::Error>(())
+            let renamed = rename(conn, second, "Second");
+            if let Err(error) = &renamed {
+                println!("{SEEN}{error}");
+            }
+            Ok::<_, anyhow::Error>(renamed?)
         })
         .unwrap();
         attempts
@@ -130,6 +140,83 @@ fn a_deadlock_is_retried() {
     .into_iter()
     .sum();
     assert_eq!(attempts, 3, "one of both is the victim, once");
+}
+
+/// The strings of each language that the server has: message, translation, message …
+fn languages() -> Vec<(PathBuf, Vec<String>)> {
+    let mut pg_config = Command::new(support::program("pg_config"));
+    let Ok(folder) = pg_config.arg("--localedir").output() else {
+        return Vec::new();
+    };
+    let folder = String::from_utf8(folder.stdout).unwrap();
+    let folders = fs::read_dir(folder.trim()).into_iter().flatten();
+    let files = folders
+        .flat_map(|folder| fs::read_dir(folder.unwrap().path().join("LC_MESSAGES")))
+        .flatten()
+        .map(|file| file.unwrap().path());
+    files
+        .filter(|path| {
+            let name = path.file_name().unwrap().to_string_lossy();
+            name.starts_with("postgres-") && name.ends_with(".mo")
+        })
+        .map(|path| {
+            let file = fs::read(&path).unwrap();
+            let strings = file.split(|byte| *byte == 0);
+            let strings = strings.map(|bytes| String::from_utf8_lossy(bytes).into_owned());
+            (path, strings.collect())
+        })
+        .collect()
+}
+
+#[test]
+fn a_deadlock_is_known_in_each_language() {
+    let languages = languages();
+    if languages.is_empty() {
+        return support::skipped("this server has no translations");
+    }
+    let is_deadlock = |text: &&String| {
+        let information = Box::new((*text).clone());
+        is_transient(&Error::DatabaseError(
+            DatabaseErrorKind::Unknown,
+            information,
+        ))
+    };
+    for (path, strings) in languages {
+        let known: Vec<&String> = strings.iter().filter(is_deadlock).collect();
+        let english = strings.iter().any(|text| text == "deadlock detected");
+        // The message and its translation; neither where it is not translated.
+        assert_eq!(
+            known.len(),
+            if english { 2 } else { 0 },
+            "{path:?}: {known:?}"
+        );
+    }
+}
+
+/// The language of a server is that of its environment.
+#[test]
+fn a_deadlock_is_retried_in_german() {
+    if !languages()
+        .iter()
+        .any(|(path, _)| path.iter().any(|name| name == "de"))
+    {
+        return support::skipped("this server speaks no German");
+    }
+    let output = Command::new(env::current_exe().unwrap())
+        .args([
+            "--exact",
+            "transactions::a_deadlock_is_retried",
+            "--nocapture",
+        ])
+        .env("LANGUAGE", "de")
+        .env("PGOPTIONS", "-c lc_messages=C.UTF-8")
+        .env_remove("DATABASE_URL")
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let seen = String::from_utf8(output.stdout).unwrap();
+    let german = format!("{SEEN}Verklemmung (Deadlock) entdeckt");
+    assert!(seen.contains(&german), "{seen}");
 }
 
 #[test]
