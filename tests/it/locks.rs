@@ -54,7 +54,7 @@ pub(crate) const FIGMA: ServiceId = ServiceId(key(3));
 /// An API key of Gmail; active.
 pub(crate) const KEYED: InstanceId = InstanceId(key(11));
 /// An API key of Figma; inactive.
-const INACTIVE: InstanceId = InstanceId(key(12));
+pub(crate) const INACTIVE: InstanceId = InstanceId(key(12));
 /// Waits for its authorisation.
 pub(crate) const PENDING: InstanceId = InstanceId(key(13));
 /// Authorised; its access token ends soon.
