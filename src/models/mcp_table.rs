@@ -5,17 +5,19 @@ use diesel::connection::SimpleConnection;
 use diesel::dsl::sql;
 use diesel::pg::Pg;
 use diesel::prelude::*;
-use diesel::sql_types::{BigInt, Bool};
+use diesel::sql_types::Bool;
 use diesel::upsert::excluded;
 use serde::Serialize;
 
-use crate::enums::{AuthType, InstanceStatus, OauthStatus};
+use crate::enums::AuthType;
 use crate::ids::ServiceId;
 use crate::models::Recorded;
-use crate::schema::{mcp_service_table, mcp_table};
+use crate::schema::mcp_table;
 
 /// A row of `mcp_table`: a service that users can connect to.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Queryable, Selectable, Identifiable)]
+#[derive(
+    Debug, Clone, PartialEq, Eq, Serialize, Queryable, QueryableByName, Selectable, Identifiable,
+)]
 #[diesel(table_name = mcp_table, primary_key(mcp_service_id), check_for_backend(Pg))]
 #[expect(
     missing_docs,
@@ -70,10 +72,6 @@ impl<'a> NewMcpService<'a> {
             type_,
         }
     }
-}
-
-diesel::define_sql_function! {
-    fn greatest(one: BigInt, other: BigInt) -> BigInt;
 }
 
 impl McpService {
@@ -163,55 +161,54 @@ impl McpService {
             .optional()
     }
 
-    /// Counts the instances of all services again, corrects the counters that are wrong, and returns
-    /// the services that it changed. For a database whose rows came in past the triggers, or twice:
-    /// see `docs/operations.md`.
+    /// Counts the instances of all services again, corrects the counters that are wrong, and
+    /// returns the services that it changed. For a database whose rows were loaded past the
+    /// triggers, or twice (`docs/operations.md`).
     ///
     /// `total_instances_created` also counts deleted instances, of which no row is left. It is only
     /// raised to the number of existing instances, never lowered.
     ///
-    /// Safe beside other transactions. It locks all services until the transaction ends; commits that
-    /// change a counter wait for it. Call it last in a transaction. Needs UPDATE on `mcp_table`, which
-    /// `app_admin` has.
+    /// Safe beside other transactions. Locks all services, so that commits that change a counter
+    /// wait. Call it last in a transaction. Needs UPDATE on `mcp_table`, which `app_admin` has.
     ///
     /// # Errors
     /// A serialization failure at the stricter isolation levels, if a counter has changed since the
     /// transaction began.
     pub fn recount(conn: &mut PgConnection) -> QueryResult<Vec<Self>> {
-        let instances = mcp_service_table::table
-            .filter(mcp_service_table::mcp_service_id.eq(mcp_table::mcp_service_id));
-        let existing = instances.count().single_value().assume_not_null();
-        let active = instances
-            .filter(mcp_service_table::status.eq(InstanceStatus::Active))
-            .filter(mcp_service_table::oauth_status.eq(OauthStatus::Completed))
-            .count()
-            .single_value()
-            .assume_not_null();
         conn.transaction(|conn| {
             // Instances of this transaction that are still to be counted would be counted twice.
             conn.batch_execute(
                 "SET CONSTRAINTS mcp_service_table_count_insert, mcp_service_table_count_update,
                     mcp_service_table_count_delete IMMEDIATE",
             )?;
-            // Not by the update itself: having waited for a commit, it would still count in its
-            // older snapshot. After the lock, each transaction is either visible or counts itself
-            // later.
+            // Not by the UPDATE itself: having waited for a commit, it would still count in its
+            // older snapshot. After the lock, every other transaction is either visible or counts
+            // itself later.
             mcp_table::table
                 .select(mcp_table::mcp_service_id)
                 .order(mcp_table::mcp_service_id)
                 .for_no_key_update()
                 .execute(conn)?;
-            let wrong = mcp_table::active_instances_count
-                .ne(active.clone())
-                .or(mcp_table::total_instances_created.lt(existing.clone()));
-            diesel::update(mcp_table::table.filter(wrong))
-                .set((
-                    mcp_table::active_instances_count.eq(active),
-                    mcp_table::total_instances_created
-                        .eq(greatest(mcp_table::total_instances_created, existing)),
-                ))
-                .returning(Self::as_returning())
-                .get_results(conn)
+            // The query builder has no UPDATE … FROM; subqueries would count once per service.
+            diesel::sql_query(
+                "UPDATE mcp_table AS service
+                    SET active_instances_count = counted.active,
+                        total_instances_created =
+                            greatest(total_instances_created, counted.existing)
+                   FROM (SELECT mcp_table.mcp_service_id,
+                                count(instance_id) AS existing,
+                                count(*) FILTER (
+                                    WHERE status = 'active' AND oauth_status = 'completed'
+                                ) AS active
+                           FROM mcp_table
+                           LEFT JOIN mcp_service_table USING (mcp_service_id)
+                          GROUP BY mcp_table.mcp_service_id) AS counted
+                  WHERE service.mcp_service_id = counted.mcp_service_id
+                    AND (active_instances_count <> counted.active
+                        OR total_instances_created < counted.existing)
+                 RETURNING service.*, type AS type_",
+            )
+            .load(conn)
         })
     }
 }
