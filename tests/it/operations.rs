@@ -1,4 +1,4 @@
-//! `docs/operations.md`: each block of the page runs here as it stands.
+//! `docs/operations.md`: the commands of the page run here.
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -39,7 +39,7 @@ const PAGE: &str = include_str!("../../docs/operations.md");
 const COUNTERS: &str = "SELECT mcp_service_name, total_instances_created, active_instances_count
                           FROM mcp_table ORDER BY mcp_service_name";
 
-/// The server of the tests that add no role of ours and configure nothing.
+/// The server of the tests that configure nothing and need no role that migrations grant to.
 pub(crate) static SERVER: LazyLock<Server> = LazyLock::new(|| Server::private(&[]).unwrap());
 
 /// The block of the page that contains `part`.
@@ -700,8 +700,11 @@ fn standby_of(primary: &Server) -> Server {
     standby
 }
 
+/// An operation and its name.
+type Named = (&'static str, fn(&mut PgConnection) -> Outcome);
+
 /// Every operation that only reads. Each finds something.
-static READS: &[(&str, fn(&mut PgConnection) -> Outcome)] = &[
+static READS: &[Named] = &[
     ("User::find", |conn| Ok(User::find(conn, USER)?.is_some())),
     ("User::find_active", |conn| {
         Ok(User::find_active(conn, USER)?.is_some())
@@ -812,7 +815,7 @@ static READS: &[(&str, fn(&mut PgConnection) -> Outcome)] = &[
 ];
 
 /// Writing operations that [`OPERATIONS`] calls only inside others.
-static INNER: &[(&str, fn(&mut PgConnection) -> Outcome)] = &[
+static INNER: &[Named] = &[
     ("WebhookEvent::mark_processed", |conn| {
         Ok(WebhookEvent::mark_processed(conn, OPEN_EVENT)?)
     }),
