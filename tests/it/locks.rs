@@ -50,13 +50,13 @@ const fn key(number: u128) -> Uuid {
 
 pub(crate) const USER: UserId = UserId(key(1));
 pub(crate) const GMAIL: ServiceId = ServiceId(key(2));
-pub(crate) const FIGMA: ServiceId = ServiceId(key(3));
+const FIGMA: ServiceId = ServiceId(key(3));
 /// An API key of Gmail; active.
 pub(crate) const KEYED: InstanceId = InstanceId(key(11));
 /// An API key of Figma; inactive.
 pub(crate) const INACTIVE: InstanceId = InstanceId(key(12));
 /// Waits for its authorisation.
-pub(crate) const PENDING: InstanceId = InstanceId(key(13));
+const PENDING: InstanceId = InstanceId(key(13));
 /// Authorised; its access token ends soon.
 pub(crate) const AUTHORISED: InstanceId = InstanceId(key(14));
 /// Never authorised.
@@ -92,7 +92,7 @@ pub(crate) fn tokens() -> OauthTokens<'static> {
     }
 }
 
-pub(crate) fn token(type_: bruhmcp_db::enums::AuthTokenType, byte: u8) -> HashedToken {
+fn token(type_: bruhmcp_db::enums::AuthTokenType, byte: u8) -> HashedToken {
     HashedToken::new(type_, [byte; 32])
 }
 
