@@ -1,6 +1,7 @@
 //! The registry of MCP services.
 
 use chrono::{DateTime, Utc};
+use diesel::connection::SimpleConnection;
 use diesel::dsl::sql;
 use diesel::pg::Pg;
 use diesel::prelude::*;
@@ -14,7 +15,9 @@ use crate::models::Recorded;
 use crate::schema::mcp_table;
 
 /// A row of `mcp_table`: a service that users can connect to.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Queryable, Selectable, Identifiable)]
+#[derive(
+    Debug, Clone, PartialEq, Eq, Serialize, Queryable, QueryableByName, Selectable, Identifiable,
+)]
 #[diesel(table_name = mcp_table, primary_key(mcp_service_id), check_for_backend(Pg))]
 #[expect(
     missing_docs,
@@ -157,5 +160,56 @@ impl McpService {
             .select(Self::as_select())
             .first(conn)
             .optional()
+    }
+
+    /// Counts the instances of all services again, corrects the counters that are wrong, and
+    /// returns the services that it changed. For a database whose rows were loaded past the
+    /// triggers, or twice (`docs/operations.md`).
+    ///
+    /// `total_instances_created` also counts deleted instances, of which no row is left. It is only
+    /// raised to the number of existing instances, never lowered.
+    ///
+    /// Safe beside other transactions. Locks all services, so that commits that change a counter
+    /// wait. Call it last in a transaction. Needs UPDATE on `mcp_table`, which `app_admin` has.
+    ///
+    /// # Errors
+    /// A serialization failure at the stricter isolation levels, if a counter has changed since the
+    /// transaction began.
+    pub fn recount(conn: &mut PgConnection) -> QueryResult<Vec<Self>> {
+        conn.transaction(|conn| {
+            // Instances of this transaction that are still to be counted would be counted twice.
+            conn.batch_execute(
+                "SET CONSTRAINTS mcp_service_table_count_insert, mcp_service_table_count_update,
+                    mcp_service_table_count_delete IMMEDIATE",
+            )?;
+            // Not by the UPDATE itself: having waited for a commit, it would still count in its
+            // older snapshot. After the lock, every other transaction is either visible or counts
+            // itself later.
+            mcp_table::table
+                .select(mcp_table::mcp_service_id)
+                .order(mcp_table::mcp_service_id)
+                .for_no_key_update()
+                .execute(conn)?;
+            // The query builder has no UPDATE … FROM; subqueries would count once per service.
+            diesel::sql_query(
+                "UPDATE mcp_table AS service
+                    SET active_instances_count = counted.active,
+                        total_instances_created =
+                            greatest(total_instances_created, counted.existing)
+                   FROM (SELECT mcp_table.mcp_service_id,
+                                count(instance_id) AS existing,
+                                count(*) FILTER (
+                                    WHERE status = 'active' AND oauth_status = 'completed'
+                                ) AS active
+                           FROM mcp_table
+                           LEFT JOIN mcp_service_table USING (mcp_service_id)
+                          GROUP BY mcp_table.mcp_service_id) AS counted
+                  WHERE service.mcp_service_id = counted.mcp_service_id
+                    AND (active_instances_count <> counted.active
+                        OR total_instances_created < counted.existing)
+                 RETURNING service.*, type AS type_",
+            )
+            .load(conn)
+        })
     }
 }

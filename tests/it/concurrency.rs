@@ -82,7 +82,7 @@ fn of_32_authorizations_one_succeeds() {
 }
 
 /// Compares the registry's counters with a recount.
-fn assert_counters_right(database: &TestDatabase) {
+pub(crate) fn assert_counters_right(database: &TestDatabase) {
     let wrong = "SELECT mcp_service_name, active_instances_count, count(instance_id)
                    FROM mcp_table
                    LEFT JOIN mcp_service_table AS i

@@ -175,7 +175,7 @@ fn each_foreign_key_says_what_a_delete_does() {
 }
 
 /// The Rust files in a folder and in those below it.
-fn rust_files(folder: &Path) -> Vec<PathBuf> {
+pub(crate) fn rust_files(folder: &Path) -> Vec<PathBuf> {
     let mut files = Vec::new();
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();

@@ -1,6 +1,7 @@
 //! Faults around the runner, each with the real binary and a real server. `docs/faults.md` has what
 //! they see: `BRUHMCP_WRITE=1 script/test faults::` writes it.
 
+use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -26,6 +27,7 @@ mod verify;
 mod ledger;
 mod networks;
 mod servers;
+mod operations;
 
 const USER: &str = "INSERT INTO users (first_name, last_name, email) VALUES ('A', 'B', 'a@b.c')";
 const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/faults.md");
@@ -161,7 +163,7 @@ fn dump(database: &Database) -> String {
 }
 
 /// Polls for something outside this process.
-fn until(what: &str, mut happened: impl FnMut() -> bool) {
+pub(crate) fn until(what: &str, mut happened: impl FnMut() -> bool) {
     let begin = Instant::now();
     while !happened() {
         assert!(
@@ -1037,13 +1039,14 @@ fn diesel_cli() {
 }
 
 /// PgBouncer in transaction mode, for a server.
-struct Bouncer {
+pub(crate) struct Bouncer {
     folder: PathBuf,
     child: Child,
 }
 
 impl Bouncer {
-    fn start(server: &Server, ignored: &str) -> Self {
+    /// Starts a version of `pgbouncer` with further settings, a line each.
+    pub(crate) fn start(program: impl AsRef<OsStr>, server: &Server, settings: &str) -> Self {
         let folder =
             std::env::temp_dir().join(format!("bruhmcp_{}", uuid::Uuid::new_v4().simple()));
         fs::create_dir(&folder).unwrap();
@@ -1054,13 +1057,13 @@ impl Bouncer {
             folder.join("ini"),
             format!(
                 "[databases]\n* = host={} port=5432\n[pgbouncer]\nlisten_addr =\nlisten_port = 6432\nunix_socket_dir = {path}\n\
-                 auth_type = trust\nauth_file = {path}/users\npool_mode = transaction\nignore_startup_parameters = {ignored}\n",
+                 auth_type = trust\nauth_file = {path}/users\npool_mode = transaction\n{settings}\n",
                 server.folder().unwrap().display()
             ),
         )
         .unwrap();
         let id = Command::new("id").arg("-u").output().unwrap();
-        let mut command = Command::new("pgbouncer");
+        let mut command = Command::new(program);
         // Debian has pgbouncer in a folder of root's PATH.
         if let Some(path) = std::env::var_os("PATH") {
             let mut folders: Vec<PathBuf> = std::env::split_paths(&path).collect();
@@ -1079,7 +1082,7 @@ impl Bouncer {
         Self { folder, child }
     }
 
-    fn url(&self, database: &Database) -> String {
+    pub(crate) fn url(&self, database: &Database) -> String {
         let url = format!(
             "postgresql:///{}?host={}&port=6432&user=postgres",
             database.name(),
@@ -1102,7 +1105,8 @@ impl Drop for Bouncer {
 
 fn through_pooler(server: &Server, ignored: &str) -> (String, String, String) {
     let database = with_user(server);
-    let bouncer = Bouncer::start(server, ignored);
+    let settings = format!("ignore_startup_parameters = {ignored}");
+    let bouncer = Bouncer::start("pgbouncer", server, &settings);
     let url = bouncer.url(&database);
     let runners: Vec<Child> = (0..4).map(|_| start(&url, &["run"])).collect();
     let outcomes: Vec<String> = runners

@@ -33,14 +33,14 @@ use crate::support::{self, TestDatabase, as_admin};
 /// Databases in which pairs race at the same time.
 const LANES: usize = 12;
 
-type Outcome = Result<bool, Box<dyn Error + Send + Sync>>;
+pub(crate) type Outcome = Result<bool, Box<dyn Error + Send + Sync>>;
 
 /// An operation, the state it needs beside [`USER_WITH_ROWS`], and whether a composition can call
 /// it.
-struct Operation {
-    name: &'static str,
-    arrange: &'static str,
-    run: fn(&mut PgConnection) -> Outcome,
+pub(crate) struct Operation {
+    pub(crate) name: &'static str,
+    pub(crate) arrange: &'static str,
+    pub(crate) run: fn(&mut PgConnection) -> Outcome,
     composes: bool,
 }
 
@@ -48,28 +48,28 @@ const fn key(number: u128) -> Uuid {
     Uuid::from_u128(0x7000_8000_0000_0000_0000 + number)
 }
 
-const USER: UserId = UserId(key(1));
-const GMAIL: ServiceId = ServiceId(key(2));
+pub(crate) const USER: UserId = UserId(key(1));
+pub(crate) const GMAIL: ServiceId = ServiceId(key(2));
 const FIGMA: ServiceId = ServiceId(key(3));
 /// An API key of Gmail; active.
-const KEYED: InstanceId = InstanceId(key(11));
+pub(crate) const KEYED: InstanceId = InstanceId(key(11));
 /// An API key of Figma; inactive.
-const INACTIVE: InstanceId = InstanceId(key(12));
+pub(crate) const INACTIVE: InstanceId = InstanceId(key(12));
 /// Waits for its authorisation.
 const PENDING: InstanceId = InstanceId(key(13));
 /// Authorised; its access token ends soon.
-const AUTHORISED: InstanceId = InstanceId(key(14));
+pub(crate) const AUTHORISED: InstanceId = InstanceId(key(14));
 /// Never authorised.
 const ABANDONED: InstanceId = InstanceId(key(15));
 /// Past its end.
 const DUE: InstanceId = InstanceId(key(16));
-const SUBSCRIPTION: SubscriptionId = SubscriptionId(key(21));
-const PAYMENT: TransactionId = TransactionId(key(31));
+pub(crate) const SUBSCRIPTION: SubscriptionId = SubscriptionId(key(21));
+pub(crate) const PAYMENT: TransactionId = TransactionId(key(31));
 const ORDER: TransactionId = TransactionId(key(32));
-const OPEN_EVENT: WebhookEventId = WebhookEventId(key(41));
+pub(crate) const OPEN_EVENT: WebhookEventId = WebhookEventId(key(41));
 
 /// The credentials of an instance.
-const fn of(instance: InstanceId) -> CredentialId {
+pub(crate) const fn of(instance: InstanceId) -> CredentialId {
     CredentialId(instance.0)
 }
 
@@ -83,7 +83,7 @@ fn sealed(instance: InstanceId, column: SecretColumn) -> Sealed {
         .unwrap()
 }
 
-fn tokens() -> OauthTokens<'static> {
+pub(crate) fn tokens() -> OauthTokens<'static> {
     OauthTokens {
         access_token: sealed(AUTHORISED, SecretColumn::AccessToken),
         refresh_token: Some(sealed(AUTHORISED, SecretColumn::RefreshToken)),
@@ -101,7 +101,7 @@ fn hour() -> TimeDelta {
 }
 
 /// Deletes all users and events, and inserts one user with rows in all tables.
-static USER_WITH_ROWS: LazyLock<String> = LazyLock::new(|| {
+pub(crate) static USER_WITH_ROWS: LazyLock<String> = LazyLock::new(|| {
     let mut sql = format!(
         r#"
         DELETE FROM subscription_transactions;
@@ -188,7 +188,7 @@ static USER_WITH_ROWS: LazyLock<String> = LazyLock::new(|| {
     sql
 });
 
-const SERVICES: &str = "
+pub(crate) const SERVICES: &str = "
     INSERT INTO mcp_table (mcp_service_id, mcp_service_name, display_name, port, type)
     VALUES ('00000000-0000-7000-8000-000000000002', 'gmail', 'Gmail', 4001, 'oauth'),
            ('00000000-0000-7000-8000-000000000003', 'figma', 'Figma', 4002, 'api_key')";
@@ -214,7 +214,7 @@ const fn worker(name: &'static str, run: fn(&mut PgConnection) -> Outcome) -> Op
 }
 
 /// Every operation of the crate that writes. Each returns whether it did what its name says.
-static OPERATIONS: &[Operation] = &[
+pub(crate) static OPERATIONS: &[Operation] = &[
     // users
     operation("User::sign_up", |conn| {
         Ok(User::sign_up(conn, &NewUser::new("Asha", "", "new@example.in")).map(|_| true)?)
@@ -463,6 +463,12 @@ static OPERATIONS: &[Operation] = &[
         let service = as_admin(conn, |conn| McpService::set_enabled(conn, GMAIL, true))?;
         Ok(service.is_some())
     }),
+    Operation {
+        arrange: "UPDATE mcp_table SET active_instances_count = 70",
+        ..worker("McpService::recount", |conn| {
+            Ok(McpService::recount(conn)?.len() == 2)
+        })
+    },
     // mcp_service_table
     operation("McpInstance::create", |conn| {
         let credential = NewMcpCredential::api_key(&OLD_RING, &"secret".into())?;

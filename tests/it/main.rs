@@ -29,6 +29,9 @@ mod models;
 mod monitor;
 #[cfg(feature = "crypto")]
 mod oauth;
+// As `faults`, and with the keys of `locks`.
+#[cfg(all(feature = "cli", feature = "crypto", target_os = "linux"))]
+mod operations;
 mod payments;
 mod plans;
 #[cfg(feature = "cli")]
