@@ -29,6 +29,8 @@ mod payments;
 mod plans;
 #[cfg(all(feature = "crypto", feature = "migrator"))]
 mod quickstart;
+#[cfg(feature = "migrator")]
+mod revert;
 mod rules;
 #[cfg(feature = "migrator")]
 mod runner;

@@ -9,7 +9,7 @@ use diesel::result::DatabaseErrorKind;
 use diesel::sql_types::{Integer, Nullable, Text, Timestamptz};
 use serde::Serialize;
 
-use crate::Direction;
+use crate::{Direction, Loss};
 
 /// Error of a [`Runner`](crate::Runner). No text contains the password of the URL.
 #[derive(Debug, thiserror::Error)]
@@ -123,6 +123,34 @@ pub enum Refusal {
     /// The program was built without an expected catalogue.
     #[error("this program has no expected catalogue to verify against.")]
     NoCatalogue,
+    /// A migration that runs in a transaction has a statement that begins or ends one, so that it
+    /// could not be rolled back.
+    #[error(
+        "{name} runs in a transaction, but {direction}.sql has {statement} in line {line}. Remove \
+         it, or turn the transaction off (run_in_transaction = false in metadata.toml)."
+    )]
+    #[expect(missing_docs, reason = "the names say it")]
+    TransactionControl {
+        name: String,
+        direction: Direction,
+        statement: &'static str,
+        line: usize,
+    },
+    /// Rows arrived after `confirm`. Each loss has the number that was confirmed.
+    #[error(
+        "more would be lost than was confirmed: {}. Run it again.",
+        .0.iter().map(|(loss, confirmed)| format!("{loss}, not {confirmed}")).collect::<Vec<_>>().join("; ")
+    )]
+    LossesGrew(Vec<(Loss, i64)>),
+    /// The revert touched this table, which the rehearsal did not.
+    #[error("the revert touched {0}, which its rehearsal did not. Run it again.")]
+    NotRehearsed(String),
+    /// A migration released the lock of the runner.
+    #[error(
+        "a migration releases the runner's lock, so another runner might work at the same time. \
+         Remove pg_advisory_unlock and DISCARD from it."
+    )]
+    ReleasesLock,
     /// `confirm` returned `false`.
     #[error("the revert was not confirmed.")]
     NotConfirmed,
@@ -172,6 +200,8 @@ pub struct Failure {
     #[serde(flatten)]
     pub report: ServerReport,
     pub in_transaction: bool,
+    /// Whether all migrations of the revert or redo share one transaction.
+    pub together: bool,
     pub done: Vec<String>,
     pub state: StateAfter,
 }
@@ -184,7 +214,7 @@ pub enum StateAfter {
     Known {
         /// Newest applied version.
         newest: Option<String>,
-        /// Whether the failed migration is recorded as applied.
+        /// Whether the database records that what failed was done.
         recorded: bool,
         /// A session that holds the lock and may still change this state.
         holder: Option<Holder>,
@@ -219,9 +249,11 @@ impl fmt::Display for Failure {
                 holder,
             } => (newest, *recorded, holder),
         };
-        formatter.write_str(if recorded == (direction == Direction::Up) {
+        formatter.write_str(if recorded {
             "The database records it as done: the connection broke after the commit, or another \
              tool did it at the same time."
+        } else if self.together {
+            "Everything was rolled back."
         } else if self.in_transaction {
             "The migration was rolled back."
         } else {

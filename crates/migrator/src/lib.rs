@@ -3,6 +3,7 @@
 
 #[cfg(feature = "cli")]
 pub mod cli;
+mod control;
 mod error;
 mod rehearsal;
 mod report;
@@ -13,7 +14,7 @@ mod status;
 mod verify;
 
 pub use error::{Error, Failure, Holder, Refusal, ServerReport, StateAfter};
-pub use rehearsal::{Loss, Reversal};
+pub use rehearsal::{Loss, LossKind, Reversal};
 pub use report::{Direction, Event, Hook, Note, Report, Step};
 pub use runner::{Extent, Runner};
 pub use status::{Applied, MigrationStatus, Planned, Status};

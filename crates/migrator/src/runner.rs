@@ -3,17 +3,19 @@
 use std::fmt;
 use std::time::{Duration, Instant};
 
-use diesel::migration::{Migration, MigrationConnection, MigrationSource};
+use diesel::connection::{AnsiTransactionManager, SimpleConnection, TransactionManager};
+use diesel::migration::{MigrationConnection, MigrationSource};
 use diesel::pg::{Pg, PgConnection};
 use diesel_migrations::MigrationHarness;
 use libpq_conninfo::Conninfo;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Failure, Refusal, StateAfter};
-use crate::session::{self, Session};
+use crate::rehearsal::{self, Before, Touched};
+use crate::session::{self, Ledger, Session};
 use crate::source::{Known, Migrations};
 use crate::verify::{self, Verification};
-use crate::{Direction, Event, Hook, Planned, Report, Reversal, Status, Step, rehearsal};
+use crate::{Direction, Event, Hook, Loss, Planned, Report, Reversal, Status, Step};
 
 /// Applies, reverts and checks migrations.
 ///
@@ -216,11 +218,18 @@ impl Runner {
 
     /// Reverts applied migrations, newest first, if `confirm` returns `true`.
     ///
-    /// The revert is first rehearsed in a transaction that is rolled back, to count the rows it
-    /// would delete; `confirm` receives that count. The rehearsal locks the same tables.
+    /// All are reverted in one transaction, or none. `confirm` receives what would be lost. It is
+    /// found by two rehearsals that are rolled back: the first finds the tables that the revert
+    /// touches, the second compares their contents before and after. The revert itself compares
+    /// again, while it keeps writers out, and refuses to lose more than was confirmed. Touched
+    /// tables are read as a whole. Their values are hashed, unless they are only dropped; an
+    /// exchange of values between rows is therefore not noticed.
+    ///
+    /// If a migration does not run in a transaction, nothing is rehearsed and each migration is
+    /// reverted on its own.
     ///
     /// # Errors
-    /// Any. After [`Error::Failed`] the migrations before the failed one stay reverted.
+    /// Any. After [`Error::Failed`], [`Failure::together`] tells whether all was rolled back.
     pub fn revert(
         &mut self,
         extent: &Extent,
@@ -229,14 +238,17 @@ impl Runner {
         self.locked(
             "revert",
             |migrations, status| migrations.to_revert(status, extent),
-            |runner, session, known| runner.down(session, known, confirm),
+            |runner, session, known| runner.down(session, known, false, confirm),
         )
     }
 
-    /// Reverts as [`revert`](Self::revert) does, then applies the same migrations again.
+    /// Reverts as [`revert`](Self::revert) does, and applies the same migrations again in the same
+    /// transaction. If one of them needs the commit of an earlier one, such as a new value of an
+    /// enum type, use `revert` and [`run`](Self::run).
     ///
     /// # Errors
-    /// Any. After [`Error::Failed`] the next [`run`](Self::run) applies what is missing.
+    /// As `revert`. If a migration does not run in a transaction, the next `run` applies what is
+    /// missing.
     pub fn redo(
         &mut self,
         extent: &Extent,
@@ -244,12 +256,12 @@ impl Runner {
     ) -> Result<Report, Error> {
         self.locked(
             "redo",
-            |migrations, status| migrations.to_revert(status, extent),
-            |runner, session, known| {
-                runner.down(session, known, confirm)?;
-                let again: Vec<&Known> = known.iter().rev().copied().collect();
-                runner.up(session, &again)
+            |migrations, status| {
+                let chosen = migrations.to_revert(status, extent)?;
+                migrations.check(chosen.iter().map(|&index| (index, Direction::Up)))?;
+                Ok(chosen)
             },
+            |runner, session, known| runner.down(session, known, true, confirm),
         )
     }
 
@@ -293,6 +305,14 @@ impl Runner {
     }
 
     fn up(&mut self, session: &mut Session, known: &[&Known]) -> Result<(), Error> {
+        self.before_up(session)?;
+        for known in known {
+            self.step(session, known, Direction::Up)?;
+        }
+        self.after_up(session)
+    }
+
+    fn before_up(&mut self, session: &mut Session) -> Result<(), Error> {
         if let Some(hook) = &mut self.hook {
             hook.before(&mut session.connection)
                 .map_err(Error::database("the program's code before the migrations"))?;
@@ -301,9 +321,10 @@ impl Runner {
             .connection
             .setup()
             .map_err(Error::database("creating __diesel_schema_migrations"))?;
-        for known in known {
-            self.step(session, known, Direction::Up)?;
-        }
+        Ok(())
+    }
+
+    fn after_up(&mut self, session: &mut Session) -> Result<(), Error> {
         if let Some(hook) = &mut self.hook {
             session.done.notes = hook
                 .after(&mut session.connection)
@@ -316,26 +337,148 @@ impl Runner {
         &mut self,
         session: &mut Session,
         known: &[&Known],
+        redo: bool,
         confirm: impl FnOnce(&Reversal) -> bool,
     ) -> Result<(), Error> {
-        let migrations: Vec<&dyn Migration<Pg>> =
-            known.iter().map(|known| &*known.migration).collect();
-        let losses = rehearsal::losses(&mut session.connection, &migrations).map_err(|error| {
-            Error::Database {
-                doing: "the rehearsal of the revert",
-                report: session.report(&*error),
-            }
-        })?;
-        let names = known.iter().map(|known| known.name.clone()).collect();
-        let reversal = Reversal { names, losses };
+        let mut all = known.iter();
+        let together = all.all(|known| known.migration.metadata().run_in_transaction());
+        let rehearsed = if together {
+            Some(self.rehearse(session, known)?)
+        } else {
+            None
+        };
+        let reversal = Reversal {
+            names: known.iter().map(|known| known.name.clone()).collect(),
+            losses: rehearsed.as_ref().map(|(_, losses)| losses.clone()),
+        };
         if !confirm(&reversal) {
             return Err(Refusal::NotConfirmed.into());
         }
-        session.done.lost = reversal.losses;
-        for known in known {
-            self.step(session, known, Direction::Down)?;
+        let again: Vec<&Known> = known.iter().rev().copied().collect();
+        let Some((touched, confirmed)) = rehearsed else {
+            for known in known {
+                self.step(session, known, Direction::Down)?;
+            }
+            return if redo {
+                self.up(session, &again)
+            } else {
+                Ok(())
+            };
+        };
+
+        let (steps, losses) = self.transaction(session, true, |runner, session| {
+            let (mut steps, losses) = runner.reverting(session, known, &touched, true)?;
+            let excess = rehearsal::excess(&losses, &confirmed);
+            if !excess.is_empty() {
+                return Err(Refusal::LossesGrew(excess).into());
+            }
+            if redo {
+                runner.before_up(session)?;
+                steps.extend(runner.steps(session, &again, Direction::Up, true)?);
+            }
+            Ok((steps, losses))
+        })?;
+        session.done.lost = Some(losses);
+        for step in steps {
+            (self.watcher)(Event::Finished(&step));
+            session.done.steps.push(step);
         }
-        Ok(())
+        if redo { self.after_up(session) } else { Ok(()) }
+    }
+
+    /// Returns the tables that the revert touches, and what it would lose.
+    fn rehearse(
+        &mut self,
+        session: &mut Session,
+        known: &[&Known],
+    ) -> Result<(Vec<Touched>, Vec<Loss>), Error> {
+        let touched = self.transaction(session, false, |runner, session| {
+            let before = rehearsal::tables(&mut session.connection)?;
+            runner.steps(session, known, Direction::Down, false)?;
+            let after = rehearsal::tables(&mut session.connection)?;
+            Ok(rehearsal::touched(before, &after))
+        })?;
+        let (_, losses) = self.transaction(session, false, |runner, session| {
+            runner.reverting(session, known, &touched, false)
+        })?;
+        Ok((touched, losses))
+    }
+
+    fn reverting<'k>(
+        &mut self,
+        session: &mut Session,
+        known: &[&'k Known],
+        touched: &[Touched],
+        told: bool,
+    ) -> Result<(Vec<Step>, Vec<Loss>), Stop<'k>> {
+        let before = Before::read(&mut session.connection, touched)?;
+        let steps = self.steps(session, known, Direction::Down, told)?;
+        Ok((steps, before.losses(&mut session.connection)?))
+    }
+
+    /// Runs migrations that share a transaction.
+    fn steps<'k>(
+        &mut self,
+        session: &mut Session,
+        known: &[&'k Known],
+        direction: Direction,
+        told: bool,
+    ) -> Result<Vec<Step>, Stop<'k>> {
+        let steps = known.iter().map(|&known| {
+            if told {
+                (self.watcher)(Event::Started(&known.name, direction));
+            }
+            let step = attempt(session, known, direction).and_then(|step| {
+                // Deferred triggers run now, as they would at the commit of this migration alone.
+                session
+                    .connection
+                    .batch_execute("SET CONSTRAINTS ALL IMMEDIATE; SET CONSTRAINTS ALL DEFERRED")?;
+                Ok(step)
+            });
+            step.map_err(|error| Stop::Step(known, direction, error))
+        });
+        steps.collect()
+    }
+
+    /// Runs `work` in a transaction that is committed, or rolled back if `work` fails or
+    /// `commit` is `false`.
+    fn transaction<'k, T>(
+        &mut self,
+        session: &mut Session,
+        commit: bool,
+        work: impl FnOnce(&mut Self, &mut Session) -> Result<T, Stop<'k>>,
+    ) -> Result<T, Error> {
+        let before = session::ledger(&mut session.connection, &self.settings.schema)?;
+        // In a stricter level, rows that arrive before the tables are locked would stay unseen.
+        AnsiTransactionManager::begin_transaction_sql(
+            &mut session.connection,
+            "BEGIN ISOLATION LEVEL READ COMMITTED",
+        )
+        .map_err(Error::database("beginning the transaction"))?;
+        let mut outcome = work(self, session);
+        if outcome.is_ok() && !session.is_locked()? {
+            outcome = Err(Refusal::ReleasesLock.into());
+        }
+        let connection = &mut session.connection;
+        match outcome {
+            Ok(value) if commit => AnsiTransactionManager::commit_transaction(connection)
+                .map(|()| value)
+                .map_err(Error::database("the commit of the revert")),
+            Ok(value) => AnsiTransactionManager::rollback_transaction(connection)
+                .map(|()| value)
+                .map_err(Error::database("the end of the rehearsal")),
+            Err(stop) => {
+                // If it fails, the connection is lost, which the error says already.
+                let _ = AnsiTransactionManager::rollback_transaction(connection);
+                Err(match stop {
+                    Stop::Error(error) => error,
+                    Stop::Step(known, direction, error) => {
+                        let is_done = |ledger: &Ledger| *ledger != before;
+                        self.failure(session, known, direction, &*error, true, is_done)
+                    }
+                })
+            }
+        }
     }
 
     fn step(
@@ -344,48 +487,47 @@ impl Runner {
         known: &Known,
         direction: Direction,
     ) -> Result<(), Error> {
-        let Known {
-            version,
-            name,
-            migration,
-        } = known;
-        (self.watcher)(Event::Started(name, direction));
-        let begin = Instant::now();
-        let outcome = match direction {
-            Direction::Up => session.connection.run_migration(migration),
-            Direction::Down => session.connection.revert_migration(migration),
-        };
-        let duration = begin.elapsed();
-        if let Err(error) = outcome {
-            let done = session.done.steps.iter().map(|step| step.name.clone());
-            return Err(Error::Failed(Box::new(Failure {
-                program: self.settings.program.clone(),
-                version: version.clone(),
-                name: name.clone(),
-                direction,
-                report: session.report(&*error),
-                in_transaction: migration.metadata().run_in_transaction(),
-                done: done.collect(),
-                state: self.state_after(session, version),
-            })));
-        }
-        let step = Step {
-            version: version.clone(),
-            name: name.clone(),
-            direction,
-            duration,
-        };
+        (self.watcher)(Event::Started(&known.name, direction));
+        let step = attempt(session, known, direction).map_err(|error| {
+            let is_done = |ledger: &Ledger| {
+                ledger.contains_key(&known.version) == (direction == Direction::Up)
+            };
+            self.failure(session, known, direction, &*error, false, is_done)
+        })?;
         (self.watcher)(Event::Finished(&step));
         session.done.steps.push(step);
         Ok(())
     }
 
-    fn state_after(&self, session: &mut Session, version: &str) -> StateAfter {
+    fn failure(
+        &self,
+        session: &mut Session,
+        known: &Known,
+        direction: Direction,
+        error: &(dyn std::error::Error + Send + Sync),
+        together: bool,
+        is_done: impl Fn(&Ledger) -> bool,
+    ) -> Error {
+        let done = session.done.steps.iter().map(|step| step.name.clone());
+        Error::Failed(Box::new(Failure {
+            program: self.settings.program.clone(),
+            version: known.version.clone(),
+            name: known.name.clone(),
+            direction,
+            report: session.report(error),
+            in_transaction: known.migration.metadata().run_in_transaction(),
+            together,
+            done: done.collect(),
+            state: self.state_after(session, is_done),
+        }))
+    }
+
+    fn state_after(&self, session: &mut Session, is_done: impl Fn(&Ledger) -> bool) -> StateAfter {
         let known = |connection: &mut PgConnection, holder| {
             let ledger = session::ledger(connection, &self.settings.schema)?;
             Ok(StateAfter::Known {
                 newest: ledger.keys().next_back().cloned(),
-                recorded: ledger.contains_key(version),
+                recorded: is_done(&ledger),
                 holder,
             })
         };
@@ -400,6 +542,34 @@ impl Runner {
             .or_else(again)
             .unwrap_or_else(|error| StateAfter::Unknown(error.to_string()))
     }
+}
+
+/// Why a transaction with migrations ended early.
+enum Stop<'k> {
+    Step(&'k Known, Direction, BoxedError),
+    Error(Error),
+}
+
+type BoxedError = Box<dyn std::error::Error + Send + Sync>;
+
+impl<E: Into<Error>> From<E> for Stop<'_> {
+    fn from(error: E) -> Self {
+        Self::Error(error.into())
+    }
+}
+
+fn attempt(session: &mut Session, known: &Known, direction: Direction) -> Result<Step, BoxedError> {
+    let begin = Instant::now();
+    match direction {
+        Direction::Up => session.connection.run_migration(&known.migration)?,
+        Direction::Down => session.connection.revert_migration(&known.migration)?,
+    };
+    Ok(Step {
+        version: known.version.clone(),
+        name: known.name.clone(),
+        direction,
+        duration: begin.elapsed(),
+    })
 }
 
 impl fmt::Debug for Runner {

@@ -13,7 +13,7 @@ use diesel::connection::{Connection, InstrumentationEvent};
 use diesel::dsl::{select, sql};
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
-use diesel::sql_types::{BigInt, Bool, Nullable, Text, Timestamptz};
+use diesel::sql_types::{BigInt, Bool, Integer, Nullable, Text, Timestamptz};
 use diesel::{ConnectionError, sql_query};
 use libpq_conninfo::{Conninfo, Ping};
 
@@ -223,6 +223,15 @@ impl Session {
             }
             thread::sleep(POLL);
         }
+    }
+
+    /// Returns whether this session still holds the lock.
+    pub(crate) fn is_locked(&mut self) -> Result<bool, Error> {
+        let own: i32 = select(sql::<Integer>("pg_backend_pid()"))
+            .get_result(&mut self.connection)
+            .map_err(Error::database("reading who holds the lock"))?;
+        let holder = holder(&mut self.connection, self.lock_key)?;
+        Ok(holder.is_some_and(|holder| holder.pid == own))
     }
 
     /// Releases the lock and returns the report.
