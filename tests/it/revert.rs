@@ -433,6 +433,27 @@ fn deferred_triggers_run_between_migrations() {
     assert_eq!(database.psql("TABLE c").unwrap(), "1|\n");
 }
 
+/// `SET LOCAL` ends with the migration, though the transaction goes on.
+#[test]
+fn settings_do_not_reach_the_next_migration() {
+    let database = empty_database();
+    database
+        .psql("CREATE SCHEMA other; CREATE TABLE other.a (b int); INSERT INTO other.a VALUES (1)")
+        .unwrap();
+    let folder = Folder::new(&[
+        ("001_a", "CREATE TABLE a AS SELECT 1 AS b", "DROP TABLE a"),
+        (
+            "002_b",
+            "SELECT 1",
+            "SET LOCAL search_path = other; SET LOCAL lock_timeout = '1s'; SET LOCAL ROLE pg_monitor",
+        ),
+    ]);
+    folder.runner(&database).run().unwrap();
+    let report = folder.runner(&database).revert(&Extent::All, yes).unwrap();
+    assert_eq!(report.lost, Some(vec![deleted("public.a", None, 1)]));
+    assert_eq!(database.psql("TABLE other.a").unwrap(), "1\n");
+}
+
 #[test]
 fn transaction_control_is_refused_before_anything_starts() {
     let control = |name: &str, direction, statement, line| Refusal::TransactionControl {

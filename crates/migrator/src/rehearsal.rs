@@ -138,8 +138,14 @@ pub(crate) struct Touched {
 pub(crate) fn touched(before: Tables, after: &Tables) -> Vec<Touched> {
     let touched = before.into_values().filter_map(|table| {
         let Some(left) = after.get(&table.oid) else {
+            // Its rows are all that is to be counted.
+            let (numbers, columns) = (Vec::new(), Vec::new());
             return Some(Touched {
-                table,
+                table: Table {
+                    numbers,
+                    columns,
+                    ..table
+                },
                 is_written: false,
                 is_locked_for_all: true,
             });

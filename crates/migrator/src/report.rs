@@ -17,7 +17,7 @@ pub enum Event<'a> {
     Waiting(&'a Holder),
     /// A migration starts.
     Started(&'a str, Direction),
-    /// A migration has finished.
+    /// A migration has finished. In a revert or redo that is one transaction: it is committed.
     Finished(&'a Step),
 }
 
@@ -71,8 +71,7 @@ pub struct Report {
     pub steps: Vec<Step>,
     /// What the project's [`Hook`] reports.
     pub notes: Vec<Note>,
-    /// Rows that a revert deleted; `None` if nothing was reverted or the revert could not be
-    /// rehearsed.
+    /// What a revert lost; `None` if nothing was reverted or the revert could not be rehearsed.
     pub lost: Option<Vec<Loss>>,
     /// Applied versions that are newer than every migration of this program: a newer release has
     /// migrated the database.

@@ -366,7 +366,12 @@ impl Runner {
             };
         };
 
-        let (steps, losses) = self.transaction(session, true, |runner, session| {
+        let last = if redo {
+            (known[0], Direction::Up)
+        } else {
+            (known[known.len() - 1], Direction::Down)
+        };
+        let (steps, losses) = self.transaction(session, Some(last), |runner, session| {
             let (mut steps, losses) = runner.reverting(session, known, &touched, true)?;
             let excess = rehearsal::excess(&losses, &confirmed);
             if !excess.is_empty() {
@@ -392,13 +397,13 @@ impl Runner {
         session: &mut Session,
         known: &[&Known],
     ) -> Result<(Vec<Touched>, Vec<Loss>), Error> {
-        let touched = self.transaction(session, false, |runner, session| {
+        let touched = self.transaction(session, None, |runner, session| {
             let before = rehearsal::tables(&mut session.connection)?;
             runner.steps(session, known, Direction::Down, false)?;
             let after = rehearsal::tables(&mut session.connection)?;
             Ok(rehearsal::touched(before, &after))
         })?;
-        let (_, losses) = self.transaction(session, false, |runner, session| {
+        let (_, losses) = self.transaction(session, None, |runner, session| {
             runner.reverting(session, known, &touched, false)
         })?;
         Ok((touched, losses))
@@ -428,24 +433,18 @@ impl Runner {
             if told {
                 (self.watcher)(Event::Started(&known.name, direction));
             }
-            let step = attempt(session, known, direction).and_then(|step| {
-                // Deferred triggers run now, as they would at the commit of this migration alone.
-                session
-                    .connection
-                    .batch_execute("SET CONSTRAINTS ALL IMMEDIATE; SET CONSTRAINTS ALL DEFERRED")?;
-                Ok(step)
-            });
+            let step = alone(&mut session.connection, known, direction);
             step.map_err(|error| Stop::Step(known, direction, error))
         });
         steps.collect()
     }
 
-    /// Runs `work` in a transaction that is committed, or rolled back if `work` fails or
-    /// `commit` is `false`.
+    /// Runs `work` in a transaction. It is committed if `last` is its last migration, and rolled
+    /// back if that is `None` or `work` fails.
     fn transaction<'k, T>(
         &mut self,
         session: &mut Session,
-        commit: bool,
+        last: Option<(&'k Known, Direction)>,
         work: impl FnOnce(&mut Self, &mut Session) -> Result<T, Stop<'k>>,
     ) -> Result<T, Error> {
         let before = session::ledger(&mut session.connection, &self.settings.schema)?;
@@ -454,31 +453,31 @@ impl Runner {
             &mut session.connection,
             "BEGIN ISOLATION LEVEL READ COMMITTED",
         )
-        .map_err(Error::database("beginning the transaction"))?;
-        let mut outcome = work(self, session);
-        if outcome.is_ok() && !session.is_locked()? {
-            outcome = Err(Refusal::ReleasesLock.into());
-        }
-        let connection = &mut session.connection;
-        match outcome {
-            Ok(value) if commit => AnsiTransactionManager::commit_transaction(connection)
-                .map(|()| value)
-                .map_err(Error::database("the commit of the revert")),
-            Ok(value) => AnsiTransactionManager::rollback_transaction(connection)
-                .map(|()| value)
-                .map_err(Error::database("the end of the rehearsal")),
-            Err(stop) => {
-                // If it fails, the connection is lost, which the error says already.
-                let _ = AnsiTransactionManager::rollback_transaction(connection);
-                Err(match stop {
-                    Stop::Error(error) => error,
-                    Stop::Step(known, direction, error) => {
-                        let is_done = |ledger: &Ledger| *ledger != before;
-                        self.failure(session, known, direction, &*error, true, is_done)
-                    }
-                })
+        .map_err(Error::database("beginning the revert"))?;
+        let outcome = work(self, session).and_then(|value| {
+            if !session.is_locked()? {
+                return Err(Refusal::ReleasesLock.into());
             }
-        }
+            let connection = &mut session.connection;
+            match last {
+                Some((known, direction)) => AnsiTransactionManager::commit_transaction(connection)
+                    .map_err(|error| Stop::Step(known, direction, error.into()))?,
+                None => AnsiTransactionManager::rollback_transaction(connection)
+                    .map_err(Error::database("ending the rehearsal"))?,
+            }
+            Ok(value)
+        });
+        outcome.map_err(|stop| {
+            // Fails if the transaction has ended already, or with the connection.
+            let _ = AnsiTransactionManager::rollback_transaction(&mut session.connection);
+            match stop {
+                Stop::Error(error) => error,
+                Stop::Step(known, direction, error) => {
+                    let is_done = |ledger: &Ledger| *ledger != before;
+                    self.failure(session, known, direction, &*error, true, is_done)
+                }
+            }
+        })
     }
 
     fn step(
@@ -488,7 +487,7 @@ impl Runner {
         direction: Direction,
     ) -> Result<(), Error> {
         (self.watcher)(Event::Started(&known.name, direction));
-        let step = attempt(session, known, direction).map_err(|error| {
+        let step = attempt(&mut session.connection, known, direction).map_err(|error| {
             let is_done = |ledger: &Ledger| {
                 ledger.contains_key(&known.version) == (direction == Direction::Up)
             };
@@ -558,11 +557,45 @@ impl<E: Into<Error>> From<E> for Stop<'_> {
     }
 }
 
-fn attempt(session: &mut Session, known: &Known, direction: Direction) -> Result<Step, BoxedError> {
+/// Runs a migration so that it leaves to the next one in its transaction what a commit would: no
+/// deferred triggers, and no setting of `SET LOCAL`.
+fn alone(
+    connection: &mut PgConnection,
+    known: &Known,
+    direction: Direction,
+) -> Result<Step, BoxedError> {
+    connection.batch_execute(
+        "SELECT set_config(
+             'diesel_pg_migrator.settings',
+             jsonb_object_agg(name, current_setting(name))::text,
+             true
+         )
+         FROM (
+             SELECT name FROM pg_settings WHERE context IN ('user', 'superuser')
+             UNION ALL VALUES ('role')
+         ) AS setting",
+    )?;
+    let step = attempt(connection, known, direction)?;
+    connection.batch_execute(
+        "SET CONSTRAINTS ALL IMMEDIATE;
+         SET CONSTRAINTS ALL DEFERRED;
+         SELECT set_config(name, value, true)
+         FROM jsonb_each_text(current_setting('diesel_pg_migrator.settings')::jsonb)
+             AS setting (name, value)
+         WHERE current_setting(name) <> value",
+    )?;
+    Ok(step)
+}
+
+fn attempt(
+    connection: &mut PgConnection,
+    known: &Known,
+    direction: Direction,
+) -> Result<Step, BoxedError> {
     let begin = Instant::now();
     match direction {
-        Direction::Up => session.connection.run_migration(&known.migration)?,
-        Direction::Down => session.connection.revert_migration(&known.migration)?,
+        Direction::Up => connection.run_migration(&known.migration)?,
+        Direction::Down => connection.revert_migration(&known.migration)?,
     };
     Ok(Step {
         version: known.version.clone(),
