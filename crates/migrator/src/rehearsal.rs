@@ -101,6 +101,9 @@ pub(crate) struct Table {
     numbers: Vec<i16>,
     #[diesel(sql_type = Array<Text>)]
     columns: Vec<String>,
+    /// Numbers of the columns of the primary key.
+    #[diesel(sql_type = Array<SmallInt>)]
+    key: Vec<i16>,
 }
 
 /// Reads all tables but the ledger.
@@ -113,7 +116,10 @@ pub(crate) fn tables(connection: &mut PgConnection) -> Result<Tables, Error> {
          SELECT c.oid, format('%I.%I', n.nspname, c.relname) AS name, c.relfilenode AS file,
                 ARRAY(SELECT mode FROM own WHERE relation = c.oid) AS locks,
                 array_remove(array_agg(a.attnum ORDER BY a.attnum), NULL) AS numbers,
-                array_remove(array_agg(quote_ident(a.attname) ORDER BY a.attnum), NULL) AS columns
+                array_remove(array_agg(quote_ident(a.attname) ORDER BY a.attnum), NULL) AS columns,
+                coalesce(
+                    (SELECT conkey FROM pg_constraint WHERE conrelid = c.oid AND contype = 'p'), '{}'
+                ) AS key
          FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
              LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
          WHERE c.relkind = 'r' AND n.nspname <> 'information_schema' AND n.nspname !~ '^pg_'
@@ -131,6 +137,12 @@ pub(crate) struct Touched {
     /// Whether values may change, not only go.
     is_written: bool,
     is_locked_for_all: bool,
+}
+
+impl Touched {
+    fn key(&self) -> Option<&[i16]> {
+        self.is_written.then_some(&self.table.key)
+    }
 }
 
 /// Returns the tables of `before` that lose rows or values, or may. Called in the transaction of
@@ -174,36 +186,45 @@ struct Profile {
     values: Vec<i64>,
     #[diesel(sql_type = Array<BigInt>)]
     own_values: Vec<i64>,
-    /// Does not depend on the order of the rows.
+    /// They do not depend on the order of the rows.
     #[diesel(sql_type = Array<Nullable<Text>>)]
     digests: Vec<Option<String>>,
 }
 
+/// Hashes the values together with this key of their row, so that an exchange between rows shows.
+/// Without a key, or with `None`, they are hashed alone, or not at all.
 fn profile(
     connection: &mut PgConnection,
     table: &Table,
-    with_digests: bool,
+    key: Option<&[i16]>,
 ) -> Result<Profile, Error> {
     // The age of a row that a savepoint of this transaction wrote is negative.
-    const OWN: &str = "FILTER (WHERE age(xmin) <= 0)";
+    const OWN: &str = "FILTER (WHERE age(t.xmin) <= 0)";
     let each = |item: &dyn Fn(&String) -> String| {
         let items: Vec<String> = table.columns.iter().map(item).collect();
         items.join(", ")
     };
-    let values = each(&|column| format!("count({column})"));
-    let own_values = each(&|column| format!("count({column}) {OWN}"));
-    let digests = each(&|column| {
-        if with_digests {
-            format!("sum(hashtextextended({column}::text COLLATE \"C\", 0))::text")
-        } else {
-            "NULL".to_owned()
-        }
+    let values = each(&|column| format!("count(t.{column})"));
+    let own_values = each(&|column| format!("count(t.{column}) {OWN}"));
+    let digests = each(&|column| match key {
+        Some(_) => format!("sum(hashtextextended(t.{column}::text COLLATE \"C\", k.seed))::text"),
+        None => "NULL".to_owned(),
+    });
+    let seed = key.map_or_else(String::new, |key| {
+        let columns = table.numbers.iter().zip(&table.columns);
+        let key = columns.filter(|(number, _)| key.contains(number));
+        let key: Vec<String> = key.map(|(_, column)| format!("t.{column}")).collect();
+        let key = key.join(", ");
+        // OFFSET 0: once for each row, not for each column.
+        format!(
+            ", LATERAL (SELECT hashtextextended(ROW({key})::text COLLATE \"C\", 0) OFFSET 0) AS k (seed)"
+        )
     });
     sql_query(format!(
         "SELECT count(*) AS rows, count(*) {OWN} AS own_rows,
                 ARRAY[{values}]::bigint[] AS values, ARRAY[{own_values}]::bigint[] AS own_values,
                 ARRAY[{digests}]::text[] AS digests
-         FROM ONLY {}",
+         FROM ONLY {} AS t{seed}",
         table.name
     ))
     .get_result(connection)
@@ -234,7 +255,7 @@ impl<'a> Before<'a> {
                 .map_err(Error::database(COUNTING))?;
         }
         let profiles = touched.iter().map(|touched| {
-            let profile = profile(connection, &touched.table, touched.is_written)?;
+            let profile = profile(connection, &touched.table, touched.key())?;
             Ok((touched.table.oid, (touched, profile)))
         });
         Ok(Self {
@@ -254,7 +275,7 @@ impl<'a> Before<'a> {
         let mut losses = Vec::new();
         for (oid, (touched, before)) in self.profiles {
             let left = after.get(&oid);
-            let profile = left.map(|left| profile(connection, left, touched.is_written));
+            let profile = left.map(|left| profile(connection, left, touched.key()));
             let profile = profile.transpose()?;
             losses.extend(compare(&touched.table, &before, left.zip(profile.as_ref())));
         }

@@ -222,8 +222,8 @@ impl Runner {
     /// found by two rehearsals that are rolled back: the first finds the tables that the revert
     /// touches, the second compares their contents before and after. The revert itself compares
     /// again, while it keeps writers out, and refuses to lose more than was confirmed. Touched
-    /// tables are read as a whole. Their values are hashed, unless they are only dropped; an
-    /// exchange of values between rows is therefore not noticed.
+    /// tables are read as a whole, and their values are hashed unless they are only dropped.
+    /// Without a primary key, an exchange of values between rows is not noticed.
     ///
     /// If a migration does not run in a transaction, nothing is rehearsed and each migration is
     /// reverted on its own.
@@ -570,10 +570,7 @@ fn alone(
              jsonb_object_agg(name, current_setting(name))::text,
              true
          )
-         FROM (
-             SELECT name FROM pg_settings WHERE context IN ('user', 'superuser')
-             UNION ALL VALUES ('role')
-         ) AS setting",
+         FROM pg_settings WHERE context IN ('user', 'superuser')",
     )?;
     let step = attempt(connection, known, direction)?;
     connection.batch_execute(
