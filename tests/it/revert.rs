@@ -47,19 +47,14 @@ fn people(down: &str) -> (TestDatabase, Folder) {
     (database, folder)
 }
 
-/// Returns what the rehearsal finds, after checking that it changed nothing and that the revert
-/// reports the same.
+/// Returns what the rehearsal finds, after checking that the revert then reports the same.
 fn losses(database: &TestDatabase, folder: &Folder) -> Vec<Loss> {
-    let before = database.dump(&[]);
     let mut found = Vec::new();
-    let refused = folder.runner(database).revert(&Extent::All, |reversal| {
+    let report = folder.runner(database).revert(&Extent::All, |reversal| {
         found.extend(reversal.losses.clone().unwrap());
-        false
+        true
     });
-    assert_eq!(refusal(refused), Refusal::NotConfirmed);
-    assert_same(&before, &database.dump(&[]));
-    let report = folder.runner(database).revert(&Extent::All, yes).unwrap();
-    assert_eq!(report.lost.as_ref(), Some(&found));
+    assert_eq!(report.unwrap().lost.as_ref(), Some(&found));
     found
 }
 
@@ -112,11 +107,15 @@ fn counts_deleted_rows() {
          END$$",
         &rows(1),
     );
-    // By a rule that the statistics don't attribute to the table of the statement.
+    // With rows written, the count of rows is net, and that of overwritten values an upper bound.
     assert_loses(
-        "CREATE TABLE child (a int REFERENCES people ON DELETE CASCADE);
-         CREATE TABLE parent AS SELECT 1 AS a; DELETE FROM people WHERE id = 1; DROP TABLE child, parent",
-        &rows(1),
+        "DELETE FROM people; INSERT INTO people (id) VALUES (1), (2), (3)",
+        &[
+            rows(1)[0].clone(),
+            deleted("public.people", Some("age"), 2),
+            overwritten("public.people", "id", 3),
+            deleted("public.people", Some("name"), 2),
+        ],
     );
 }
 

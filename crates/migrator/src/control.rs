@@ -10,11 +10,12 @@ pub(crate) fn transaction_control(sql: &str) -> Option<(&'static str, usize)> {
     let mut parentheses = 0_usize;
     // Open BEGIN ATOMIC and CASE.
     let mut blocks = 0_usize;
-    // The first words of the statement, and the line of the first.
+    // The first words of the statement, and where it begins.
     let mut words: Vec<String> = Vec::new();
-    let mut line = 1;
+    let mut begin = 0;
     let mut previous = String::new();
-    for (position, token) in tokens(sql) {
+    // The last statement needs no semicolon.
+    for (position, token) in tokens(sql).chain([(sql.len(), ";")]) {
         let word = token.to_ascii_lowercase();
         match &*word {
             "(" => parentheses += 1,
@@ -22,23 +23,22 @@ pub(crate) fn transaction_control(sql: &str) -> Option<(&'static str, usize)> {
             "atomic" if previous == "begin" => blocks += 1,
             "case" if blocks > 0 => blocks += 1,
             "end" if blocks > 0 => blocks -= 1,
-            ";" if parentheses == 0 && blocks == 0 => {
-                if let Some(found) = control(&words) {
-                    return Some((found, line));
-                }
-                words.clear();
-            }
             _ => {}
         }
-        if word != ";" && words.len() < 3 {
+        if word == ";" && parentheses == 0 && blocks == 0 {
+            if let Some(statement) = control(&words) {
+                return Some((statement, sql[..begin].matches('\n').count() + 1));
+            }
+            words.clear();
+        } else if words.len() < 3 {
             if words.is_empty() {
-                line = sql[..position].matches('\n').count() + 1;
+                begin = position;
             }
             words.push(word.clone());
         }
         previous = word;
     }
-    control(&words).map(|found| (found, line))
+    None
 }
 
 fn control(words: &[String]) -> Option<&'static str> {
@@ -58,42 +58,39 @@ fn control(words: &[String]) -> Option<&'static str> {
 /// Returns the words and signs with their positions. A comment is none; a literal or quoted name is
 /// the sign that begins it.
 fn tokens(sql: &str) -> impl Iterator<Item = (usize, &str)> {
-    let mut position = 0;
+    let mut end = 0;
     // Whether the last token was a string with escapes. One that follows continues it.
     let mut escapes = false;
     std::iter::from_fn(move || {
         loop {
-            let rest = &sql[position..];
+            let begin = end;
+            let rest = &sql[begin..];
             let first = rest.chars().next()?;
-            let begin = position;
-            if first.is_whitespace() {
-                position += first.len_utf8();
-            } else if rest.starts_with("--") {
-                position += rest.find(['\n', '\r']).unwrap_or(rest.len());
-            } else if rest.starts_with("/*") {
-                position += comment(rest);
-            } else {
-                let word = rest.find(|letter| !is_word(letter)).unwrap_or(rest.len());
-                let mut shown = first.len_utf8();
-                let is_escaped = rest.starts_with("E'") || rest.starts_with("e'");
-                if is_escaped || first == '\'' {
-                    escapes = is_escaped || escapes;
-                    position += quoted(rest, usize::from(is_escaped), '\'', escapes);
-                    return Some((begin, &sql[begin..begin + shown]));
-                }
-                escapes = false;
-                if first == '"' {
-                    position += quoted(rest, 0, '"', false);
-                } else if let Some(length) = dollar_quoted(rest) {
-                    position += length;
-                } else if is_word(first) && !first.is_ascii_digit() && first != '$' {
-                    shown = word;
-                    position += word;
-                } else {
-                    position += shown;
-                }
-                return Some((begin, &sql[begin..begin + shown]));
+            let is_escaped = rest.starts_with("E'") || rest.starts_with("e'");
+            if first.is_ascii_whitespace() || first == '\u{b}' {
+                end += 1;
+                continue;
             }
+            if rest.starts_with("--") {
+                end += rest.find(['\n', '\r']).unwrap_or(rest.len());
+                continue;
+            }
+            if rest.starts_with("/*") {
+                end += comment(rest);
+                continue;
+            }
+            escapes = is_escaped || (escapes && first == '\'');
+            if is_escaped || first == '\'' || first == '"' {
+                end += quoted(rest, usize::from(is_escaped), escapes);
+            } else if let Some(length) = dollar_quoted(rest) {
+                end += length;
+            } else if is_word(first) && !first.is_ascii_digit() && first != '$' {
+                end += rest.find(|letter| !is_word(letter)).unwrap_or(rest.len());
+                return Some((begin, &sql[begin..end]));
+            } else {
+                end += first.len_utf8();
+            }
+            return Some((begin, &sql[begin..begin + first.len_utf8()]));
         }
     })
 }
@@ -105,35 +102,28 @@ fn is_word(letter: char) -> bool {
 /// Returns the length of the comment that `sql` begins with.
 fn comment(sql: &str) -> usize {
     let mut depth = 0_usize;
-    let mut position = 0;
-    while let Some(offset) = sql[position..].find(['/', '*']) {
-        position += offset;
-        let step = match sql.get(position..position + 2) {
-            Some("/*") => {
-                depth += 1;
-                2
-            }
-            Some("*/") => {
-                depth -= 1;
-                2
-            }
-            _ => 1,
-        };
-        position += step;
+    let mut end = 0;
+    loop {
+        match sql.as_bytes().get(end..end + 2) {
+            Some(b"/*") => (depth, end) = (depth + 1, end + 2),
+            Some(b"*/") => (depth, end) = (depth - 1, end + 2),
+            Some(_) => end += 1,
+            None => return sql.len(),
+        }
         if depth == 0 {
-            return position;
+            return end;
         }
     }
-    sql.len()
 }
 
 /// Returns the length up to the end of the quote at `begin`. A doubled quote is two quoted parts.
-fn quoted(sql: &str, begin: usize, quote: char, escapes: bool) -> usize {
-    let mut letters = sql.char_indices().skip(begin + 1);
+fn quoted(sql: &str, begin: usize, escapes: bool) -> usize {
+    let mut letters = sql.char_indices().skip(begin);
+    let quote = letters.next().map(|(_, quote)| quote);
     while let Some((position, letter)) = letters.next() {
         if letter == '\\' && escapes {
             letters.next();
-        } else if letter == quote {
+        } else if Some(letter) == quote {
             return position + 1;
         }
     }
@@ -178,7 +168,7 @@ mod tests {
             ("/* /* */ COMMIT; */ COMMIT", "COMMIT"),
             ("/*/ */COMMIT", "COMMIT"),
             (
-                "CREATE FUNCTION f() RETURNS int BEGIN ATOMIC SELECT CASE WHEN true THEN 1 END; END; END",
+                "CREATE FUNCTION f() BEGIN ATOMIC SELECT CASE WHEN true THEN 1 END; END; END",
                 "END",
             ),
             ("SELECT CASE WHEN true THEN 1 END; COMMIT", "COMMIT"),

@@ -148,7 +148,7 @@ pub enum Refusal {
     /// A migration released the lock of the runner.
     #[error(
         "a migration releases the runner's lock, so another runner might work at the same time. \
-         Remove pg_advisory_unlock and DISCARD from it."
+         Remove pg_advisory_unlock from it."
     )]
     ReleasesLock,
     /// `confirm` returned `false`.

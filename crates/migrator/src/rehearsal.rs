@@ -117,8 +117,9 @@ pub(crate) fn tables(connection: &mut PgConnection) -> Result<Tables, Error> {
                 ARRAY(SELECT mode FROM own WHERE relation = c.oid) AS locks,
                 array_remove(array_agg(a.attnum ORDER BY a.attnum), NULL) AS numbers,
                 array_remove(array_agg(quote_ident(a.attname) ORDER BY a.attnum), NULL) AS columns,
-                coalesce(
-                    (SELECT conkey FROM pg_constraint WHERE conrelid = c.oid AND contype = 'p'), '{}'
+                ARRAY(
+                    SELECT unnest(conkey) FROM pg_constraint
+                    WHERE conrelid = c.oid AND contype = 'p'
                 ) AS key
          FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
              LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
@@ -217,7 +218,9 @@ fn profile(
         let key = key.join(", ");
         // OFFSET 0: once for each row, not for each column.
         format!(
-            ", LATERAL (SELECT hashtextextended(ROW({key})::text COLLATE \"C\", 0) OFFSET 0) AS k (seed)"
+            ", LATERAL (
+                 SELECT hashtextextended(ROW({key})::text COLLATE \"C\", 0) OFFSET 0
+             ) AS k (seed)"
         )
     });
     sql_query(format!(

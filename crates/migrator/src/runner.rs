@@ -19,9 +19,10 @@ use crate::{Direction, Event, Hook, Loss, Planned, Report, Reversal, Status, Ste
 
 /// Applies, reverts and checks migrations.
 ///
-/// It opens its own connections. Each migration runs in a transaction of its own, unless its
-/// `metadata.toml` turns that off. A run that changes the database holds an advisory lock and waits
-/// 5 seconds for a busy table (`lock_timeout`). With nothing to do it takes no lock and only reads.
+/// It opens its own connections. Each migration is applied in a transaction of its own, unless its
+/// `metadata.toml` turns that off; a revert or redo is one transaction. A run that changes the
+/// database holds an advisory lock and waits 5 seconds for a busy table (`lock_timeout`). With
+/// nothing to do it takes no lock and only reads.
 pub struct Runner {
     source: Box<dyn MigrationSource<Pg> + Send>,
     settings: Settings,
