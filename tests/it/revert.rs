@@ -296,20 +296,29 @@ fn rows_that_arrive_during_the_revert_are_kept() {
 }
 
 #[test]
-fn a_table_that_the_rehearsal_did_not_touch_is_kept() {
-    let (database, folder) =
-        people("DO $$BEGIN IF EXISTS (SELECT FROM switch) THEN DELETE FROM people; END IF; END$$");
-    database.psql("CREATE TABLE switch (a int)").unwrap();
-    let reverted = folder.runner(&database).revert(&Extent::All, |reversal| {
-        assert_eq!(reversal.losses.as_deref(), Some(&[][..]));
-        database.psql("INSERT INTO switch VALUES (1)").unwrap();
-        true
-    });
-    assert_eq!(
-        refusal(reverted),
-        Refusal::NotRehearsed("public.people".into())
-    );
-    assert_eq!(database.psql("SELECT count(*) FROM people").unwrap(), "4\n");
+fn what_the_rehearsal_did_not_touch_is_kept() {
+    let change = "IF EXISTS (SELECT FROM switch) THEN UPDATE people SET age = 1; END IF";
+    for (before, rehearsed) in [
+        ("", vec![]),
+        (
+            "ALTER TABLE people DROP COLUMN name;",
+            vec![deleted("public.people", Some("name"), 3)],
+        ),
+    ] {
+        let (database, folder) = people(&format!("{before} DO $$BEGIN {change}; END$$"));
+        database.psql("CREATE TABLE switch (a int)").unwrap();
+        let reverted = folder.runner(&database).revert(&Extent::All, |reversal| {
+            assert_eq!(reversal.losses.as_ref(), Some(&rehearsed));
+            database.psql("INSERT INTO switch VALUES (1)").unwrap();
+            true
+        });
+        let table = "public.people".into();
+        assert_eq!(refusal(reverted), Refusal::NotRehearsed(table));
+        assert_eq!(
+            database.psql("SELECT sum(age) FROM people").unwrap(),
+            "80\n"
+        );
+    }
 }
 
 #[test]

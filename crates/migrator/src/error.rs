@@ -139,7 +139,10 @@ pub enum Refusal {
     /// Rows arrived after `confirm`. Each loss has the number that was confirmed.
     #[error(
         "more would be lost than was confirmed: {}. Run it again.",
-        .0.iter().map(|(loss, confirmed)| format!("{loss}, not {confirmed}")).collect::<Vec<_>>().join("; ")
+        .0.iter()
+            .map(|(loss, confirmed)| format!("{loss}, not {confirmed}"))
+            .collect::<Vec<_>>()
+            .join("; ")
     )]
     LossesGrew(Vec<(Loss, i64)>),
     /// The revert touched this table, which the rehearsal did not.

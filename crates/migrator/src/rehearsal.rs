@@ -270,10 +270,13 @@ impl<'a> Before<'a> {
     /// Compares with the tables after the revert, in its transaction.
     pub(crate) fn losses(self, connection: &mut PgConnection) -> Result<Vec<Loss>, Error> {
         let after = tables(connection)?;
-        let unlocked = touched(self.tables, &after);
-        let mut unlocked = unlocked.into_iter().map(|touched| touched.table);
-        if let Some(table) = unlocked.find(|table| !self.profiles.contains_key(&table.oid)) {
-            return Err(Refusal::NotRehearsed(table.name).into());
+        let is_rehearsed = |now: &Touched| {
+            let rehearsed = self.profiles.get(&now.table.oid);
+            rehearsed.is_some_and(|(rehearsed, _)| rehearsed.is_written || !now.is_written)
+        };
+        let mut touched = touched(self.tables, &after).into_iter();
+        if let Some(other) = touched.find(|now| !is_rehearsed(now)) {
+            return Err(Refusal::NotRehearsed(other.table.name).into());
         }
         let mut losses = Vec::new();
         for (oid, (touched, before)) in self.profiles {

@@ -72,11 +72,12 @@ impl Migrations {
     ) -> Result<(), Refusal> {
         for (index, direction) in files {
             let known = &self.0[index];
+            if !known.migration.metadata().run_in_transaction() {
+                continue;
+            }
             // A file that can't be read is reported when it is needed.
             let sql = sql(&*known.migration, direction).unwrap_or_default();
-            if let Some((statement, line)) = control::transaction_control(&sql)
-                && known.migration.metadata().run_in_transaction()
-            {
+            if let Some((statement, line)) = control::transaction_control(&sql) {
                 return Err(Refusal::TransactionControl {
                     name: known.name.clone(),
                     direction,

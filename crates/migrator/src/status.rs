@@ -12,6 +12,7 @@ pub struct Status {
     pub migrations: Vec<MigrationStatus>,
     /// Applied migrations that this program doesn't have, oldest first.
     pub unknown: Vec<Applied>,
+    /// Why a file of a pending migration can't run.
     #[serde(skip)]
     pub(crate) unfit: Option<Refusal>,
 }
