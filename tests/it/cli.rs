@@ -203,7 +203,7 @@ fn each_command_and_its_exit_code() {
     assert_eq!((refused.code, &refused.out[..]), (Some(5), ""));
     assert_eq!(
         refused.err,
-        "This deletes:\n  public.user_plans: 1 row\n  public.users: 1 row\n\
+        "This loses:\n  public.user_plans: 1 row\n  public.users: 1 row\n\
          There is no terminal to ask at. Add --yes to confirm.\n\
          error: refused, nothing was changed: the revert was not confirmed.\n"
     );
@@ -256,7 +256,7 @@ fn json_of_each_command() {
     let redo = &json::check(&bruhmcp(&url, &["redo", "--all", "--json", "--yes"]))["report"];
     assert_eq!(
         redo["lost"][1],
-        serde_json::json!({ "table": "public.users", "column": null, "rows": 1 })
+        serde_json::json!({ "table": "public.users", "column": null, "kind": "deleted", "rows": 1 })
     );
     let revert = json::check(&bruhmcp(
         &url,

@@ -38,6 +38,8 @@ mod plans;
 mod preflight;
 #[cfg(all(feature = "crypto", feature = "migrator"))]
 mod quickstart;
+#[cfg(feature = "migrator")]
+mod revert;
 mod rights;
 mod rules;
 #[cfg(feature = "migrator")]

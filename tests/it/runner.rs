@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bruhmcp_db::migrations::{
-    Direction, Error, Event, Extent, Loss, MIGRATIONS, Note, Refusal, Report, Reversal, Runner,
+    Direction, Error, Event, Extent, MIGRATIONS, Note, Refusal, Report, Reversal, Runner,
     StateAfter, runner,
 };
 use diesel::migration::MigrationSource;
@@ -14,7 +14,7 @@ use diesel::pg::Pg;
 use diesel_migrations::FileBasedMigrations;
 
 use crate::difference::assert_same;
-use crate::support::{TestDatabase, database, empty_database};
+use crate::support::{TestDatabase, empty_database};
 
 /// A temporary folder of migrations.
 pub(crate) struct Folder(PathBuf);
@@ -81,7 +81,7 @@ pub(crate) fn next_version() -> String {
     format!("{:03}", versions().len())
 }
 
-fn yes(_: &Reversal) -> bool {
+pub(crate) fn yes(_: &Reversal) -> bool {
     true
 }
 
@@ -302,60 +302,7 @@ fn outside_a_transaction_a_failure_says_so() {
     assert_eq!(losses, None);
 }
 
-#[test]
-fn says_which_rows_a_revert_loses() {
-    let database = database();
-    let mut runner = runner(&database.url()).unwrap();
-    database
-        .psql(
-            "INSERT INTO users (first_name, last_name, email) VALUES ('A', 'B', 'a@b.c'), ('C', 'D', 'c@d.e');
-             INSERT INTO webhook_events (external_event_id, event_type, payment_gateway, payload)
-             VALUES ('1', 'x', 'stripe', '{}');
-             UPDATE user_plans SET customer_id = 'cus_1' WHERE user_id = (SELECT id FROM users WHERE email = 'a@b.c');",
-        )
-        .unwrap();
-    let before = database.dump(&[]);
-    let mut asked = Vec::new();
-    let refused = runner.revert(&Extent::To("005".into()), |reversal| {
-        asked.extend(reversal.losses.clone().unwrap());
-        false
-    });
-    assert!(matches!(
-        refused,
-        Err(Error::Refused(Refusal::NotConfirmed))
-    ));
-    let loss = |table: &str, column: Option<&str>, rows| Loss {
-        table: table.into(),
-        column: column.map(str::to_owned),
-        rows,
-    };
-    assert_eq!(
-        asked,
-        [
-            loss("public.user_plans", Some("customer_id"), 1),
-            loss("public.user_plans", Some("payment_status"), 2),
-            loss("public.webhook_events", None, 1),
-        ]
-    );
-    assert_same(&before, &database.dump(&[]));
-
-    let folder = Folder::new(&[(
-        "001_a",
-        "CREATE TABLE a (b int); INSERT INTO a VALUES (1), (2)",
-        "DELETE FROM a WHERE b = 2",
-    )]);
-    let database = empty_database();
-    folder.runner(&database).run().unwrap();
-    folder
-        .runner(&database)
-        .revert(&Extent::All, |reversal| {
-            assert_eq!(reversal.losses, Some(vec![loss("public.a", None, 1)]));
-            true
-        })
-        .unwrap();
-}
-
-fn refusal(result: Result<Report, Error>) -> Refusal {
+pub(crate) fn refusal(result: Result<Report, Error>) -> Refusal {
     match result {
         Err(Error::Refused(refusal)) => refusal,
         other => panic!("{other:?}"),

@@ -35,7 +35,8 @@ pub(crate) fn differences(
             extra,
             ..
         } = version.compare(&found);
-        let is_later = |line: &&String| versions[n..].iter().any(|later| later.lines.contains(line));
+        let is_later =
+            |line: &&String| versions[n..].iter().any(|later| later.lines.contains(line));
         let missing = missing.iter().map(|line| format!("- {line}"));
         let changed = changed.iter().map(ToString::to_string);
         let later = extra
@@ -54,7 +55,7 @@ pub(crate) fn has_traces(
     catalogue: &str,
     names: &[&str],
 ) -> Result<bool, Error> {
-    let Some(lines) = Lines::expected(catalogue, names) else {
+    let Some(expected) = Expected::new(catalogue, names) else {
         return Ok(false);
     };
     sql::<Bool>(
@@ -82,7 +83,7 @@ pub(crate) fn has_traces(
          )
          SELECT EXISTS (SELECT FROM found WHERE key = ANY (",
     )
-    .bind::<Array<Text>, _>(lines.keys())
+    .bind::<Array<Text>, _>(expected.lines.keys())
     .sql("))")
     .get_result(connection)
     .map_err(Error::database("looking for what is pending"))

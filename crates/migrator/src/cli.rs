@@ -127,7 +127,7 @@ struct ExtentArgs {
     /// All migrations.
     #[arg(long)]
     all: bool,
-    /// Don't ask before rows are deleted.
+    /// Don't ask before rows or values are lost.
     #[arg(long)]
     yes: bool,
 }
@@ -571,16 +571,16 @@ fn show_granted(granted: &Granted) {
     show_newer(&granted.newer);
 }
 
-/// Shows what would be deleted, and asks if there is a terminal.
+/// Shows what would be lost, and asks if there is a terminal.
 fn confirm(reversal: &Reversal, yes: bool) -> bool {
     match &reversal.losses {
         None => tell(
-            "A migration does not run in a transaction, so the deleted rows can't be counted \
+            "A migration does not run in a transaction, so what would be lost can't be counted \
              beforehand.",
         ),
         Some(losses) if losses.is_empty() => return true,
         Some(losses) => {
-            tell("This deletes:");
+            tell("This loses:");
             losses.iter().for_each(|loss| tell(format!("  {loss}")));
         }
     }

@@ -9,7 +9,7 @@ use diesel::result::DatabaseErrorKind;
 use diesel::sql_types::{BigInt, Integer, Nullable, Text, Timestamptz};
 use serde::Serialize;
 
-use crate::{Direction, Note, Report};
+use crate::{Direction, Loss, Note, Report};
 
 /// Error of a [`Runner`](crate::Runner). No text contains the password of the URL. `done` is what
 /// the run did before.
@@ -189,6 +189,37 @@ pub enum Refusal {
     /// The program was built without roles.
     #[error("this program has no roles to grant rights to.")]
     NoRoles,
+    /// A migration that runs in a transaction has a statement that begins or ends one, so that it
+    /// could not be rolled back.
+    #[error(
+        "{name} runs in a transaction, but {direction}.sql has {statement} in line {line}. Remove \
+         it, or turn the transaction off (run_in_transaction = false in metadata.toml)."
+    )]
+    #[expect(missing_docs, reason = "the names say it")]
+    TransactionControl {
+        name: String,
+        direction: Direction,
+        statement: &'static str,
+        line: usize,
+    },
+    /// Rows arrived after `confirm`. Each loss has the number that was confirmed.
+    #[error(
+        "more would be lost than was confirmed: {}. Run it again.",
+        .0.iter()
+            .map(|(loss, confirmed)| format!("{loss}, not {confirmed}"))
+            .collect::<Vec<_>>()
+            .join("; ")
+    )]
+    LossesGrew(Vec<(Loss, i64)>),
+    /// The revert touched this table, which the rehearsal did not.
+    #[error("the revert touched {0}, which its rehearsal did not. Run it again.")]
+    NotRehearsed(String),
+    /// A migration released the lock of the runner.
+    #[error(
+        "a migration releases the runner's lock, so another runner might work at the same time. \
+         Remove pg_advisory_unlock from it."
+    )]
+    ReleasesLock,
     /// `confirm` returned `false`.
     #[error("the revert was not confirmed.")]
     NotConfirmed,
@@ -305,6 +336,8 @@ pub struct Failure {
     pub report: ServerReport,
     pub blockers: Vec<Blocker>,
     pub in_transaction: bool,
+    /// Whether all migrations of the revert or redo share one transaction.
+    pub together: bool,
     #[serde(skip)]
     pub done: Report,
     pub state: StateAfter,
@@ -318,7 +351,7 @@ pub enum StateAfter {
     Known {
         /// Newest applied version.
         newest: Option<String>,
-        /// Whether the failed migration is recorded as applied.
+        /// Whether the database records that what failed was done.
         recorded: bool,
         /// INVALID indexes of the schema, quoted as in SQL, if the migration does not run in a
         /// transaction. `CREATE INDEX CONCURRENTLY` leaves one when it fails.
@@ -349,10 +382,12 @@ impl fmt::Display for Failure {
                 holder,
             } => (newest, *recorded, invalid_indexes, holder),
         };
-        if self.begun {
-            formatter.write_str(if recorded == (self.direction == Direction::Up) {
+        if self.begun || self.together {
+            formatter.write_str(if recorded {
                 "The database records it as done: the connection broke after the commit, or \
                  another tool did it at the same time. "
+            } else if self.together {
+                "Everything was rolled back. "
             } else if self.in_transaction {
                 "The migration was rolled back. "
             } else {

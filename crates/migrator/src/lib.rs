@@ -4,6 +4,7 @@
 mod adoption;
 #[cfg(feature = "cli")]
 pub mod cli;
+mod control;
 mod error;
 mod rehearsal;
 mod report;
@@ -15,7 +16,7 @@ mod verify;
 mod watch;
 
 pub use error::{Blocker, Cause, Error, Failure, Holder, Refusal, ServerReport, StateAfter};
-pub use rehearsal::{Loss, Reversal};
+pub use rehearsal::{Loss, LossKind, Reversal};
 pub use report::{Direction, Event, Granted, Hook, Note, Preflight, Report, Step};
 pub use runner::{Extent, Runner};
 pub use status::{Applied, MigrationStatus, Plan, Planned, Status};

@@ -27,7 +27,7 @@ pub enum Event<'a> {
     /// A migration waited too long for a lock and was rolled back. It is tried again after this
     /// pause.
     Retrying(&'a str, Duration),
-    /// A migration has finished.
+    /// A migration has finished. In a revert or redo that is one transaction: it is committed.
     Finished(&'a Step),
 }
 
@@ -81,8 +81,7 @@ pub struct Report {
     pub steps: Vec<Step>,
     /// What the project's [`Hook`] reports, and for which roles to grant rights.
     pub notes: Vec<Note>,
-    /// Rows that a revert deleted; `None` if nothing was reverted or the revert could not be
-    /// rehearsed.
+    /// What a revert lost; `None` if nothing was reverted or the revert could not be rehearsed.
     pub lost: Option<Vec<Loss>>,
     /// Applied versions that are newer than every migration of this program: a newer release has
     /// migrated the database.

@@ -5,8 +5,10 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use diesel::connection::{Connection, SimpleConnection};
-use diesel::migration::{Migration, MigrationConnection, MigrationSource};
+use diesel::connection::{
+    AnsiTransactionManager, Connection, SimpleConnection, TransactionManager,
+};
+use diesel::migration::{MigrationConnection, MigrationSource};
 use diesel::pg::{Pg, PgConnection};
 use diesel::prelude::*;
 use diesel::sql_query;
@@ -15,22 +17,24 @@ use diesel_migrations::MigrationHarness;
 use libpq_conninfo::Conninfo;
 use sha2::{Digest, Sha256};
 
-use crate::error::{Cause, Error, Failure, Refusal, ServerReport, StateAfter};
+use crate::error::{Blocker, Cause, Error, Failure, Refusal, ServerReport, StateAfter};
+use crate::rehearsal::{self, Before, Touched};
 use crate::report::Watcher;
-use crate::session::{self, Session};
+use crate::session::{self, Ledger, Session};
 use crate::source::{Known, Migrations};
 use crate::verify::{Expected, Found, Verification};
 use crate::watch::{Limits, Seen};
 use crate::{
-    Direction, Event, Granted, Hook, MigrationStatus, Note, Plan, Preflight, Report, Reversal,
-    Status, Step, adoption, rehearsal,
+    Direction, Event, Granted, Hook, Loss, MigrationStatus, Note, Plan, Preflight, Report,
+    Reversal, Status, Step, adoption,
 };
 
 /// Applies, reverts and checks migrations.
 ///
-/// It opens its own connections. Each migration runs in a transaction of its own, unless its
-/// `metadata.toml` turns that off. A run that changes the database holds an advisory lock, and has
-/// a second connection that watches the first. With nothing to do it takes no lock and only reads.
+/// It opens its own connections. Each migration is applied in a transaction of its own, unless its
+/// `metadata.toml` turns that off; a revert or redo is one transaction. A run that changes the
+/// database holds an advisory lock, and has a second connection that watches the first. With
+/// nothing to do it takes no lock and only reads.
 pub struct Runner {
     source: Box<dyn MigrationSource<Pg> + Send>,
     settings: Settings,
@@ -384,11 +388,18 @@ impl Runner {
 
     /// Reverts applied migrations, newest first, if `confirm` returns `true`.
     ///
-    /// The revert is first rehearsed in a transaction that is rolled back, to count the rows it
-    /// would delete; `confirm` receives that count. The rehearsal locks the same tables.
+    /// All are reverted in one transaction, or none. `confirm` receives what would be lost. It is
+    /// found by two rehearsals that are rolled back: the first finds the tables that the revert
+    /// touches, the second compares their contents before and after. The revert itself compares
+    /// again, while it keeps writers out, and refuses to lose more than was confirmed. Touched
+    /// tables are read as a whole, and their values are hashed unless they are only dropped.
+    /// Without a primary key, an exchange of values between rows is not noticed.
+    ///
+    /// If a migration does not run in a transaction, nothing is rehearsed and each migration is
+    /// reverted on its own.
     ///
     /// # Errors
-    /// Any. After [`Error::Failed`] the migrations before the failed one stay reverted.
+    /// Any. After [`Error::Failed`], [`Failure::together`] tells whether all was rolled back.
     pub fn revert(
         &mut self,
         extent: &Extent,
@@ -397,14 +408,17 @@ impl Runner {
         self.locked(
             "revert",
             |migrations, status| migrations.to_revert(status, extent),
-            |runner, session, known| runner.down(session, known, confirm),
+            |runner, session, known| runner.down(session, known, false, confirm),
         )
     }
 
-    /// Reverts as [`revert`](Self::revert) does, then applies the same migrations again.
+    /// Reverts as [`revert`](Self::revert) does, and applies the same migrations again in the same
+    /// transaction. If one of them needs the commit of an earlier one, such as a new value of an
+    /// enum type, use `revert` and [`run`](Self::run).
     ///
     /// # Errors
-    /// Any. After [`Error::Failed`] the next [`run`](Self::run) applies what is missing.
+    /// As `revert`. If a migration does not run in a transaction, the next `run` applies what is
+    /// missing.
     pub fn redo(
         &mut self,
         extent: &Extent,
@@ -412,12 +426,12 @@ impl Runner {
     ) -> Result<Report, Error> {
         self.locked(
             "redo",
-            |migrations, status| migrations.to_revert(status, extent),
-            |runner, session, known| {
-                runner.down(session, known, confirm)?;
-                let again: Vec<&Known> = known.iter().rev().copied().collect();
-                runner.up(session, &again)
+            |migrations, status| {
+                let chosen = migrations.to_revert(status, extent)?;
+                migrations.check(chosen.iter().map(|&index| (index, Direction::Up)))?;
+                Ok(chosen)
             },
+            |runner, session, known| runner.down(session, known, true, confirm),
         )
     }
 
@@ -624,6 +638,10 @@ impl Runner {
             }
         }
         applied?;
+        self.note_roles(session)
+    }
+
+    fn note_roles(&self, session: &mut Session) -> Result<(), Error> {
         if let Some(roles) = &self.roles {
             let items = session::existing_roles(&mut session.connection, &roles.names)?;
             if !items.is_empty() {
@@ -639,32 +657,181 @@ impl Runner {
         &mut self,
         session: &mut Session,
         known: &[&Known],
+        redo: bool,
         confirm: impl FnOnce(&Reversal) -> bool,
     ) -> Result<(), Error> {
-        let migrations: Vec<&dyn Migration<Pg>> =
-            known.iter().map(|known| &*known.migration).collect();
-        let (losses, seen) = session.watched("the rehearsal of the revert", |connection| {
-            rehearsal::losses(connection, &migrations)
-        });
-        if let Some((cause, first)) = seen.cancelled.zip(known.first()) {
-            let failure = self.unfinished(session, first, Direction::Down, cause);
-            return Err(Error::Failed(Box::new(failure)));
-        }
-        let losses = losses.map_err(|error| Error::Database {
-            doing: "the rehearsal of the revert",
-            report: Box::new(session.report(&*error)),
-            done: Box::default(),
-        })?;
-        let names = known.iter().map(|known| known.name.clone()).collect();
-        let reversal = Reversal { names, losses };
+        let mut all = known.iter();
+        let together = all.all(|known| known.migration.metadata().run_in_transaction());
+        let rehearsed = if together {
+            Some(self.rehearse(session, known)?)
+        } else {
+            None
+        };
+        let reversal = Reversal {
+            names: known.iter().map(|known| known.name.clone()).collect(),
+            losses: rehearsed.as_ref().map(|(_, losses)| losses.clone()),
+        };
         if !confirm(&reversal) {
             return Err(Refusal::NotConfirmed.into());
         }
-        session.done.lost = reversal.losses;
-        for known in known {
-            self.step(session, known, Direction::Down)?;
+        let again: Vec<&Known> = known.iter().rev().copied().collect();
+        let Some((touched, confirmed)) = rehearsed else {
+            for known in known {
+                self.step(session, known, Direction::Down)?;
+            }
+            return if redo {
+                self.up(session, &again)
+            } else {
+                Ok(())
+            };
+        };
+
+        let last = if redo {
+            (known[0], Direction::Up)
+        } else {
+            (known[known.len() - 1], Direction::Down)
+        };
+        let (steps, losses) = self.transaction(session, Some(last), |runner, session| {
+            let (mut steps, losses) = runner.reverting(session, known, &touched, true)?;
+            let excess = rehearsal::excess(&losses, &confirmed);
+            if !excess.is_empty() {
+                return Err(Refusal::LossesGrew(excess).into());
+            }
+            if redo {
+                steps.extend(runner.steps(session, &again, Direction::Up, true)?);
+            }
+            Ok((steps, losses))
+        })?;
+        session.done.lost = Some(losses);
+        for step in steps {
+            self.tell(Event::Finished(&step));
+            session.done.steps.push(step);
         }
-        Ok(())
+        if redo {
+            self.note_roles(session)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Returns the tables that the revert touches, and what it would lose.
+    fn rehearse(
+        &mut self,
+        session: &mut Session,
+        known: &[&Known],
+    ) -> Result<(Vec<Touched>, Vec<Loss>), Error> {
+        let touched = self.transaction(session, None, |runner, session| {
+            let before = rehearsal::tables(&mut session.connection)?;
+            runner.steps(session, known, Direction::Down, false)?;
+            let after = rehearsal::tables(&mut session.connection)?;
+            Ok(rehearsal::touched(before, &after))
+        })?;
+        let (_, losses) = self.transaction(session, None, |runner, session| {
+            runner.reverting(session, known, &touched, false)
+        })?;
+        Ok((touched, losses))
+    }
+
+    fn reverting<'k>(
+        &mut self,
+        session: &mut Session,
+        known: &[&'k Known],
+        touched: &[Touched],
+        told: bool,
+    ) -> Result<(Vec<Step>, Vec<Loss>), Stop<'k>> {
+        let before = reading(session, known, |connection| {
+            Before::read(connection, touched)
+        })?;
+        let steps = self.steps(session, known, Direction::Down, told)?;
+        let losses = reading(session, known, |connection| before.losses(connection))?;
+        Ok((steps, losses))
+    }
+
+    /// Runs migrations that share a transaction.
+    fn steps<'k>(
+        &mut self,
+        session: &mut Session,
+        known: &[&'k Known],
+        direction: Direction,
+        told: bool,
+    ) -> Result<Vec<Step>, Stop<'k>> {
+        let steps = known.iter().map(|&known| {
+            if let Some(cause) = self.settings.limits.reached() {
+                return Err(Stop::Limit(known, direction, cause));
+            }
+            if told {
+                self.tell(Event::Started(&known.name, direction));
+            }
+            let (step, seen) = session.watched(&known.name, |connection| {
+                alone(connection, known, direction)
+            });
+            step.map_err(|error| Stop::Step(known, direction, error, seen))
+        });
+        steps.collect()
+    }
+
+    /// Runs `work` in a transaction, again after a lock timeout. It is committed if `last` is its
+    /// last migration, and rolled back if that is `None` or `work` fails.
+    fn transaction<'k, T>(
+        &mut self,
+        session: &mut Session,
+        last: Option<(&'k Known, Direction)>,
+        mut work: impl FnMut(&mut Self, &mut Session) -> Result<T, Stop<'k>>,
+    ) -> Result<T, Error> {
+        let mut tried = 0;
+        loop {
+            session::set_lock_timeout(&mut session.connection, self.settings.lock_timeout)?;
+            let before = session::ledger(&mut session.connection, &self.settings.schema)?;
+            // In a stricter level, rows that arrive before the tables are locked would stay unseen.
+            AnsiTransactionManager::begin_transaction_sql(
+                &mut session.connection,
+                "BEGIN ISOLATION LEVEL READ COMMITTED",
+            )
+            .map_err(Error::database("beginning the revert"))?;
+            let outcome = work(self, session).and_then(|value| {
+                if !session.is_locked()? {
+                    return Err(Refusal::ReleasesLock.into());
+                }
+                let connection = &mut session.connection;
+                match last {
+                    Some((known, direction)) => {
+                        AnsiTransactionManager::commit_transaction(connection).map_err(
+                            |error| Stop::Step(known, direction, error.into(), Seen::default()),
+                        )?;
+                    }
+                    None => AnsiTransactionManager::rollback_transaction(connection)
+                        .map_err(Error::database("ending the rehearsal"))?,
+                }
+                Ok(value)
+            });
+            let stop = match outcome {
+                Ok(value) => return Ok(value),
+                Err(stop) => stop,
+            };
+            // Fails if the transaction has ended already, or with the connection.
+            let _ = AnsiTransactionManager::rollback_transaction(&mut session.connection);
+            let is_done = |ledger: &Ledger| *ledger != before;
+            let failure = match stop {
+                Stop::Error(error) => return Err(error),
+                Stop::Limit(known, direction, cause) => {
+                    self.unfinished(session, known, direction, cause, is_done)
+                }
+                Stop::Step(known, direction, error, seen) => {
+                    tried += 1;
+                    match self.failed(session, &known.name, &*error, seen, tried) {
+                        None => continue,
+                        Some(failed) => {
+                            let cause = failed.cause;
+                            failed.of(self.unfinished(session, known, direction, cause, is_done))
+                        }
+                    }
+                }
+            };
+            return Err(Error::Failed(Box::new(Failure {
+                together: true,
+                ..failure
+            })));
+        }
     }
 
     fn step(
@@ -673,13 +840,10 @@ impl Runner {
         known: &Known,
         direction: Direction,
     ) -> Result<(), Error> {
-        let Known {
-            version,
-            name,
-            migration,
-        } = known;
-        let in_transaction = migration.metadata().run_in_transaction();
-        let lock_timeout = if in_transaction {
+        let Known { version, name, .. } = known;
+        let is_done =
+            |ledger: &Ledger| ledger.contains_key(version) == (direction == Direction::Up);
+        let lock_timeout = if known.migration.metadata().run_in_transaction() {
             self.settings.lock_timeout
         } else {
             Duration::ZERO
@@ -687,55 +851,57 @@ impl Runner {
         let mut tried = 0;
         loop {
             if let Some(cause) = self.settings.limits.reached() {
-                let failure = self.unfinished(session, known, direction, cause);
+                let failure = self.unfinished(session, known, direction, cause, is_done);
                 return Err(Error::Failed(Box::new(failure)));
             }
             if tried == 0 {
                 self.tell(Event::Started(name, direction));
             }
             session::set_lock_timeout(&mut session.connection, lock_timeout)?;
-            let begin = Instant::now();
-            let (outcome, seen) = session.watched(name, |connection| match direction {
-                Direction::Up => connection.run_migration(migration),
-                Direction::Down => connection.revert_migration(migration),
-            });
-            let duration = begin.elapsed();
-            let Err(error) = outcome else {
-                let step = Step {
-                    version: version.clone(),
-                    name: name.clone(),
-                    direction,
-                    duration,
-                };
-                self.tell(Event::Finished(&step));
-                session.done.steps.push(step);
-                return Ok(());
-            };
-            let report = session.report(&*error);
-            let Seen {
-                cancelled,
-                blockers,
-            } = seen;
-            let cause = match cancelled {
-                Some(cause) => cause,
-                None if session.is_lock_timeout(&report) => Cause::LockTimeout,
-                None => Cause::Error,
+            let (outcome, seen) =
+                session.watched(name, |connection| attempt(connection, known, direction));
+            let error = match outcome {
+                Ok(step) => {
+                    self.tell(Event::Finished(&step));
+                    session.done.steps.push(step);
+                    return Ok(());
+                }
+                Err(error) => error,
             };
             tried += 1;
-            if cause == Cause::LockTimeout && in_transaction && tried < self.settings.tries {
-                let pause = LAST_PAUSE.min(FIRST_PAUSE * 2_u32.saturating_pow(tried - 1));
-                self.tell(Event::Retrying(name, pause));
-                self.settings.limits.sleep(pause);
-                continue;
+            if let Some(failed) = self.failed(session, name, &*error, seen, tried) {
+                let failure = self.unfinished(session, known, direction, failed.cause, is_done);
+                return Err(Error::Failed(Box::new(failed.of(failure))));
             }
-            let is_lock = cause == Cause::LockTimeout;
-            return Err(Error::Failed(Box::new(Failure {
-                begun: true,
-                report,
-                blockers: if is_lock { blockers } else { Vec::new() },
-                ..self.unfinished(session, known, direction, cause)
-            })));
         }
+    }
+
+    /// Returns why a try failed, or pauses for the next one and returns `None`.
+    fn failed(
+        &mut self,
+        session: &mut Session,
+        name: &str,
+        error: &(dyn std::error::Error + Send + Sync + 'static),
+        seen: Seen,
+        tried: u32,
+    ) -> Option<Failed> {
+        let report = session.report(error);
+        let cause = match seen.cancelled {
+            Some(cause) => cause,
+            None if session.is_lock_timeout(&report) => Cause::LockTimeout,
+            None => Cause::Error,
+        };
+        if cause == Cause::LockTimeout && tried < self.settings.tries {
+            let pause = LAST_PAUSE.min(FIRST_PAUSE * 2_u32.saturating_pow(tried - 1));
+            self.tell(Event::Retrying(name, pause));
+            self.settings.limits.sleep(pause);
+            return None;
+        }
+        Some(Failed {
+            cause,
+            report,
+            blockers: seen.blockers,
+        })
     }
 
     /// Describes a run that ends before `known`.
@@ -745,7 +911,9 @@ impl Runner {
         known: &Known,
         direction: Direction,
         cause: Cause,
+        is_done: impl Fn(&Ledger) -> bool,
     ) -> Failure {
+        let in_transaction = known.migration.metadata().run_in_transaction();
         Failure {
             program: self.settings.program.clone(),
             version: known.version.clone(),
@@ -755,20 +923,25 @@ impl Runner {
             begun: false,
             report: ServerReport::default(),
             blockers: Vec::new(),
-            in_transaction: known.migration.metadata().run_in_transaction(),
+            in_transaction,
+            together: false,
             done: Report::default(),
-            state: self.state_after(session, known),
+            state: self.state_after(session, in_transaction, is_done),
         }
     }
 
-    fn state_after(&self, session: &mut Session, known: &Known) -> StateAfter {
+    fn state_after(
+        &self,
+        session: &mut Session,
+        in_transaction: bool,
+        is_done: impl Fn(&Ledger) -> bool,
+    ) -> StateAfter {
         let schema = &self.settings.schema;
-        let in_transaction = known.migration.metadata().run_in_transaction();
         let known = |connection: &mut PgConnection, holder| {
             let ledger = session::ledger(connection, schema)?;
             Ok(StateAfter::Known {
                 newest: ledger.keys().next_back().cloned(),
-                recorded: ledger.contains_key(&known.version),
+                recorded: is_done(&ledger),
                 invalid_indexes: if in_transaction {
                     Vec::new()
                 } else {
@@ -789,6 +962,101 @@ impl Runner {
         };
         again().unwrap_or_else(|error: Error| StateAfter::Unknown(error.to_string()))
     }
+}
+
+/// Why a try of a migration failed.
+struct Failed {
+    cause: Cause,
+    report: ServerReport,
+    blockers: Vec<Blocker>,
+}
+
+impl Failed {
+    fn of(self, unfinished: Failure) -> Failure {
+        Failure {
+            begun: true,
+            report: self.report,
+            blockers: if self.cause == Cause::LockTimeout {
+                self.blockers
+            } else {
+                Vec::new()
+            },
+            ..unfinished
+        }
+    }
+}
+
+/// Why a transaction with migrations ended early.
+enum Stop<'k> {
+    Step(&'k Known, Direction, BoxedError, Seen),
+    Limit(&'k Known, Direction, Cause),
+    Error(Error),
+}
+
+type BoxedError = Box<dyn std::error::Error + Send + Sync>;
+
+impl<E: Into<Error>> From<E> for Stop<'_> {
+    fn from(error: E) -> Self {
+        Self::Error(error.into())
+    }
+}
+
+/// Reads tables around a revert. May take long, so it can be stopped.
+fn reading<'k, T>(
+    session: &mut Session,
+    known: &[&'k Known],
+    work: impl FnOnce(&mut PgConnection) -> Result<T, Error>,
+) -> Result<T, Stop<'k>> {
+    let (outcome, seen) = session.watched("the comparison of the tables", work);
+    match seen.cancelled {
+        Some(cause) => Err(Stop::Limit(known[0], Direction::Down, cause)),
+        None => Ok(outcome?),
+    }
+}
+
+/// Runs a migration so that it leaves to the next one in its transaction what a commit would: no
+/// deferred triggers, and no setting of `SET LOCAL`.
+fn alone(
+    connection: &mut PgConnection,
+    known: &Known,
+    direction: Direction,
+) -> Result<Step, BoxedError> {
+    connection.batch_execute(
+        "SELECT set_config(
+             'diesel_pg_migrator.settings',
+             jsonb_object_agg(name, current_setting(name))::text,
+             true
+         )
+         FROM pg_settings WHERE context IN ('user', 'superuser')",
+    )?;
+    let step = attempt(connection, known, direction)?;
+    connection.batch_execute(
+        "SET CONSTRAINTS ALL IMMEDIATE;
+         SET CONSTRAINTS ALL DEFERRED;
+         SELECT set_config(name, value, true)
+         FROM jsonb_each_text(current_setting('diesel_pg_migrator.settings')::jsonb)
+             AS setting (name, value)
+         WHERE current_setting(name) <> value",
+    )?;
+    Ok(step)
+}
+
+fn attempt(
+    connection: &mut PgConnection,
+    known: &Known,
+    direction: Direction,
+) -> Result<Step, BoxedError> {
+    let begin = Instant::now();
+    match direction {
+        Direction::Up => connection.run_migration(&known.migration)?,
+        Direction::Down => connection.revert_migration(&known.migration)?,
+    };
+    Ok(Step {
+        version: known.version.clone(),
+        name: known.name.clone(),
+        direction,
+        duration: begin.elapsed(),
+    })
 }
 
 impl fmt::Debug for Runner {

@@ -277,6 +277,12 @@ impl Session {
         })
     }
 
+    /// Returns whether this session still holds the lock.
+    pub(crate) fn is_locked(&mut self) -> Result<bool, Error> {
+        let holder = holder(&mut self.connection, self.lock_key)?;
+        Ok(holder.is_some_and(|holder| holder.pid == self.pid))
+    }
+
     /// Releases the lock.
     pub(crate) fn unlock(&mut self, program: &str) -> Result<(), Error> {
         let unlock = format!("pg_advisory_unlock({})", self.lock_key);

@@ -8,7 +8,7 @@ use diesel::pg::Pg;
 use diesel::result::QueryResult;
 
 use crate::status::{Applied, MigrationStatus, Planned, Status};
-use crate::{Direction, Error, Extent, Refusal};
+use crate::{Direction, Error, Extent, Refusal, control};
 
 /// The migrations of a source, oldest first.
 pub(crate) struct Migrations(Vec<Known>);
@@ -57,10 +57,40 @@ impl Migrations {
             version,
             applied_at,
         });
-        Status {
+        let mut status = Status {
             migrations,
             unknown: unknown.collect(),
+            unfit: None,
+        };
+        let is_pending = |index: &usize| status.migrations[*index].applied_at.is_none();
+        let pending = (0..self.0.len()).filter(is_pending);
+        let files = pending.flat_map(|index| [(index, Direction::Up), (index, Direction::Down)]);
+        status.unfit = self.check(files).err();
+        status
+    }
+
+    /// Refuses the first of these files that would begin or end the runner's transaction.
+    pub(crate) fn check(
+        &self,
+        files: impl IntoIterator<Item = (usize, Direction)>,
+    ) -> Result<(), Refusal> {
+        for (index, direction) in files {
+            let known = &self.0[index];
+            if !known.migration.metadata().run_in_transaction() {
+                continue;
+            }
+            // A file that can't be read is reported when it is needed.
+            let sql = sql(&*known.migration, direction).unwrap_or_default();
+            if let Some((statement, line)) = control::transaction_control(&sql) {
+                return Err(Refusal::TransactionControl {
+                    name: known.name.clone(),
+                    direction,
+                    statement,
+                    line,
+                });
+            }
         }
+        Ok(())
     }
 
     /// Returns the indexes of the pending migrations up to version `to`, oldest first.
@@ -114,6 +144,7 @@ impl Migrations {
                 return Err(Refusal::NoDown(name.clone()).into());
             }
         }
+        self.check(applied.iter().map(|&index| (index, Direction::Down)))?;
         Ok(applied)
     }
 

@@ -12,6 +12,9 @@ pub struct Status {
     pub migrations: Vec<MigrationStatus>,
     /// Applied migrations that this program doesn't have, oldest first.
     pub unknown: Vec<Applied>,
+    /// Why a file of a pending migration can't run.
+    #[serde(skip)]
+    pub(crate) unfit: Option<Refusal>,
 }
 
 /// A migration of this program. `name` is its folder's, such as `003_add_plans`. `applied_at` is
@@ -75,11 +78,13 @@ impl Status {
         if unknown.len() > self.newer().len() || (pending.is_some() && !unknown.is_empty()) {
             return Some(Refusal::Unknown(unknown));
         }
-        let (pending, applied) = pending.zip(applied)?;
-        (pending.version < applied.version).then(|| Refusal::OutOfOrder {
+        let mut pairs = pending.zip(applied).into_iter();
+        let out_of_order = pairs.find(|(pending, applied)| pending.version < applied.version);
+        let out_of_order = out_of_order.map(|(pending, applied)| Refusal::OutOfOrder {
             pending: pending.name.clone(),
             applied: applied.name.clone(),
-        })
+        });
+        out_of_order.or_else(|| self.unfit.clone())
     }
 
     /// Returns the applied versions that are newer than every migration of this program.
