@@ -26,7 +26,6 @@ mod networks;
 mod operations;
 mod revert;
 mod rights;
-mod schema;
 mod servers;
 mod verify;
 
@@ -115,7 +114,6 @@ fn page_is_complete() {
         .lines()
         .filter_map(|line| line.strip_prefix("faults::")?.strip_suffix(": test"))
         .filter_map(|test| test.rsplit("::").next())
-        .filter_map(|line| line.strip_suffix(": test")?.rsplit("::").next())
         .filter(|&test| test != "page_is_complete")
         .collect();
     if std::env::var_os("BRUHMCP_WRITE").is_some() {
@@ -271,13 +269,14 @@ fn said(outcome: &Outcome) -> String {
         let mut cleaned = String::new();
         while let Some((head, tail)) = rest.split_once(before) {
             let end = if after.is_empty() {
-                tail.find(|letter: char| !letter.is_ascii_digit())
-                    .unwrap_or(tail.len())
+                let is_other = |letter: char| !letter.is_ascii_digit();
+                Some(tail.find(is_other).unwrap_or(tail.len()))
             } else {
-                tail.find(after).unwrap_or(0)
+                tail.find(after)
             };
-            write!(cleaned, "{head}{before}…").unwrap();
-            rest = &tail[end..];
+            let dots = end.map_or("", |_| "…");
+            write!(cleaned, "{head}{before}{dots}").unwrap();
+            rest = &tail[end.unwrap_or(0)..];
         }
         text = cleaned + rest;
     }
@@ -290,7 +289,9 @@ fn said(outcome: &Outcome) -> String {
         .map(|line| line.trim().trim_start_matches("error: "))
         .filter(|line| !line.is_empty())
         // How often these come depends on timers.
-        .filter(|line| !line.contains(": running for ") && !line.contains(" waits for "))
+        .filter(|line| {
+            !line.contains(": running for ") && !line.contains(" waits for server process ")
+        })
         .collect();
     if lines.is_empty() {
         code

@@ -619,7 +619,14 @@ impl Runner {
         let obstacles = self.preflight(&mut session.connection, known)?.obstacles;
         // In the second half of a redo it is too late.
         if !obstacles.is_empty() && session.done.steps.is_empty() {
-            return Err(Refusal::Obstacles(obstacles).into());
+            // Another tool, which takes no lock, may just have created what is in the way.
+            let ledger = session::ledger(&mut session.connection, &self.settings.schema)?;
+            if !known
+                .iter()
+                .any(|known| ledger.contains_key(&known.version))
+            {
+                return Err(Refusal::Obstacles(obstacles).into());
+            }
         }
         session
             .connection
@@ -1008,10 +1015,11 @@ fn reading<'k, T>(
     work: impl FnOnce(&mut PgConnection) -> Result<T, Error>,
 ) -> Result<T, Stop<'k>> {
     let (outcome, seen) = session.watched("the comparison of the tables", work);
-    match seen.cancelled {
-        Some(cause) => Err(Stop::Limit(known[0], Direction::Down, cause)),
-        None => Ok(outcome?),
-    }
+    outcome.map_err(|error| match error {
+        // A lock timeout is worth another try.
+        Error::Database { .. } => Stop::Step(known[0], Direction::Down, Box::new(error), seen),
+        error => Stop::Error(error),
+    })
 }
 
 /// Runs a migration so that it leaves to the next one in its transaction what a commit would: no

@@ -6,6 +6,7 @@ use bruhmcp_devdb::{Database, Server};
 
 use super::{Row, finish, query, said, state, with_user};
 use crate::cli::{Outcome, bruhmcp};
+use crate::json;
 
 /// The server that has the roles.
 static SERVER: LazyLock<Server> = LazyLock::new(|| {
@@ -129,11 +130,9 @@ fn roles_created_later() {
     let database = with_user(&server);
     finish(&database);
     let outcome = succeeds(&database.url(), &["grant"]);
-    let missing = serde_json::from_str::<serde_json::Value>(
-        &succeeds(&database.url(), &["grant", "--json"]).out,
-    );
+    let document = json::check(&succeeds(&database.url(), &["grant", "--json"]));
     assert_eq!(
-        missing.unwrap(),
+        document["granted"],
         serde_json::json!({ "roles": [], "missing": ["app_admin", "app_user"], "newer": [] })
     );
     query(&database, ROLES);
@@ -193,6 +192,28 @@ fn owner_of_one_database() {
         reported: format!("exit 0 from {}", reported.join(", ")),
         after: state(&database),
         then: finish(&database),
+    }
+    .check();
+}
+
+#[test]
+fn grant_by_a_role_that_does_not_own_the_tables() {
+    let database = with_user(&SERVER);
+    let role = "CREATE ROLE colleague LOGIN; GRANT CREATE ON SCHEMA public TO colleague;
+                GRANT SELECT ON __diesel_schema_migrations TO colleague";
+    query(&database, role);
+    let refused = bruhmcp(&url_as(&database, "colleague"), &["grant"]);
+    let document = bruhmcp(&url_as(&database, "colleague"), &["grant", "--json"]);
+    assert_eq!(json::check(&document)["error"]["kind"], "grant");
+    let after = state(&database);
+    query(&database, "DROP OWNED BY colleague; DROP ROLE colleague");
+    succeeds(&database.url(), &["grant"]);
+    Row {
+        test: "grant_by_a_role_that_does_not_own_the_tables",
+        fault: "`grant` as a role that may create objects and does not own the tables",
+        reported: said(&refused),
+        after,
+        then: format!("with the owner's role: {}", finish(&database)),
     }
     .check();
 }
