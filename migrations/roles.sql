@@ -31,6 +31,15 @@ BEGIN
                   HINT = format('Its owner can REVOKE CREATE ON SCHEMA %s FROM PUBLIC.', here);
     END IF;
 
+    -- A restore without privileges gives everybody EXECUTE on functions that run as their owner.
+    FOR statement IN
+        SELECT format('REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC', oid::regprocedure)
+          FROM pg_proc
+         WHERE pronamespace = here AND prosecdef AND pg_has_role(proowner, 'USAGE')
+    LOOP
+        EXECUTE statement;
+    END LOOP;
+
     FOR role IN
         SELECT rolname FROM pg_roles WHERE rolname IN ('app_user', 'app_admin') ORDER BY rolname
     LOOP

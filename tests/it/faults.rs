@@ -34,10 +34,10 @@ const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/faults.md");
 const HEADER: &str = "\
 # What can go wrong while migrations run
 
-Each row is written by the test of that name in `tests/it/faults.rs`. The test causes the fault with
-the real binary and a real server, and compares what it sees with the row. For the last column it
-checks that the schema is the expected one, that each migration was applied once and that the rows
-from before are still there. Process ids, times and folders are left out (`…`).
+Each row is written by the test of that name in `tests/it/faults.rs` or `tests/it/faults/`. The test
+causes the fault with the real binary and a real server, and compares what it sees with the row. For
+the last column it checks that the schema is the expected one, that each migration was applied once
+and that the rows from before are still there. Process ids, times and folders are left out (`…`).
 
 | Fault | Reported | State after | The next run | Test |
 | --- | --- | --- | --- | --- |

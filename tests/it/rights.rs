@@ -260,7 +260,7 @@ fn what_is_too_much_is_taken_back() {
             "ALTER DEFAULT PRIVILEGES GRANT ALL ON TABLES TO app_user, app_admin;
              ALTER DEFAULT PRIVILEGES GRANT ALL ON SEQUENCES TO app_user, app_admin;
              ALTER DEFAULT PRIVILEGES GRANT ALL ON FUNCTIONS TO app_user, app_admin;
-             GRANT CREATE ON SCHEMA public TO PUBLIC, app_user, app_admin",
+             GRANT CREATE ON SCHEMA public TO app_user, app_admin",
         )
         .unwrap();
     given
@@ -268,7 +268,10 @@ fn what_is_too_much_is_taken_back() {
         .run_pending_migrations(MIGRATIONS)
         .unwrap();
     given
-        .psql("GRANT UPDATE (created_at) ON token_audit_log TO app_user")
+        .psql(
+            "GRANT CREATE ON SCHEMA public TO PUBLIC;
+             GRANT UPDATE (created_at) ON token_audit_log TO app_user",
+        )
         .unwrap();
     given
         .psql(&format!("SET ROLE app_admin; BEGIN; {attack}; ROLLBACK"))

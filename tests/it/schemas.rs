@@ -43,6 +43,7 @@ fn up(database: &TestDatabase, schema: &str) {
 fn structure(database: &TestDatabase, schema: &str) -> String {
     let dump = database.dump(&[
         "--schema-only",
+        "--no-privileges",
         &format!(r#"--schema="{schema}""#),
         "--exclude-table=*.__diesel_schema_migrations",
     ]);
@@ -210,10 +211,10 @@ fn a_schema_where_everybody_may_create_is_refused() {
 
         let mut runner = runner(&url_in(&database, schema)).unwrap().schema(schema);
         let error = runner.run().unwrap_err().to_string();
-        assert!(error.contains("every role may create"), "{error}");
-        assert!(error.contains(revoke), "{error}");
+        assert!(error.contains("Every role may create"), "{error}");
+        assert!(error.contains(revoke.trim_end_matches(';')), "{error}");
         database.psql(revoke).unwrap();
-        assert_eq!(runner.run().unwrap().steps.len(), up_sql().len() - 1);
+        assert_eq!(runner.run().unwrap().steps.len(), up_sql().len());
     }
 }
 

@@ -1,5 +1,6 @@
 //! Databases for the tests: one server for the whole process, one database per test.
 
+use std::env;
 use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, Write};
@@ -185,10 +186,12 @@ impl TestDatabase {
         self.0.url()
     }
 
-    /// The URL of a service, which acts as `app_user`.
+    /// The URL of a service, which acts as `app_user`. Keeps what PGOPTIONS says.
     pub(crate) fn app_url(&self) -> String {
         if *ROLES {
-            self.url_with("options=-crole%3Dapp_user")
+            let options = env::var("PGOPTIONS").unwrap_or_default();
+            let options = options.replace(' ', "%20").replace('=', "%3D");
+            self.url_with(&format!("options={options}%20-crole%3Dapp_user"))
         } else {
             self.url()
         }

@@ -175,8 +175,7 @@ fn upgraded() {
     let new = env::var_os("BRUHMCP_PG_18")
         .filter(|_| query(&database, "SHOW server_version") < "18".into());
     let Some(new) = new else {
-        eprintln!("skipped: needs a server below 18, and BRUHMCP_PG_18");
-        return;
+        return crate::support::skipped("needs a server below 18, and BRUHMCP_PG_18");
     };
     server.stop(false).unwrap();
     let folder = server.folder().unwrap();
