@@ -1,7 +1,8 @@
 -- Rights of the roles app_user (the service) and app_admin (the operator) in the current schema.
 -- `bruhmcp-db grant` and `psql -f` apply it: after migrations, and after a role was created. It
 -- takes from the two roles whatever else they have here, from default privileges or an older
--- release: with TRIGGER, for example, a role can run code as the owner.
+-- release: with TRIGGER, for example, a role can run code as the owner. From everybody it takes
+-- CREATE, and EXECUTE of the functions that run as their owner.
 
 DO $$
 DECLARE
@@ -31,11 +32,15 @@ BEGIN
                   HINT = format('Its owner can REVOKE CREATE ON SCHEMA %s FROM PUBLIC.', here);
     END IF;
 
-    -- A restore without privileges gives everybody EXECUTE on functions that run as their owner.
+    -- A restore without privileges lets everybody call functions that run as their owner. A trigger
+    -- that is there needs no EXECUTE.
     FOR statement IN
         SELECT format('REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC', oid::regprocedure)
           FROM pg_proc
-         WHERE pronamespace = here AND prosecdef AND pg_has_role(proowner, 'USAGE')
+         WHERE pronamespace = here
+           AND prosecdef
+           AND (prorettype = 'trigger'::regtype OR proname = 'cleanup_old_token_audit_logs')
+           AND pg_has_role(proowner, 'USAGE')
     LOOP
         EXECUTE statement;
     END LOOP;

@@ -97,7 +97,7 @@ impl Drop for Network {
 #[test]
 fn partition() {
     let Some(network) = Network::new() else {
-        return eprintln!("not run: a network namespace needs root and iproute2");
+        return crate::support::skipped("a network namespace needs root and iproute2");
     };
     let address = network.address.to_string();
     let server = Server::private(&[("listen_addresses", &address)]).unwrap();
@@ -167,7 +167,7 @@ fn ctrl_c_as_process_1() {
     let unshare = ["--pid", "--fork", "--kill-child"];
     let probe = Command::new("unshare").args(unshare).arg("true").output();
     if !probe.is_ok_and(|output| output.status.success()) {
-        return eprintln!("not run: a namespace of processes needs root and util-linux");
+        return crate::support::skipped("a namespace of processes needs root and util-linux");
     }
     let database = with_user(&SERVER);
     let holder = hold_users(&database);
@@ -576,7 +576,7 @@ fn service_file() {
 #[test]
 fn old_server() {
     let Some(programs) = std::env::var_os("BRUHMCP_PG_13") else {
-        return eprintln!("not run: BRUHMCP_PG_13 is not set");
+        return crate::support::skipped("BRUHMCP_PG_13 is not set");
     };
     let folder = PathBuf::from(format!("/tmp/bruhmcp_{}", uuid::Uuid::new_v4().simple()));
     let as_server = |program: &str, arguments: &[&str]| {
