@@ -586,10 +586,12 @@ fn rows_without_sequences(url: &str) -> String {
 
 #[test]
 fn pg_upgrade() {
-    let Some(new_bin) = std::env::var_os("BRUHMCP_PG_18").map(PathBuf::from) else {
-        return support::skipped("BRUHMCP_PG_18 names no folder with the programs of 18");
-    };
     let server = Server::private(&[]).unwrap();
+    let version = psql(&in_use(&server).url(), "SHOW server_version").unwrap();
+    let new_bin = std::env::var_os("BRUHMCP_PG_18").filter(|_| *version < *"18");
+    let Some(new_bin) = new_bin.map(PathBuf::from) else {
+        return support::skipped("needs a server below 18, and BRUHMCP_PG_18");
+    };
     let database = in_use(&server);
     psql(&database.url(), "ANALYZE").unwrap();
     let before = rows(&database.url());

@@ -10,7 +10,7 @@ use diesel::connection::SimpleConnection;
 
 use crate::difference::assert_same;
 use crate::runner::{Folder, refusal, yes};
-use crate::support::{TestDatabase, database, empty_database};
+use crate::support::{self, TestDatabase, database, empty_database};
 
 fn deleted(table: &str, column: Option<&str>, rows: i64) -> Loss {
     Loss {
@@ -214,15 +214,21 @@ fn counts_deleted_and_overwritten_values() {
          UPDATE people SET age = 10 WHERE age = 10",
         &[],
     );
-    // A nondeterministic collation takes the two for equal.
+}
+
+/// A nondeterministic collation takes the two values for equal.
+#[test]
+fn counts_values_that_a_collation_takes_for_equal() {
     let (database, folder) = people("UPDATE people SET name = upper(name) WHERE id = 1");
-    database
-        .psql(
-            "CREATE COLLATION same (provider = icu, locale = 'und-u-ks-level2', deterministic = false);
-             ALTER TABLE people ALTER COLUMN name TYPE text COLLATE same",
-        )
-        .unwrap();
-    assert_eq!(losses(&database, &folder), [names(1)]);
+    let collate = database.psql(
+        "CREATE COLLATION same (provider = icu, locale = 'und-u-ks-level2', deterministic = false);
+         ALTER TABLE people ALTER COLUMN name TYPE text COLLATE same",
+    );
+    if collate.is_err_and(|error| error.contains("0A000")) {
+        return support::skipped("this server has no ICU");
+    }
+    let names = overwritten("public.people", "name", 1);
+    assert_eq!(losses(&database, &folder), [names]);
 }
 
 #[test]
