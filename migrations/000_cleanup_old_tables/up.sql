@@ -60,10 +60,12 @@ BEGIN
               'transaction_type', 'transaction_status', 'credit_source'
           )
     ) THEN
-        RAISE EXCEPTION 'the tables of this schema are here, but not its ledger: nothing was moved'
+        RAISE EXCEPTION 'the tables of bruhmcp-db are here, but __diesel_schema_migrations lacks '
+            'their migrations: nothing was moved'
             USING ERRCODE = 'duplicate_table',
                   HINT    = format(
-                      'Restore %I.__diesel_schema_migrations, or run "bruhmcp-db adopt".',
+                      'Run "bruhmcp-db adopt", which writes them, or restore '
+                      '%I.__diesel_schema_migrations from a backup.',
                       current_schema()
                   );
     END IF;

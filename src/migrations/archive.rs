@@ -62,8 +62,9 @@ const OWN: &str = "own";
 const OBSTACLES: [(&str, &str); 6] = [
     (
         OWN,
-        "The tables of this program are here, but not __diesel_schema_migrations. Restore it from \
-         a backup, or make the schema that of a version and write it by",
+        "The tables of bruhmcp-db are here, but __diesel_schema_migrations lacks their migrations, \
+         and the schema is that of no version. Restore the table from a backup, or repair the \
+         schema and write them by",
     ),
     (
         "taken",
@@ -85,7 +86,8 @@ const OBSTACLES: [(&str, &str); 6] = [
     ),
     (
         "public_creates",
-        "Every role may create objects in the schema, and could so run code as its owner. First",
+        "Every role may create objects in the schema, and by a function or operator there run code \
+         with the rights of others. As the owner of the schema",
     ),
 ];
 

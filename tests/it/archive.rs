@@ -235,6 +235,9 @@ fn the_comment_lists_what_moved_and_whom_it_concerns() {
     );
 }
 
+/// What 000 and the runner say in common.
+const LOST: &str = ", but __diesel_schema_migrations lacks ";
+
 /// A database at each version that creates something, whose ledger was lost: users and tables stay
 /// where they are, whatever client runs 000.
 #[test]
@@ -259,9 +262,9 @@ fn this_schema_without_its_ledger_is_never_archived() {
             database.psql(lose).unwrap();
 
             let error = assert_refused(&database, up, "42P07");
-            assert!(error.contains("but not its ledger"), "{error}");
-            let hint =
-                r#"HINT:  Restore public.__diesel_schema_migrations, or run "bruhmcp-db adopt"."#;
+            assert!(error.contains(LOST), "{error}");
+            let hint = "HINT:  Run \"bruhmcp-db adopt\", which writes them, or restore \
+                        public.__diesel_schema_migrations from a backup.";
             assert!(error.contains(hint), "{error}");
 
             let users = database.dump(&["--table=users"]);
@@ -269,11 +272,12 @@ fn this_schema_without_its_ledger_is_never_archived() {
                 .run_pending_migrations(MIGRATIONS)
                 .unwrap_err()
                 .to_string();
-            assert!(error.contains("but not its ledger"), "{error}");
+            assert!(error.contains(LOST), "{error}");
             #[cfg(feature = "migrator")]
             {
                 let mut runner = bruhmcp_db::migrations::runner(&database.url()).unwrap();
                 let error = runner.run().unwrap_err().to_string();
+                assert!(error.contains(LOST), "{error}");
                 assert!(error.contains("Run `adopt`"), "{error}");
             }
             assert_same(&users, &database.dump(&["--table=users"]));

@@ -284,7 +284,10 @@ fn this_schema_with_drift_and_without_its_ledger_refuses_the_run() {
     let found = plan(&database);
     assert_eq!(found.notes, []);
     assert_eq!(
-        items(&found.obstacles, "The tables of this program"),
+        items(
+            &found.obstacles,
+            "The tables of bruhmcp-db are here, but __diesel_schema_migrations lacks "
+        ),
         ["bruhmcp-db adopt"]
     );
     assert_refused(&database, &database.url(), &found.obstacles);

@@ -205,13 +205,20 @@ fn a_schema_where_everybody_may_create_is_refused() {
         } else {
             r#"REVOKE CREATE ON SCHEMA "c-7" FROM PUBLIC;"#
         };
-        assert!(error.contains("HINT:  "), "{error}");
+        let risk = "and by a function or operator there run code with the rights of others";
+        assert!(error.contains(risk), "{error}");
+        assert!(
+            error.contains("HINT:  As the owner of the schema, "),
+            "{error}"
+        );
         assert!(error.contains(revoke), "{error}");
         assert_same(&before, &database.dump(&[]));
 
         let mut runner = runner(&url_in(&database, schema)).unwrap().schema(schema);
         let error = runner.run().unwrap_err().to_string();
         assert!(error.contains("Every role may create"), "{error}");
+        assert!(error.contains(risk), "{error}");
+        assert!(error.contains("As the owner of the schema:"), "{error}");
         assert!(error.contains(revoke.trim_end_matches(';')), "{error}");
         database.psql(revoke).unwrap();
         assert_eq!(runner.run().unwrap().steps.len(), up_sql().len());

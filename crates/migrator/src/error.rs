@@ -140,8 +140,8 @@ pub enum Refusal {
     ReadOnly,
     /// The role may not create objects in the schema.
     #[error(
-        "the role {role} may not create objects in the schema {schema}. Use the owner's role, or \
-         GRANT CREATE ON SCHEMA {schema}."
+        "the role {role} may not create objects in the schema {schema}. Use the owner's role. \
+         Grant CREATE only to a role that no service uses."
     )]
     #[expect(missing_docs, reason = "the names say it")]
     NoRights { role: String, schema: String },
@@ -155,8 +155,9 @@ pub enum Refusal {
     /// The schema has more migrations than `__diesel_schema_migrations`. `found` is the name of the
     /// newest; `elsewhere` names other schemas that have such a table.
     #[error(
-        "the schema {schema} is that of {found}, but __diesel_schema_migrations lacks it. Rows were \
-         lost, or another tool migrated the database. Run `adopt`, which writes them.{}",
+        "the schema {schema} is that of {found}, but __diesel_schema_migrations lacks it. Rows \
+         were lost, or another tool migrated the database. Run `adopt`, which writes them, or \
+         restore the table from a backup.{}",
         elsewhere.iter().map(|other| format!(
             " If the table in the schema {other} is the right one: ALTER TABLE \
              {other}.__diesel_schema_migrations SET SCHEMA {schema}."

@@ -268,7 +268,7 @@ impl Lines {
         Some(lines)
     }
 
-    /// Whether a relation, column or function is among them. The ledger always exists.
+    /// Whether a relation, column or function is among them. Beside any of them is the ledger.
     fn has(&self, object: &str) -> bool {
         let key = |kind: &str, object: &str| self.0.contains_key(&format!("{kind} {object}"));
         let relation = object.split('(').next().unwrap_or_default();
