@@ -97,6 +97,7 @@ BEGIN
                   ('__diesel_schema_migrations', read,     read)
               ) AS rights (name, app_user, app_admin)
               JOIN pg_class ON relnamespace = here AND relname = name
+             ORDER BY name
         LOOP
             IF NOT one.is_owner THEN
                 RAISE EXCEPTION 'the role % does not own %', current_user, one.name

@@ -56,6 +56,17 @@ struct Row {
 }
 
 impl Row {
+    /// A row of what was said, the state after it, and the next run.
+    fn of(test: &'static str, fault: &'static str, outcome: &Outcome, database: &Database) -> Self {
+        Self {
+            test,
+            fault,
+            reported: said(outcome),
+            after: state(database),
+            then: finish(database),
+        }
+    }
+
     /// Compares the row with the page's, or writes it if `BRUHMCP_WRITE` is set.
     #[track_caller]
     fn check(self) {
@@ -487,13 +498,12 @@ fn backend_terminated() {
     );
     let outcome = ended(run);
     drop(holder);
-    Row {
-        test: "backend_terminated",
-        fault: "pg_terminate_backend in the middle of 002",
-        reported: said(&outcome),
-        after: state(&database),
-        then: finish(&database),
-    }
+    Row::of(
+        "backend_terminated",
+        "pg_terminate_backend in the middle of 002",
+        &outcome,
+        &database,
+    )
     .check();
 }
 
@@ -507,13 +517,12 @@ fn server_crashes() {
     let outcome = ended(run);
     drop(holder);
     server.start_again().unwrap();
-    Row {
-        test: "server_crashes",
-        fault: "the server crashes in the middle of 002",
-        reported: said(&outcome),
-        after: state(&database),
-        then: finish(&database),
-    }
+    Row::of(
+        "server_crashes",
+        "the server crashes in the middle of 002",
+        &outcome,
+        &database,
+    )
     .check();
 }
 
@@ -527,13 +536,12 @@ fn server_crashes_and_returns() {
     drop(holder);
     server.start_again().unwrap();
     let outcome = ended(run);
-    Row {
-        test: "server_crashes_and_returns",
-        fault: "the server crashes in the middle of 002 and restarts, with --wait",
-        reported: said(&outcome),
-        after: state(&database),
-        then: finish(&database),
-    }
+    Row::of(
+        "server_crashes_and_returns",
+        "the server crashes in the middle of 002 and restarts, with --wait",
+        &outcome,
+        &database,
+    )
     .check();
 }
 
@@ -714,13 +722,12 @@ fn lock_released() {
     assert_eq!(ended(first).code, Some(0));
     let outcome = ended(second);
     assert_eq!(outcome.out, "Nothing to do.\n");
-    Row {
-        test: "lock_released",
-        fault: "another runner works and finishes",
-        reported: said(&outcome),
-        after: state(&database),
-        then: finish(&database),
-    }
+    Row::of(
+        "lock_released",
+        "another runner works and finishes",
+        &outcome,
+        &database,
+    )
     .check();
 }
 
@@ -832,13 +839,12 @@ fn wrong_password() {
         .replace("user=postgres", "user=somebody&password=hushhush");
     let outcome = bruhmcp(&url, &["run", "--wait", "86400"]);
     assert!(!format!("{outcome:?}").contains("hush"), "{outcome:?}");
-    Row {
-        test: "wrong_password",
-        fault: "a wrong password, with --wait 86400",
-        reported: said(&outcome),
-        after: state(&database),
-        then: finish(&database),
-    }
+    Row::of(
+        "wrong_password",
+        "a wrong password, with --wait 86400",
+        &outcome,
+        &database,
+    )
     .check();
 }
 
@@ -848,13 +854,12 @@ fn wrong_database() {
     let database = with_user(server);
     let url = database.url().replace(database.name(), "no_such_database");
     let outcome = bruhmcp(&url, &["run", "--wait", "86400"]);
-    Row {
-        test: "wrong_database",
-        fault: "a database that doesn't exist, with --wait 86400",
-        reported: said(&outcome),
-        after: state(&database),
-        then: finish(&database),
-    }
+    Row::of(
+        "wrong_database",
+        "a database that doesn't exist, with --wait 86400",
+        &outcome,
+        &database,
+    )
     .check();
 }
 
@@ -1077,13 +1082,7 @@ impl Bouncer {
         )
         .unwrap();
         let id = Command::new("id").arg("-u").output().unwrap();
-        let mut command = Command::new(program);
-        // Debian has pgbouncer in a folder of root's PATH.
-        if let Some(path) = std::env::var_os("PATH") {
-            let mut folders: Vec<PathBuf> = std::env::split_paths(&path).collect();
-            folders.push("/usr/sbin".into());
-            command.env("PATH", std::env::join_paths(folders).unwrap());
-        }
+        let mut command = Self::command(program);
         if id.stdout == b"0\n" {
             command.args(["-u", "postgres"]);
         }
@@ -1094,6 +1093,29 @@ impl Bouncer {
             .spawn()
             .expect("pgbouncer is needed: apt-get install pgbouncer, or brew install pgbouncer");
         Self { folder, child }
+    }
+
+    fn command(program: impl AsRef<OsStr>) -> Command {
+        let mut command = Command::new(program);
+        // Debian has pgbouncer in a folder of root's PATH.
+        if let Some(path) = std::env::var_os("PATH") {
+            let mut folders: Vec<PathBuf> = std::env::split_paths(&path).collect();
+            folders.push("/usr/sbin".into());
+            command.env("PATH", std::env::join_paths(folders).unwrap());
+        }
+        command
+    }
+
+    /// Returns the setting that turns prepared statements off. Before 1.21 there are neither.
+    pub(crate) fn without_prepared_statements(program: &str) -> &'static str {
+        let version = Self::command(program).arg("--version").output().unwrap();
+        let version = String::from_utf8(version.stdout).unwrap();
+        let minor = version.split('.').nth(1).unwrap();
+        if minor.parse::<u32>().unwrap() < 21 {
+            ""
+        } else {
+            "max_prepared_statements = 0"
+        }
     }
 
     pub(crate) fn url(&self, database: &Database) -> String {

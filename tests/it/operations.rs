@@ -547,6 +547,8 @@ fn move_by_logical_replication() {
     assert_eq!(McpService::recount(new_conn).unwrap(), []);
     let run = bruhmcp(&new_url, &["run"]);
     assert_eq!(run.out, "Nothing to do.\n", "{run:?}");
+    let verify = bruhmcp(&new_url, &["verify"]);
+    assert_eq!(verify.code, Some(0), "{verify:?}");
 }
 
 /// A database in use that is published, a new one that subscribed to it and has copied its rows,

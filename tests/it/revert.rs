@@ -346,7 +346,8 @@ fn a_writer_that_holds_a_lock_stops_the_revert() {
         (failure.cause, failure.together),
         (Cause::LockTimeout, true)
     );
-    assert_eq!(failure.blockers.len(), 1, "{failure}");
+    println!("{failure}");
+    assert_eq!(failure.blockers.len(), 1);
     assert!(
         failure
             .to_string()

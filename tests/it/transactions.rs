@@ -193,30 +193,42 @@ fn a_deadlock_is_known_in_each_language() {
     }
 }
 
-/// The language of a server is that of its environment.
-#[test]
-fn a_deadlock_is_retried_in_german() {
+/// Runs a test in a process of its own whose server speaks German, and returns what it prints.
+/// `None` if the server can't.
+fn in_german(test: &str) -> Option<String> {
     if !languages()
         .iter()
         .any(|(path, _)| path.iter().any(|name| name == "de"))
     {
-        return support::skipped("this server speaks no German");
+        support::skipped("this server speaks no German");
+        return None;
     }
+    // The language of a server is that of its environment.
     let output = Command::new(env::current_exe().unwrap())
-        .args([
-            "--exact",
-            "transactions::a_deadlock_is_retried",
-            "--nocapture",
-        ])
+        .args(["--exact", test, "--nocapture"])
         .env("LANGUAGE", "de")
         .env("PGOPTIONS", "-c lc_messages=C.UTF-8")
         .env_remove("DATABASE_URL")
         .output()
         .unwrap();
     assert!(output.status.success(), "{output:?}");
-    let seen = String::from_utf8(output.stdout).unwrap();
-    let german = format!("{SEEN}Verklemmung (Deadlock) entdeckt");
-    assert!(seen.contains(&german), "{seen}");
+    Some(String::from_utf8(output.stdout).unwrap())
+}
+
+#[test]
+fn a_deadlock_is_retried_in_german() {
+    if let Some(seen) = in_german("transactions::a_deadlock_is_retried") {
+        let german = format!("{SEEN}Verklemmung (Deadlock) entdeckt");
+        assert!(seen.contains(&german), "{seen}");
+    }
+}
+
+#[test]
+#[cfg(feature = "migrator")]
+fn a_lock_timeout_is_known_in_german() {
+    if let Some(seen) = in_german("revert::a_writer_that_holds_a_lock_stops_the_revert") {
+        assert!(seen.contains("storniere Anfrage wegen"), "{seen}");
+    }
 }
 
 #[test]

@@ -3,7 +3,6 @@
 use diesel::dsl::sql;
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
-use diesel::sql_query;
 use diesel::sql_types::{Array, Bool, Text};
 
 use crate::Verification;
@@ -22,10 +21,6 @@ pub(crate) fn differences(
     let Some(versions) = versions.collect::<Option<Vec<Expected>>>() else {
         return Ok(None);
     };
-    // A definition may wait for a lock of its table.
-    sql_query("SET lock_timeout = '5s'")
-        .execute(connection)
-        .map_err(Error::database("setting up the session"))?;
     let found = Found::read(connection, schema, Some(&Expected::union(&versions)), &[])
         .map_err(Error::database("reading the catalogue"))?;
     let of = |(n, version): (usize, &Expected)| {

@@ -600,15 +600,17 @@ impl Runner {
         };
         let pending: Vec<&str> = known.iter().map(|known| &*known.version).collect();
         let schema = &self.settings.schema;
+        let lock_timeout = self.settings.lock_timeout.as_millis().to_string();
         connection
             .build_transaction()
             .read_only()
             .run(|connection| {
                 sql_query(
                     "SELECT set_config('search_path', quote_ident($1), true),
-                            set_config('lock_timeout', '5s', true)",
+                            set_config('lock_timeout', $2, true)",
                 )
                 .bind::<Text, _>(schema)
+                .bind::<Text, _>(lock_timeout)
                 .execute(connection)?;
                 hook.preflight(connection, &pending)
             })

@@ -18,7 +18,7 @@ fn rows_loaded_past_the_triggers() {
     let conn = &mut PgConnection::establish(&old.url()).unwrap();
     let gmail = fixtures::service(conn, "gmail", 4001);
     for _ in 0..5 {
-        let user = fixtures::user(conn);
+        let user = fixtures::pro_user(conn);
         fixtures::create(conn, user, gmail).unwrap();
     }
     let new = migrated(&SERVER);
@@ -31,6 +31,11 @@ fn rows_loaded_past_the_triggers() {
         .filter_map(|line| line.split_once("ERROR:  ").map(|(_, error)| error))
         .collect();
     assert_eq!(query(&old, COUNTERS), "5 created, 5 active");
+    let plans = "SELECT DISTINCT plan_type FROM user_plans";
+    assert_eq!(
+        (query(&old, plans), query(&new, plans)),
+        ("pro".into(), "free".into())
+    );
     let after = query(&new, COUNTERS);
     psql(
         &new.url(),
@@ -75,7 +80,8 @@ fn subscriber_without_setval() {
 #[test]
 fn pooler_without_prepared_statements() {
     let database = in_use(&SERVER);
-    let bouncer = Bouncer::start("pgbouncer", &SERVER, "");
+    let settings = Bouncer::without_prepared_statements("pgbouncer");
+    let bouncer = Bouncer::start("pgbouncer", &SERVER, settings);
     let url = bouncer.url(&database);
     let read = |conn: &mut PgConnection| McpService::find_by_name(conn, "gmail");
     let [one, other] = &mut [(), ()].map(|()| PgConnection::establish(&url).unwrap());
@@ -90,7 +96,8 @@ fn pooler_without_prepared_statements() {
     }
     Row {
         test: "pooler_without_prepared_statements",
-        fault: "an application uses PgBouncer 1.18 in transaction mode",
+        fault: "an application uses PgBouncer in transaction mode, before 1.21 or without its prepared \
+                statements",
         reported: format!("the first operation of the second connection: {error}"),
         after: "unchanged".into(),
         then: "with Diesel's statement cache disabled: it works".into(),

@@ -99,7 +99,10 @@ fn rows_arrive_during_the_prompt() {
         true
     });
     assert_eq!(query(&database, CONTENTS), "1003|1002");
-    let again = runner.revert(&Extent::All, |_| true);
+    let again = runner.revert(&Extent::All, |reversal| {
+        assert_eq!(reversal.losses.as_ref().unwrap()[0].rows, 1003);
+        true
+    });
     assert_eq!(outcome(again).code, Some(0));
     Row {
         test: "rows_arrive_during_the_prompt",
