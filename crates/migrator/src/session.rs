@@ -411,7 +411,9 @@ pub(crate) fn existing_roles(
     select(
         sql::<Array<Text>>("ARRAY(SELECT name FROM unnest(")
             .bind::<Array<Text>, _>(names)
-            .sql(") AS name WHERE EXISTS (SELECT FROM pg_roles WHERE rolname = name))"),
+            .sql(
+                ") AS name WHERE EXISTS (SELECT FROM pg_roles WHERE rolname = name) ORDER BY name)",
+            ),
     )
     .get_result(connection)
     .map_err(Error::database("reading which roles exist"))
