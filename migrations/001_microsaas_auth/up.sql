@@ -44,6 +44,20 @@ $$;
 COMMENT ON FUNCTION update_updated_at_column() IS
     'Sets updated_at to now(). Its triggers have a WHEN that skips updates without a change.';
 
+CREATE FUNCTION refuse_change() RETURNS trigger
+LANGUAGE plpgsql AS $$
+BEGIN
+    RAISE EXCEPTION 'the row of % was not changed: %', TG_TABLE_NAME, TG_ARGV[1]
+        USING ERRCODE = 'check_violation',
+              TABLE = TG_TABLE_NAME,
+              CONSTRAINT = TG_ARGV[0],
+              HINT = TG_ARGV[2];
+END
+$$;
+COMMENT ON FUNCTION refuse_change() IS
+    'Refuses an update that breaks a rule. Its trigger gives the rule''s name, what it says, and a '
+    'hint, and has a WHEN for the rows that break it.';
+
 CREATE TABLE users (
     id                   uuid        NOT NULL DEFAULT gen_random_uuid(),
     first_name           text        NOT NULL,
