@@ -6,6 +6,7 @@ DROP TABLE user_subscriptions;
 DROP TABLE auth_tokens;
 DROP TABLE users;
 
+DROP FUNCTION subscription_transactions_check_refund();
 DROP FUNCTION refuse_change();
 DROP FUNCTION update_updated_at_column();
 

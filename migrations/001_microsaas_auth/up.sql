@@ -261,13 +261,19 @@ CREATE TABLE subscription_transactions (
         fee_amount >= 0 OR transaction_type = 'refund'
     ),
     CONSTRAINT subscription_transactions_net_amount_check CHECK (
-        net_amount >= 0 OR transaction_type = 'refund'
+        net_amount BETWEEN 0 AND amount OR transaction_type = 'refund'
     ),
     CONSTRAINT subscription_transactions_currency_check CHECK (currency ~ '^[A-Z]{3}$'),
-    CONSTRAINT subscription_transactions_exchange_rate_check CHECK (exchange_rate > 0),
+    -- NaN is greater than any number, even than Infinity.
+    CONSTRAINT subscription_transactions_exchange_rate_check
+        CHECK (exchange_rate > 0 AND exchange_rate < 'Infinity'),
     CONSTRAINT subscription_transactions_retry_count_check CHECK (retry_count >= 0),
     CONSTRAINT subscription_transactions_parent_transaction_id_check
-        CHECK (parent_transaction_id <> id)
+        CHECK (parent_transaction_id <> id),
+    -- A trigger adds what the payment must be.
+    CONSTRAINT subscription_transactions_refund_of_parent CHECK (
+        transaction_type <> 'refund' OR (amount < 0 AND parent_transaction_id IS NOT NULL)
+    )
 );
 CREATE INDEX subscription_transactions_user_id_created_at_idx
     ON subscription_transactions (user_id, created_at DESC);
@@ -284,6 +290,103 @@ CREATE TRIGGER subscription_transactions_update_updated_at
     BEFORE UPDATE ON subscription_transactions
     FOR EACH ROW WHEN (OLD.* IS DISTINCT FROM NEW.*)
     EXECUTE FUNCTION update_updated_at_column();
+CREATE TRIGGER subscription_transactions_fixed
+    BEFORE UPDATE OF user_id, transaction_type, amount, currency, parent_transaction_id
+    ON subscription_transactions
+    FOR EACH ROW WHEN (
+        (OLD.user_id, OLD.transaction_type, OLD.amount, OLD.currency, OLD.parent_transaction_id)
+        IS DISTINCT FROM
+        (NEW.user_id, NEW.transaction_type, NEW.amount, NEW.currency, NEW.parent_transaction_id)
+    )
+    EXECUTE FUNCTION refuse_change(
+        'subscription_transactions_fixed',
+        'its user, type, amount, currency and parent never change',
+        'Record another transaction, such as a refund or an adjustment.'
+    );
+CREATE TRIGGER subscription_transactions_status
+    BEFORE UPDATE OF status ON subscription_transactions
+    FOR EACH ROW WHEN (
+        OLD.status <> NEW.status
+        AND NOT (
+            (NEW.status = 'authorized' AND OLD.status IN ('created', 'failed'))
+            OR (NEW.status = 'captured' AND OLD.status IN ('created', 'authorized', 'failed'))
+            OR (NEW.status = 'refunded' AND OLD.status = 'captured')
+            OR (NEW.status IN ('failed', 'cancelled') AND OLD.status IN ('created', 'authorized'))
+        )
+    )
+    EXECUTE FUNCTION refuse_change(
+        'subscription_transactions_status',
+        'its status only moves forwards',
+        'Read the row: the gateway may have reported a later status before.'
+    );
+
+CREATE FUNCTION subscription_transactions_check_refund() RETURNS trigger
+LANGUAGE plpgsql AS $$
+DECLARE
+    payment  subscription_transactions;
+    refunded numeric;
+BEGIN
+    -- An update that changes nothing, instead of a row lock: after a lock, a transaction at
+    -- REPEATABLE READ would sum the refunds in its older snapshot.
+    UPDATE subscription_transactions
+       SET status = status
+     WHERE id = NEW.parent_transaction_id
+    RETURNING * INTO payment;
+    IF payment.user_id IS DISTINCT FROM NEW.user_id
+        OR payment.currency IS DISTINCT FROM NEW.currency
+        OR payment.transaction_type OPERATOR(pg_catalog.=) 'refund'
+    THEN
+        RAISE EXCEPTION 'refund % was not recorded: transaction % is not a payment of the same '
+            'user in the same currency', NEW.id, NEW.parent_transaction_id
+            USING ERRCODE = 'check_violation',
+                  TABLE = 'subscription_transactions',
+                  CONSTRAINT = 'subscription_transactions_refund_of_parent',
+                  HINT = 'Set parent_transaction_id to the payment that is refunded.';
+    END IF;
+    SELECT -sum(amount)
+      INTO refunded
+      FROM subscription_transactions
+     WHERE parent_transaction_id = NEW.parent_transaction_id
+       AND transaction_type OPERATOR(pg_catalog.=) 'refund'
+       AND status OPERATOR(pg_catalog.<>) 'failed'
+       AND status OPERATOR(pg_catalog.<>) 'cancelled';
+    IF refunded > payment.amount::numeric THEN
+        RAISE EXCEPTION 'refund % was not recorded: the refunds of payment % would be % of %',
+            NEW.id, NEW.parent_transaction_id, refunded, payment.amount
+            USING ERRCODE = 'check_violation',
+                  TABLE = 'subscription_transactions',
+                  CONSTRAINT = 'subscription_transactions_refund_exceeds',
+                  HINT = 'Refund at most what the other refunds leave of the payment.';
+    END IF;
+    RETURN NULL;
+END
+$$;
+COMMENT ON FUNCTION subscription_transactions_check_refund() IS
+    'Locks the payment of a refund and checks that its refunds, but failed and cancelled ones, '
+    'don''t exceed it.';
+CREATE TRIGGER subscription_transactions_refund_insert
+    AFTER INSERT ON subscription_transactions
+    FOR EACH ROW WHEN (NEW.transaction_type = 'refund')
+    EXECUTE FUNCTION subscription_transactions_check_refund();
+CREATE TRIGGER subscription_transactions_refund_update
+    AFTER UPDATE OF status ON subscription_transactions
+    FOR EACH ROW WHEN (
+        NEW.transaction_type = 'refund'
+        AND OLD.status IN ('failed', 'cancelled')
+        AND NEW.status NOT IN ('failed', 'cancelled')
+    )
+    EXECUTE FUNCTION subscription_transactions_check_refund();
+REVOKE EXECUTE ON FUNCTION subscription_transactions_check_refund() FROM PUBLIC;
+-- The function runs as its owner from here on, and finds only the tables of this schema.
+DO $$
+BEGIN
+    EXECUTE format(
+        'ALTER FUNCTION subscription_transactions_check_refund()'
+            ' SECURITY DEFINER SET search_path = %I, pg_temp',
+        current_schema()
+    );
+END
+$$;
 
 COMMENT ON TABLE subscription_transactions IS 'Payments, refunds, fees and adjustments.';
 COMMENT ON COLUMN subscription_transactions.amount IS
@@ -333,6 +436,20 @@ CREATE TRIGGER account_credits_update_updated_at
     BEFORE UPDATE ON account_credits
     FOR EACH ROW WHEN (OLD.* IS DISTINCT FROM NEW.*)
     EXECUTE FUNCTION update_updated_at_column();
+CREATE TRIGGER account_credits_fixed
+    BEFORE UPDATE OF user_id, amount, currency, source_type, source_id, is_used, used_at
+    ON account_credits
+    FOR EACH ROW WHEN (
+        (OLD.user_id, OLD.amount, OLD.currency, OLD.source_type, OLD.source_id)
+        IS DISTINCT FROM
+        (NEW.user_id, NEW.amount, NEW.currency, NEW.source_type, NEW.source_id)
+        OR (OLD.is_used AND (OLD.is_used, OLD.used_at) IS DISTINCT FROM (NEW.is_used, NEW.used_at))
+    )
+    EXECUTE FUNCTION refuse_change(
+        'account_credits_fixed',
+        'its user, amount, currency and source never change, and used stays used',
+        'Grant another credit, or a debit.'
+    );
 
 COMMENT ON TABLE account_credits IS 'Money that the platform owes a user.';
 COMMENT ON COLUMN account_credits.amount IS

@@ -381,8 +381,10 @@ impl SubscriptionTransaction {
     ///
     /// The refund is a row with the payment's user, subscription and currency. Its amounts are
     /// **negative**, so the sum of all amounts is what the user has paid. One transaction, which
-    /// locks the payment: concurrent refunds of a payment never exceed it. Failed and cancelled
-    /// refunds don't count.
+    /// locks the payment. Failed and cancelled refunds don't count.
+    ///
+    /// `subscription_transactions_refund_exceeds` keeps the refunds of a payment within it,
+    /// whichever statement records them.
     ///
     /// # Errors
     /// [`PaymentError::NotPositive`]; [`PaymentError::NotFound`]; [`PaymentError::Conflict`] if it
@@ -461,7 +463,7 @@ impl SubscriptionTransaction {
         })
     }
 
-    /// The amount left after the refunds, which count with either sign.
+    /// The amount left after the refunds.
     fn refundable(&self, conn: &mut PgConnection) -> QueryResult<i64> {
         use TransactionStatus::{Cancelled, Failed};
         let refunds: Vec<i64> = subscription_transactions::table
@@ -470,10 +472,7 @@ impl SubscriptionTransaction {
             .filter(subscription_transactions::status.ne_all([Failed, Cancelled]))
             .select(subscription_transactions::amount)
             .load(conn)?;
-        // Saturation is exact enough: if more than i64::MAX is refunded, nothing is left.
-        let left = refunds.iter().fold(self.amount, |left, refund| {
-            left.saturating_sub_unsigned(refund.unsigned_abs())
-        });
-        Ok(left.max(0))
+        // The refunds are negative and never exceed the payment, so the sum is in range.
+        Ok(self.amount + refunds.iter().sum::<i64>())
     }
 }

@@ -23,13 +23,15 @@ const TRIGGERS: &str = "pg_trigger JOIN pg_class ON pg_class.oid = tgrelid
     WHERE relnamespace = 'public'::regnamespace AND NOT tgisinternal";
 
 /// Names of constraints that callers match on and that don't follow the pattern of the others.
-const NAMED: [&str; 8] = [
+const NAMED: [&str; 10] = [
     "check_credential_type",
     "check_max_instances_for_plan",
     "check_oauth_status_consistency",
     "check_oauth_tokens",
+    "subscription_transactions_refund_of_parent",
     "unique_user_billing",
     "unique_user_plan",
+    "user_billing_details_default_card",
     "user_billing_details_no_card_secrets",
     "users_email_canonical",
 ];

@@ -26,6 +26,7 @@ mod json;
 mod locks;
 mod migrations;
 mod models;
+mod money_rules;
 mod monitor;
 #[cfg(feature = "crypto")]
 mod oauth;

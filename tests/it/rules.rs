@@ -109,7 +109,8 @@ const VIOLATIONS: &[(&str, &str)] = &[
         "INSERT INTO subscription_transactions (id, user_id, amount, net_amount, status)
         VALUES (:x1, :u1, 1, 1, 'created')"),
     ("subscription_transactions_user_id_fkey",
-        "UPDATE subscription_transactions SET user_id = :u9"),
+        "INSERT INTO subscription_transactions (user_id, amount, net_amount, status)
+        VALUES (:u9, 1, 1, 'created')"),
     ("subscription_transactions_user_id_fkey", "DELETE FROM account_credits;
         UPDATE subscription_transactions SET subscription_id = NULL; DELETE FROM user_subscriptions;
         DELETE FROM users WHERE id = :u1"),
@@ -118,9 +119,13 @@ const VIOLATIONS: &[(&str, &str)] = &[
     ("subscription_transactions_subscription_id_fkey",
         "DELETE FROM user_subscriptions WHERE id = :s1"),
     ("subscription_transactions_parent_transaction_id_fkey",
-        "UPDATE subscription_transactions SET parent_transaction_id = :x9"),
+        "INSERT INTO subscription_transactions
+            (user_id, amount, net_amount, status, parent_transaction_id)
+        VALUES (:u1, 1, 1, 'created', :x9)"),
     ("subscription_transactions_parent_transaction_id_check",
-        "UPDATE subscription_transactions SET parent_transaction_id = id"),
+        "INSERT INTO subscription_transactions
+            (id, user_id, amount, net_amount, status, parent_transaction_id)
+        VALUES (:x9, :u1, 1, 1, 'created', :x9)"),
     ("subscription_transactions_razorpay_payment_id_key",
         "INSERT INTO subscription_transactions
             (user_id, amount, net_amount, status, razorpay_payment_id)
@@ -128,7 +133,9 @@ const VIOLATIONS: &[(&str, &str)] = &[
     ("subscription_transactions_receipt_number_key",
         "INSERT INTO subscription_transactions (user_id, amount, net_amount, status, receipt_number)
          VALUES (:u2, 1, 1, 'created', 'receipt_1')"),
-    ("subscription_transactions_amount_check", "UPDATE subscription_transactions SET amount = -1"),
+    ("subscription_transactions_amount_check",
+        "INSERT INTO subscription_transactions (user_id, amount, net_amount, status)
+        VALUES (:u1, -1, 0, 'created')"),
     ("subscription_transactions_tax_amount_check",
         "UPDATE subscription_transactions SET tax_amount = -1"),
     ("subscription_transactions_discount_amount_check",
@@ -137,14 +144,34 @@ const VIOLATIONS: &[(&str, &str)] = &[
         "UPDATE subscription_transactions SET fee_amount = -1"),
     ("subscription_transactions_net_amount_check",
         "UPDATE subscription_transactions SET net_amount = -1"),
+    ("subscription_transactions_net_amount_check",
+        "UPDATE subscription_transactions SET net_amount = amount + 1"),
     ("subscription_transactions_currency_check",
-        "UPDATE subscription_transactions SET currency = 'inr'"),
+        "INSERT INTO subscription_transactions (user_id, amount, net_amount, status, currency)
+        VALUES (:u1, 1, 1, 'created', 'inr')"),
     ("subscription_transactions_currency_check",
-        "UPDATE subscription_transactions SET currency = 'INRX'"),
+        "INSERT INTO subscription_transactions (user_id, amount, net_amount, status, currency)
+        VALUES (:u1, 1, 1, 'created', 'INRX')"),
     ("subscription_transactions_exchange_rate_check",
         "UPDATE subscription_transactions SET exchange_rate = 0"),
+    ("subscription_transactions_exchange_rate_check",
+        "UPDATE subscription_transactions SET exchange_rate = 'NaN'"),
     ("subscription_transactions_retry_count_check",
         "UPDATE subscription_transactions SET retry_count = -1"),
+    ("subscription_transactions_fixed", "UPDATE subscription_transactions SET amount = 1"),
+    ("subscription_transactions_status", "UPDATE subscription_transactions SET status = 'failed'"),
+    ("subscription_transactions_refund_of_parent",
+        "INSERT INTO subscription_transactions
+            (user_id, transaction_type, amount, net_amount, status)
+        VALUES (:u1, 'refund', -1, -1, 'captured')"),
+    ("subscription_transactions_refund_of_parent",
+        "INSERT INTO subscription_transactions
+            (user_id, transaction_type, amount, net_amount, status, parent_transaction_id)
+        VALUES (:u2, 'refund', -1, -1, 'captured', :x1)"),
+    ("subscription_transactions_refund_exceeds",
+        "INSERT INTO subscription_transactions
+            (user_id, transaction_type, amount, net_amount, status, parent_transaction_id)
+        VALUES (:u1, 'refund', -49901, -49901, 'created', :x1)"),
 
     ("account_credits_pkey",
         "INSERT INTO account_credits (id, user_id, amount) VALUES (:c1, :u1, 1)"),
@@ -153,8 +180,11 @@ const VIOLATIONS: &[(&str, &str)] = &[
     ("account_credits_user_id_fkey",
         "DELETE FROM subscription_transactions; DELETE FROM user_subscriptions;
         DELETE FROM users WHERE id = :u1"),
-    ("account_credits_amount_check", "UPDATE account_credits SET amount = 0"),
-    ("account_credits_currency_check", "UPDATE account_credits SET currency = 'rs'"),
+    ("account_credits_amount_check",
+        "INSERT INTO account_credits (user_id, amount) VALUES (:u1, 0)"),
+    ("account_credits_currency_check",
+        "INSERT INTO account_credits (user_id, amount, currency) VALUES (:u1, 1, 'rs')"),
+    ("account_credits_fixed", "UPDATE account_credits SET amount = 1"),
     ("account_credits_is_used_check", "UPDATE account_credits SET is_used = true"),
     ("account_credits_is_used_check", "UPDATE account_credits SET used_at = now()"),
     ("account_credits_source_id_check", "INSERT INTO account_credits (user_id, amount, source_type)
@@ -386,9 +416,13 @@ fn names(sql: &str) -> BTreeSet<String> {
     names.into_iter().map(|row| row.name).collect()
 }
 
-/// The constraints that triggers raise. Their names are in the functions.
+/// The constraints that triggers raise. Their names are in the functions, or arguments of
+/// `refuse_change`.
 const RAISED: &str = "SELECT (regexp_matches(prosrc, 'CONSTRAINT = ''(\\w+)''', 'g'))[1] AS name
-    FROM pg_proc WHERE pronamespace = 'public'::regnamespace";
+    FROM pg_proc WHERE pronamespace = 'public'::regnamespace
+      UNION
+    SELECT split_part(encode(tgargs, 'escape'), '\\000', 1)
+      FROM pg_trigger WHERE tgfoid = 'public.refuse_change'::regproc";
 
 /// The constraints and unique indexes of the schema.
 const DECLARED: &str = "SELECT conname::text AS name FROM pg_constraint
