@@ -58,6 +58,8 @@ COMMENT ON FUNCTION refuse_change() IS
     'Refuses an update that breaks a rule. Its trigger gives the rule''s name, what it says, and a '
     'hint, and has a WHEN for the rows that break it.';
 
+-- The timestamps checks refuse what other languages can't read: infinity, and years beyond four
+-- digits.
 CREATE TABLE users (
     id                   uuid        NOT NULL DEFAULT gen_random_uuid(),
     first_name           text        NOT NULL,
@@ -71,6 +73,10 @@ CREATE TABLE users (
     last_login_at        timestamptz,
     is_active            boolean     NOT NULL DEFAULT true,
     CONSTRAINT users_pkey PRIMARY KEY (id),
+    CONSTRAINT users_timestamps_check CHECK (
+        GREATEST(created_at, updated_at, last_login_at) AT TIME ZONE 'UTC' < '10000-01-01'
+        AND LEAST(created_at, updated_at, last_login_at) AT TIME ZONE 'UTC' >= '0001-01-01'
+    ),
     CONSTRAINT users_email_key UNIQUE (email),
     CONSTRAINT users_razorpay_customer_id_key UNIQUE (razorpay_customer_id),
     CONSTRAINT users_first_name_check CHECK (char_length(first_name) BETWEEN 1 AND 255),
@@ -111,6 +117,10 @@ CREATE TABLE auth_tokens (
     created_at timestamptz     NOT NULL DEFAULT now(),
     updated_at timestamptz     NOT NULL DEFAULT now(),
     CONSTRAINT auth_tokens_pkey PRIMARY KEY (id),
+    CONSTRAINT auth_tokens_timestamps_check CHECK (
+        GREATEST(expires_at, created_at, updated_at) AT TIME ZONE 'UTC' < '10000-01-01'
+        AND LEAST(expires_at, created_at, updated_at) AT TIME ZONE 'UTC' >= '0001-01-01'
+    ),
     CONSTRAINT auth_tokens_user_id_fkey
         FOREIGN KEY (user_id) REFERENCES users (id) ON DELETE CASCADE,
     CONSTRAINT auth_tokens_token_check CHECK (octet_length(token) = 32),
@@ -166,6 +176,18 @@ CREATE TABLE user_subscriptions (
     created_at               timestamptz         NOT NULL DEFAULT now(),
     updated_at               timestamptz         NOT NULL DEFAULT now(),
     CONSTRAINT user_subscriptions_pkey PRIMARY KEY (id),
+    CONSTRAINT user_subscriptions_timestamps_check CHECK (
+        GREATEST(
+            current_period_start, current_period_end, trial_start, trial_end, cancelled_at,
+            paused_at, resume_at, next_billing_date, last_payment_attempt, created_at,
+            updated_at
+        ) AT TIME ZONE 'UTC' < '10000-01-01'
+        AND LEAST(
+            current_period_start, current_period_end, trial_start, trial_end, cancelled_at,
+            paused_at, resume_at, next_billing_date, last_payment_attempt, created_at,
+            updated_at
+        ) AT TIME ZONE 'UTC' >= '0001-01-01'
+    ),
     CONSTRAINT user_subscriptions_user_id_fkey
         FOREIGN KEY (user_id) REFERENCES users (id) ON DELETE RESTRICT,
     CONSTRAINT user_subscriptions_razorpay_subscription_id_key UNIQUE (razorpay_subscription_id),
@@ -239,6 +261,14 @@ CREATE TABLE subscription_transactions (
     created_at            timestamptz        NOT NULL DEFAULT now(),
     updated_at            timestamptz        NOT NULL DEFAULT now(),
     CONSTRAINT subscription_transactions_pkey PRIMARY KEY (id),
+    CONSTRAINT subscription_transactions_timestamps_check CHECK (
+        GREATEST(
+            processed_at, settled_at, refunded_at, created_at, updated_at
+        ) AT TIME ZONE 'UTC' < '10000-01-01'
+        AND LEAST(
+            processed_at, settled_at, refunded_at, created_at, updated_at
+        ) AT TIME ZONE 'UTC' >= '0001-01-01'
+    ),
     CONSTRAINT subscription_transactions_user_id_fkey
         FOREIGN KEY (user_id) REFERENCES users (id) ON DELETE RESTRICT,
     CONSTRAINT subscription_transactions_subscription_id_fkey
@@ -267,6 +297,34 @@ CREATE TABLE subscription_transactions (
     -- NaN is greater than any number, even than Infinity.
     CONSTRAINT subscription_transactions_exchange_rate_check
         CHECK (exchange_rate > 0 AND exchange_rate < 'Infinity'),
+    -- JSON that parsers read: at most 100 levels, and each number well within double precision.
+    CONSTRAINT subscription_transactions_method_details_json_check CHECK (
+        NOT jsonb_path_exists(method_details_json, 'strict $.**{100 to last}')
+        AND NOT jsonb_path_exists(
+            method_details_json,
+            'strict $.** ? (@.type() == "number" && ((@ * 10).double() == 0) is unknown)'
+        )
+    ),
+    CONSTRAINT subscription_transactions_gateway_response_json_check CHECK (
+        NOT jsonb_path_exists(gateway_response_json, 'strict $.**{100 to last}')
+        AND NOT jsonb_path_exists(
+            gateway_response_json,
+            'strict $.** ? (@.type() == "number" && ((@ * 10).double() == 0) is unknown)'
+        )
+    ),
+    -- PCI DSS 3.3, 3.5. A card number is 13 to 19 digits, whatever is around them, or the same with
+    -- spaces or hyphens between quotes or spaces. The first digit tells it from a time in
+    -- milliseconds.
+    CONSTRAINT subscription_transactions_no_card_secrets CHECK (
+        NOT jsonb_path_exists(
+            method_details_json,
+            'strict $.** ? (@.type() == "object").keyvalue() ? (@.key like_regex'
+            ' "^(card[ _-]?)?(number|pan|cvv2?|cvc2?|csc|cvn|security[ _-]?code'
+            '|verification[ _-]?(code|value))$" flag "i")'
+        )
+        AND method_details_json::text
+            !~ '(^|[^0-9.])[2-68][0-9]{12,18}([^0-9]|$)|[" ][2-68]([ -]?[0-9]){12,18}[" ]'
+    ),
     CONSTRAINT subscription_transactions_retry_count_check CHECK (retry_count >= 0),
     CONSTRAINT subscription_transactions_parent_transaction_id_check
         CHECK (parent_transaction_id <> id),
@@ -401,6 +459,8 @@ COMMENT ON COLUMN subscription_transactions.currency IS 'ISO 4217 code, in capit
 COMMENT ON COLUMN subscription_transactions.exchange_rate IS 'Rupees per unit of currency.';
 COMMENT ON COLUMN subscription_transactions.razorpay_payment_id IS
     'Payment id at Razorpay. Unique: a payment that is reported twice is stored once.';
+COMMENT ON COLUMN subscription_transactions.method_details_json IS
+    'What may be shown of the means of payment; never a card number or security code.';
 COMMENT ON COLUMN subscription_transactions.parent_transaction_id IS
     'The payment to which this refund or adjustment belongs.';
 
@@ -418,6 +478,14 @@ CREATE TABLE account_credits (
     created_at  timestamptz NOT NULL DEFAULT now(),
     updated_at  timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT account_credits_pkey PRIMARY KEY (id),
+    CONSTRAINT account_credits_timestamps_check CHECK (
+        GREATEST(
+            used_at, expires_at, created_at, updated_at
+        ) AT TIME ZONE 'UTC' < '10000-01-01'
+        AND LEAST(
+            used_at, expires_at, created_at, updated_at
+        ) AT TIME ZONE 'UTC' >= '0001-01-01'
+    ),
     CONSTRAINT account_credits_user_id_fkey
         FOREIGN KEY (user_id) REFERENCES users (id) ON DELETE RESTRICT,
     CONSTRAINT account_credits_amount_check CHECK (amount <> 0),

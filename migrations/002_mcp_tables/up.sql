@@ -23,6 +23,10 @@ CREATE TABLE mcp_table (
     created_at              timestamptz   NOT NULL DEFAULT now(),
     updated_at              timestamptz   NOT NULL DEFAULT now(),
     CONSTRAINT mcp_table_pkey PRIMARY KEY (mcp_service_id),
+    CONSTRAINT mcp_table_timestamps_check CHECK (
+        GREATEST(created_at, updated_at) AT TIME ZONE 'UTC' < '10000-01-01'
+        AND LEAST(created_at, updated_at) AT TIME ZONE 'UTC' >= '0001-01-01'
+    ),
     CONSTRAINT mcp_table_mcp_service_name_key UNIQUE (mcp_service_name),
     CONSTRAINT mcp_table_port_key UNIQUE (port),
     CONSTRAINT mcp_table_mcp_service_name_check
@@ -71,6 +75,16 @@ CREATE TABLE mcp_service_table (
     created_at             timestamptz         NOT NULL DEFAULT now(),
     updated_at             timestamptz         NOT NULL DEFAULT now(),
     CONSTRAINT mcp_service_table_pkey PRIMARY KEY (instance_id),
+    CONSTRAINT mcp_service_table_timestamps_check CHECK (
+        GREATEST(
+            expires_at, last_used_at, last_renewed_at, credentials_updated_at, created_at,
+            updated_at
+        ) AT TIME ZONE 'UTC' < '10000-01-01'
+        AND LEAST(
+            expires_at, last_used_at, last_renewed_at, credentials_updated_at, created_at,
+            updated_at
+        ) AT TIME ZONE 'UTC' >= '0001-01-01'
+    ),
     CONSTRAINT mcp_service_table_user_id_fkey
         FOREIGN KEY (user_id) REFERENCES users (id) ON DELETE CASCADE,
     CONSTRAINT mcp_service_table_mcp_service_id_fkey
@@ -121,6 +135,14 @@ CREATE TABLE mcp_credentials (
     created_at              timestamptz      NOT NULL DEFAULT now(),
     updated_at              timestamptz      NOT NULL DEFAULT now(),
     CONSTRAINT mcp_credentials_pkey PRIMARY KEY (credential_id),
+    CONSTRAINT mcp_credentials_timestamps_check CHECK (
+        GREATEST(
+            token_expires_at, oauth_completed_at, created_at, updated_at
+        ) AT TIME ZONE 'UTC' < '10000-01-01'
+        AND LEAST(
+            token_expires_at, oauth_completed_at, created_at, updated_at
+        ) AT TIME ZONE 'UTC' >= '0001-01-01'
+    ),
     CONSTRAINT mcp_credentials_instance_id_fkey
         FOREIGN KEY (instance_id) REFERENCES mcp_service_table (instance_id) ON DELETE CASCADE,
     CONSTRAINT mcp_credentials_instance_id_key UNIQUE (instance_id),

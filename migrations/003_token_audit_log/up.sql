@@ -17,6 +17,17 @@ CREATE TABLE token_audit_log (
     metadata      jsonb,
     created_at    timestamptz        NOT NULL DEFAULT now(),
     CONSTRAINT token_audit_log_pkey PRIMARY KEY (audit_id),
+    CONSTRAINT token_audit_log_timestamps_check CHECK (
+        created_at AT TIME ZONE 'UTC' < '10000-01-01'
+        AND created_at AT TIME ZONE 'UTC' >= '0001-01-01'
+    ),
+    CONSTRAINT token_audit_log_metadata_check CHECK (
+        NOT jsonb_path_exists(metadata, 'strict $.**{100 to last}')
+        AND NOT jsonb_path_exists(
+            metadata,
+            'strict $.** ? (@.type() == "number" && ((@ * 10).double() == 0) is unknown)'
+        )
+    ),
     CONSTRAINT token_audit_log_operation_check CHECK (operation <> '')
 );
 CREATE INDEX token_audit_log_instance_id_created_at_idx

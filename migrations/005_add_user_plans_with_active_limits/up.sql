@@ -18,6 +18,10 @@ CREATE TABLE user_plans (
     created_at    timestamptz NOT NULL DEFAULT now(),
     updated_at    timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT user_plans_pkey PRIMARY KEY (plan_id),
+    CONSTRAINT user_plans_timestamps_check CHECK (
+        GREATEST(expires_at, created_at, updated_at) AT TIME ZONE 'UTC' < '10000-01-01'
+        AND LEAST(expires_at, created_at, updated_at) AT TIME ZONE 'UTC' >= '0001-01-01'
+    ),
     CONSTRAINT user_plans_user_id_fkey
         FOREIGN KEY (user_id) REFERENCES users (id) ON DELETE CASCADE,
     CONSTRAINT unique_user_plan UNIQUE (user_id),
@@ -28,7 +32,14 @@ CREATE TABLE user_plans (
             ELSE false
         END
     ),
-    CONSTRAINT user_plans_features_check CHECK (jsonb_typeof(features) = 'object')
+    CONSTRAINT user_plans_features_check CHECK (
+        jsonb_typeof(features) = 'object'
+        AND NOT jsonb_path_exists(features, 'strict $.**{100 to last}')
+        AND NOT jsonb_path_exists(
+            features,
+            'strict $.** ? (@.type() == "number" && ((@ * 10).double() == 0) is unknown)'
+        )
+    )
 ) WITH (fillfactor = 80);
 CREATE INDEX user_plans_expires_at_idx ON user_plans (expires_at) WHERE expires_at IS NOT NULL;
 CREATE TRIGGER user_plans_update_updated_at

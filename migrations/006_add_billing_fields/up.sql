@@ -40,8 +40,19 @@ CREATE TABLE webhook_events (
     error_message     text,
     created_at        timestamptz     NOT NULL DEFAULT now(),
     CONSTRAINT webhook_events_pkey PRIMARY KEY (event_id),
+    CONSTRAINT webhook_events_timestamps_check CHECK (
+        GREATEST(processed_at, created_at) AT TIME ZONE 'UTC' < '10000-01-01'
+        AND LEAST(processed_at, created_at) AT TIME ZONE 'UTC' >= '0001-01-01'
+    ),
     CONSTRAINT webhook_events_payment_gateway_external_event_id_key
         UNIQUE (payment_gateway, external_event_id),
+    CONSTRAINT webhook_events_payload_check CHECK (
+        NOT jsonb_path_exists(payload, 'strict $.**{100 to last}')
+        AND NOT jsonb_path_exists(
+            payload,
+            'strict $.** ? (@.type() == "number" && ((@ * 10).double() == 0) is unknown)'
+        )
+    ),
     CONSTRAINT webhook_events_external_event_id_check CHECK (external_event_id <> ''),
     CONSTRAINT webhook_events_processed_at_check
         CHECK ((processing_status = 'pending') = (processed_at IS NULL))

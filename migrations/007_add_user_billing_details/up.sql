@@ -17,6 +17,10 @@ CREATE TABLE user_billing_details (
     created_at      timestamptz NOT NULL DEFAULT now(),
     updated_at      timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT user_billing_details_pkey PRIMARY KEY (billing_id),
+    CONSTRAINT user_billing_details_timestamps_check CHECK (
+        GREATEST(created_at, updated_at) AT TIME ZONE 'UTC' < '10000-01-01'
+        AND LEAST(created_at, updated_at) AT TIME ZONE 'UTC' >= '0001-01-01'
+    ),
     CONSTRAINT user_billing_details_user_id_fkey
         FOREIGN KEY (user_id) REFERENCES users (id) ON DELETE CASCADE,
     CONSTRAINT unique_user_billing UNIQUE (user_id),
@@ -30,12 +34,27 @@ CREATE TABLE user_billing_details (
     CONSTRAINT user_billing_details_zip_code_check
         CHECK (char_length(zip_code) BETWEEN 1 AND 20),
     CONSTRAINT user_billing_details_cards_check CHECK (jsonb_typeof(cards) = 'array'),
+    -- The cards that have exactly these keys, with values of these shapes, are all cards; and their
+    -- numbers have no fraction, which only the text tells (1.0). No value looks like a card number:
+    -- 001 says how one looks.
     CONSTRAINT user_billing_details_no_card_secrets CHECK (
-        NOT jsonb_path_exists(
+        cards = jsonb_path_query_array(
             cards,
-            'strict $.** ? (@.type() == "object").keyvalue()'
-            ' ? (@.key like_regex "^(number|cvv|cvc)$" flag "i")'
+            'strict $[*] ? (@.id like_regex "\\S" && @.token like_regex "\\S"'
+            ' && @.brand like_regex "\\S" && @.last4 like_regex "^[0-9]{4}$"'
+            ' && @.exp_month >= 1 && @.exp_month <= 12'
+            ' && @.exp_year >= 1000 && @.exp_year <= 9999'
+            ' && !exists(@.keyvalue() ? (!(@.key like_regex'
+            ' "^(id|token|brand|last4|exp_month|exp_year)$"))))',
+            silent => true
         )
+        AND cards::text !~ '"exp_(month|year)": [0-9]+\.'
+        AND cards::text
+            !~ '(^|[^0-9.])[2-68][0-9]{12,18}([^0-9]|$)|[" ][2-68]([ -]?[0-9]){12,18}[" ]'
+    ),
+    CONSTRAINT user_billing_details_default_card CHECK (
+        default_card_id IS NULL
+        OR cards @> jsonb_build_array(jsonb_build_object('id', default_card_id))
     )
 );
 CREATE TRIGGER user_billing_details_update_updated_at
@@ -46,5 +65,5 @@ CREATE TRIGGER user_billing_details_update_updated_at
 COMMENT ON TABLE user_billing_details IS 'Billing address and saved cards of a user.';
 COMMENT ON COLUMN user_billing_details.cards IS
     'JSON array of gateway tokens with the card details that may be shown; '
-    'never a card number or security code.';
+    'never a card number or security code. The writer keeps the ids unique.';
 COMMENT ON COLUMN user_billing_details.default_card_id IS 'Id of the default card in cards.';

@@ -41,7 +41,9 @@ pub struct Card {
 impl Card {
     /// Returns the first invalid field.
     fn wrong_field(&self) -> Option<&'static str> {
-        let wrong = |text: &str| text.trim().is_empty() || looks_like_card_number(text);
+        let wrong = |text: &str| {
+            text.trim().is_empty() || text.contains('\0') || looks_like_card_number(text)
+        };
         let is_digits = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
         [
             ("id", wrong(&self.id)),
@@ -68,13 +70,34 @@ impl Card {
     }
 }
 
-/// Whether the text is 12 to 19 digits, perhaps with separators.
-fn looks_like_card_number(text: &str) -> bool {
-    let digits = text.bytes().filter(u8::is_ascii_digit).count();
-    let others = text
-        .bytes()
-        .all(|byte| byte.is_ascii_digit() || matches!(byte, b' ' | b'-'));
-    others && (12..=19).contains(&digits)
+/// Whether a card number may be in the text, by the rule of `..._no_card_secrets`: 13 to 19 digits,
+/// or the same with spaces or hyphens, between spaces or quotes.
+pub(super) fn looks_like_card_number(text: &str) -> bool {
+    let bytes = text.as_bytes();
+    let ends_word = |byte: Option<&u8>| byte.is_none_or(|byte| matches!(byte, b' ' | b'"'));
+    (0..bytes.len()).any(|start| {
+        let (before, rest) = (bytes[..start].last(), &bytes[start..]);
+        if !matches!(rest[0], b'2'..=b'6' | b'8') {
+            return false;
+        }
+        let digits = rest.iter().take_while(|byte| byte.is_ascii_digit()).count();
+        let begins = !before.is_some_and(|byte| byte.is_ascii_digit() || *byte == b'.');
+        if begins && (13..=19).contains(&digits) {
+            return true;
+        }
+        let (mut digits, mut at) = (1, 1);
+        ends_word(before)
+            && loop {
+                if digits >= 13 && ends_word(rest.get(at)) {
+                    break true;
+                }
+                at += usize::from(matches!(rest.get(at), Some(b' ' | b'-')));
+                if digits == 19 || !rest.get(at).is_some_and(u8::is_ascii_digit) {
+                    break false;
+                }
+                (digits, at) = (digits + 1, at + 1);
+            }
+    })
 }
 
 /// The column `cards`.

@@ -228,11 +228,14 @@ fn a_token_is_not_shown() {
     assert_eq!(json["cards"][0]["last4"], "4242");
 
     // The error about an invalid row does not show it either.
-    diesel::sql_query(
-        r#"UPDATE user_billing_details SET cards = '[{"id": "one", "exp_month": "whisper"}]'"#,
-    )
-    .execute(conn)
-    .unwrap();
+    database
+        .psql(
+            r#"ALTER TABLE user_billing_details
+                    DROP CONSTRAINT user_billing_details_no_card_secrets,
+                    DROP CONSTRAINT user_billing_details_default_card;
+               UPDATE user_billing_details SET cards = '[{"id": "one", "exp_month": "whisper"}]'"#,
+        )
+        .unwrap();
     let error = UserBillingDetails::find_by_user(conn, user).unwrap_err();
     assert!(matches!(
         error,

@@ -23,11 +23,12 @@ const TRIGGERS: &str = "pg_trigger JOIN pg_class ON pg_class.oid = tgrelid
     WHERE relnamespace = 'public'::regnamespace AND NOT tgisinternal";
 
 /// Names of constraints that callers match on and that don't follow the pattern of the others.
-const NAMED: [&str; 10] = [
+const NAMED: [&str; 11] = [
     "check_credential_type",
     "check_max_instances_for_plan",
     "check_oauth_status_consistency",
     "check_oauth_tokens",
+    "subscription_transactions_no_card_secrets",
     "subscription_transactions_refund_of_parent",
     "unique_user_billing",
     "unique_user_plan",
@@ -114,6 +115,30 @@ fn no_column_has_an_outdated_type() {
         "SELECT relname, attname FROM {COLUMNS}
             AND attname LIKE '%amount' AND atttypid <> 'bigint'::regtype"
     ));
+}
+
+/// The crate reads whatever the database accepts: no infinity, no year of five digits, and no JSON
+/// that is too deep for its parser or has a number that no double can hold.
+#[test]
+fn each_value_can_be_read() {
+    let held = |of_type: &str, by: &str| {
+        none(&format!(
+            "SELECT relname, attname FROM {COLUMNS} AND atttypid = '{of_type}'::regtype
+                AND NOT relispartition AND NOT EXISTS (
+                    SELECT FROM pg_constraint
+                     WHERE conrelid = attrelid AND attnum = ANY (conkey)
+                       AND pg_get_constraintdef(pg_constraint.oid) ~ '{by}')"
+        ));
+    };
+    held(
+        "timestamptz",
+        "< ''10000-01-01 00:00:00''.*>= ''0001-01-01 00:00:00''",
+    );
+    // Cards have a shape of their own.
+    held(
+        "jsonb",
+        "\\{100 to last\\}.*double\\(\\)|cards = jsonb_path_query_array",
+    );
 }
 
 #[test]

@@ -327,3 +327,388 @@ fn what_a_credit_is_never_changes() {
         "UPDATE account_credits SET description = NULL, is_used = true",
     );
 }
+
+const CARD: &str = r#"{"id": "one", "token": "token_1", "brand": "visa", "last4": "4242",
+    "exp_month": 12, "exp_year": 2030}"#;
+
+fn set_cards(cards: &str) -> String {
+    format!("UPDATE user_billing_details SET cards = '{cards}'")
+}
+
+fn billed(conn: &mut PgConnection) -> UserId {
+    let user = user(conn);
+    let address = NewUserBillingDetails {
+        user_id: user,
+        address_line1: "1 MG Road",
+        address_line2: None,
+        city: "Bengaluru",
+        state: "Karnataka",
+        country: "India",
+        zip_code: "560001",
+    };
+    UserBillingDetails::upsert(conn, &address).unwrap();
+    user
+}
+
+/// A value of each kind in the place of each value of a card. What the database accepts, the crate
+/// reads.
+#[test]
+fn each_accepted_card_can_be_read() {
+    const RULE: &str = "user_billing_details_no_card_secrets";
+    let odd = [
+        "null",
+        "true",
+        "0",
+        "1",
+        "-1",
+        "12",
+        "12.0",
+        "1.2e1",
+        "1e0",
+        "1.5",
+        "13",
+        "255",
+        "256",
+        "999",
+        "1000",
+        "9999",
+        "9999.0",
+        "10000",
+        "65536",
+        "1e400",
+        "-1e400",
+        "1e-400",
+        r#""""#,
+        r#"" ""#,
+        r#""a""#,
+        r#""12""#,
+        r#""4242""#,
+        r#""4242\n""#,
+        r#""424""#,
+        r#""42424""#,
+        r#""٤٢٤٢""#,
+        r#""\"exp_month\": 1.0""#,
+        r#""2030""#,
+        "[]",
+        r#"["a"]"#,
+        r#"["4242"]"#,
+        "[1]",
+        "{}",
+        r#"{"id": "a"}"#,
+        r#""\u0001\ud83d\ude00\\\/""#,
+    ];
+    let database = database();
+    let conn = &mut database.connect();
+    let user = billed(conn);
+    let fields = ["id", "token", "brand", "last4", "exp_month", "exp_year"];
+    let card: serde_json::Map<String, serde_json::Value> = serde_json::from_str(CARD).unwrap();
+    let mut accepted = Vec::new();
+    for field in fields {
+        for value in odd {
+            let parts = card.iter().map(|(key, usual)| {
+                let value = if key == field {
+                    value
+                } else {
+                    &usual.to_string()
+                };
+                format!("\"{key}\": {value}")
+            });
+            let cards = format!("[{CARD}, {{{}}}]", parts.collect::<Vec<_>>().join(", "));
+            match violated(conn, &set_cards(&cards)) {
+                Some(constraint) => assert_eq!(constraint, RULE, "{field}: {value}"),
+                None => {
+                    conn.batch_execute(&set_cards(&cards)).unwrap();
+                    let read = UserBillingDetails::find_by_user(conn, user);
+                    let read = read.unwrap_or_else(|error| panic!("{field}: {value}: {error}"));
+                    assert_eq!(read.unwrap().cards.len(), 2);
+                    accepted.push(format!("{field}: {value}"));
+                }
+            }
+        }
+    }
+    for usual in [
+        r#"id: "a""#,
+        r#"brand: "\"exp_month\": 1.0""#,
+        r#"last4: "4242""#,
+        "exp_month: 1",
+        "exp_month: 1e0",
+        "exp_month: 12",
+        "exp_year: 1000",
+        "exp_year: 9999",
+    ] {
+        assert!(accepted.iter().any(|one| one == usual), "{usual}");
+    }
+    for array in [
+        "[null]",
+        "[1]",
+        "[\"a\"]",
+        "[[]]",
+        "[{}]",
+        &format!("[[{CARD}]]"),
+    ] {
+        refused(conn, &set_cards(array), RULE);
+    }
+    refused(conn, &set_cards(CARD), "user_billing_details_cards_check");
+    for field in fields {
+        let mut card = card.clone();
+        card.remove(field);
+        let cards = serde_json::Value::from(vec![serde_json::Value::from(card)]).to_string();
+        refused(conn, &set_cards(&cards), RULE);
+    }
+    for more in ["card_number", "pan", "cvv2", "network", "id ", "", "ID"] {
+        let cards = format!(
+            "[{}]",
+            CARD.replacen('{', &format!("{{\"{more}\": null,"), 1)
+        );
+        refused(conn, &set_cards(&cards), RULE);
+    }
+}
+
+/// Texts with a card number.
+const NUMBERS: [&str; 11] = [
+    "4242424242424242",
+    "token_4242424242424242",
+    "x4242424242424242x",
+    "4222222222222",
+    "4000000000000000000",
+    "4242 4242 4242 4242",
+    "4242-4242-4242-4242",
+    "visa 4242 4242 4242 4242",
+    "4242 4242 4242 4242 visa",
+    "378282246310005",
+    "3782-822463-10005",
+];
+
+/// Texts that look similar and are none.
+const NOT_NUMBERS: [&str; 12] = [
+    "",
+    "4242",
+    "424242424242",
+    "42424242424242424242",
+    "1700000000000",
+    "0.4242424242424242",
+    "12345678-1234-4234-8234-223456789012",
+    "550e8400-e29b-41d4-a716-446655440000",
+    "token_JDyhjBFJjQ1eoO",
+    "74119663031031075351326",
+    "+91 98765 43210",
+    "2024-01-01 10:30:45 +0530",
+];
+
+#[test]
+fn a_card_number_is_refused_wherever_it_is() {
+    let database = database();
+    let conn = &mut database.connect();
+    let user = billed(conn);
+    insert_payment(conn, user, 100, Captured);
+    let details =
+        |json: &str| format!("UPDATE subscription_transactions SET method_details_json = '{json}'");
+    let in_cards = "user_billing_details_no_card_secrets";
+    let in_details = "subscription_transactions_no_card_secrets";
+    let with_token = |token: &str| set_cards(&format!("[{}]", CARD.replace("token_1", token)));
+    let shapes = |text: &str| {
+        [
+            format!(r#""{text}""#),
+            format!(r#"{{"card": {{"a": "{text}", "b": 1}}}}"#),
+            format!(r#"[["{text}"]]"#),
+            format!(r#"{{"{text}": 1}}"#),
+        ]
+    };
+    for text in NUMBERS {
+        refused(conn, &with_token(text), in_cards);
+        for json in shapes(text) {
+            refused(conn, &details(&json), in_details);
+        }
+    }
+    for text in NOT_NUMBERS {
+        if !text.is_empty() {
+            accepted(conn, &with_token(text));
+        }
+        for json in shapes(text) {
+            accepted(conn, &details(&json));
+        }
+    }
+    for number in ["4242424242424242", "4222222222222", "[4242424242424242]"] {
+        refused(conn, &details(number), in_details);
+    }
+    for key in [
+        "number",
+        "pan",
+        "PAN",
+        "card_number",
+        "cardNumber",
+        "card-number",
+        "cvv",
+        "CVC",
+        "cvv2",
+        "cvc2",
+        "card_cvc",
+        "csc",
+        "security_code",
+        "verification value",
+    ] {
+        refused(
+            conn,
+            &details(&format!(r#"{{"a": [{{"{key}": null}}]}}"#)),
+            in_details,
+        );
+    }
+    accepted(
+        conn,
+        &details(
+            r#"{"card": {"id": "card_JXPULjlKqC5j0i", "last4": "4242", "network": "Visa", "iin": "424242",
+                "emi": false}, "acquirer_data": {"rrn": "303107535132", "auth_code": "064381"}, "vpa": "a@bank",
+                "bank": "HDFC", "created_at": 1700000000, "ms": 1700000000000, "rate": 0.4242424242424242}"#,
+        ),
+    );
+}
+
+/// The crate refuses it first: what the server refuses is in the server's log.
+#[test]
+fn a_card_number_does_not_reach_the_server() {
+    let database = database();
+    let conn = &mut database.connect();
+    let user = billed(conn);
+    let payment = insert_payment(conn, user, 100, Created);
+    let mut tried = |text: &str| {
+        let number = text
+            .parse()
+            .ok()
+            .map(|number: u64| serde_json::json!([number]));
+        let details = [
+            serde_json::json!(text),
+            serde_json::json!({"a": [{"b": text}]}),
+            serde_json::json!({text: null}),
+        ];
+        let details: Vec<_> = details.into_iter().chain(number).collect();
+        let outcomes = details.iter().map(|details| {
+            let new = NewSubscriptionTransaction {
+                razorpay_payment_id: Some("pay_1"),
+                method_details_json: Some(details),
+                ..NewSubscriptionTransaction::new(user, 100, 100, Created)
+            };
+            let recorded = SubscriptionTransaction::record_payment(conn, &new);
+            let changes = SubscriptionTransactionChangeset {
+                method_details_json: Some(Some(details)),
+                ..Default::default()
+            };
+            let advanced = SubscriptionTransaction::advance(conn, payment, Created, &changes);
+            let secret = matches!(advanced, Err(PaymentError::CardSecret));
+            assert!(secret || matches!(advanced, Err(PaymentError::Conflict(_))));
+            match recorded {
+                Err(PaymentError::CardSecret) => secret,
+                Ok(_) => {
+                    let delete =
+                        "DELETE FROM subscription_transactions WHERE razorpay_payment_id = 'pay_1'";
+                    database.psql(delete).unwrap();
+                    assert!(!secret, "{details}");
+                    false
+                }
+                Err(error) => panic!("{details}: {error:?}"),
+            }
+        });
+        let outcomes: Vec<bool> = outcomes.collect();
+        let card = serde_json::from_str::<Card>(&CARD.replace("token_1", text)).unwrap();
+        let card = UserBillingDetails::add_card(conn, user, &card);
+        (
+            outcomes,
+            matches!(card, Err(BillingError::InvalidCard("token"))),
+        )
+    };
+    for text in NUMBERS {
+        let (outcomes, card) = tried(text);
+        assert!(
+            card && outcomes.iter().all(|refused| *refused),
+            "{text}: {outcomes:?}"
+        );
+    }
+    for text in NOT_NUMBERS {
+        let (outcomes, card) = tried(text);
+        assert_eq!(card, text.is_empty(), "{text}");
+        assert!(!outcomes.contains(&true), "{text}: {outcomes:?}");
+    }
+    for key in ["cvv", "Card_Number", "verification-value"] {
+        let (outcomes, _) = tried(key);
+        assert_eq!(outcomes, [false, false, true], "{key}");
+    }
+}
+
+#[test]
+fn the_default_card_is_one_of_the_cards() {
+    const RULE: &str = "user_billing_details_default_card";
+    let database = database();
+    let conn = &mut database.connect();
+    billed(conn);
+    let default = |id: &str| format!("UPDATE user_billing_details SET default_card_id = {id}");
+    refused(conn, &default("'one'"), RULE);
+    conn.batch_execute(&set_cards(&format!("[{CARD}]")))
+        .unwrap();
+    refused(conn, &default("'visa'"), RULE);
+    refused(conn, &default("''"), RULE);
+    conn.batch_execute(&default("'one'")).unwrap();
+    refused(conn, &set_cards("[]"), RULE);
+    accepted(conn, &default("NULL"));
+}
+
+/// Each value at the edge of what is accepted is read; the next one is refused.
+#[test]
+fn each_accepted_time_and_document_can_be_read() {
+    let database = database();
+    let conn = &mut database.connect();
+    let user = user(conn);
+    let payment = insert_payment(conn, user, 100, Captured);
+    let mut set = |column: &str, value: &str| {
+        let sql = format!("UPDATE subscription_transactions SET {column} = {value}");
+        let violated = violated(conn, &sql);
+        if violated.is_none() {
+            conn.batch_execute(&sql).unwrap();
+            SubscriptionTransaction::find(conn, payment)
+                .unwrap_or_else(|error| panic!("{value}: {error}"));
+        }
+        violated
+    };
+    for time in ["0001-01-01 00:00:00+00", "9999-12-31 23:59:59.999999+00"] {
+        for column in ["processed_at", "settled_at", "refunded_at", "created_at"] {
+            assert_eq!(set(column, &format!("'{time}'")), None);
+        }
+    }
+    for time in [
+        "infinity",
+        "-infinity",
+        "10000-01-01 00:00:00+00",
+        "294276-12-31 23:59:59+00",
+        "0001-12-31 23:59:59+00 BC",
+        "4713-01-01 00:00:00+00 BC",
+    ] {
+        for column in ["processed_at", "settled_at", "refunded_at", "created_at"] {
+            let rule = "subscription_transactions_timestamps_check";
+            assert_eq!(
+                set(column, &format!("'{time}'")).as_deref(),
+                Some(rule),
+                "{time}"
+            );
+        }
+    }
+    let nested = |levels: usize| format!("'{}1{}'", "[".repeat(levels), "]".repeat(levels));
+    for column in ["method_details_json", "gateway_response_json"] {
+        let fits = [
+            "'1e307'",
+            "'[-1.79769313486231e307]'",
+            "'{\"a\": \"1e400\"}'",
+            "'null'",
+            &nested(99),
+        ];
+        for json in fits {
+            assert_eq!(set(column, json), None, "{json}");
+        }
+        let rule = format!("subscription_transactions_{column}_check");
+        for json in [
+            "'1e308'",
+            "'[[{\"a\": -1e400}]]'",
+            &nested(100),
+            &nested(500),
+        ] {
+            assert_eq!(set(column, json).as_deref(), Some(&*rule), "{json}");
+        }
+    }
+}

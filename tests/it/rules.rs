@@ -158,6 +158,8 @@ const VIOLATIONS: &[(&str, &str)] = &[
         "UPDATE subscription_transactions SET exchange_rate = 'NaN'"),
     ("subscription_transactions_retry_count_check",
         "UPDATE subscription_transactions SET retry_count = -1"),
+    ("subscription_transactions_no_card_secrets",
+        r#"UPDATE subscription_transactions SET method_details_json = '{"card": {"CVV": "1"}}'"#),
     ("subscription_transactions_fixed", "UPDATE subscription_transactions SET amount = 1"),
     ("subscription_transactions_status", "UPDATE subscription_transactions SET status = 'failed'"),
     ("subscription_transactions_refund_of_parent",
@@ -350,6 +352,7 @@ const VIOLATIONS: &[(&str, &str)] = &[
         r#"UPDATE user_billing_details SET cards = '[{"a": [[{"CVV": 1}]]}]'"#),
     ("user_billing_details_no_card_secrets",
         r#"UPDATE user_billing_details SET cards = '[[{"a": {"cvc": null}}]]'"#),
+    ("user_billing_details_default_card", "UPDATE user_billing_details SET default_card_id = 'x'"),
 ];
 
 /// Runs the statements in a transaction that is rolled back, and returns what they violated.
@@ -499,7 +502,8 @@ fn what_is_allowed_is_allowed() {
         "INSERT INTO webhook_events (external_event_id, event_type, payment_gateway, payload)
          VALUES ('evt_1', 'x', 'stripe', '{}')",
         r#"UPDATE user_billing_details
-            SET cards = '[{"id": "number", "last4": "4242", "token": "cvv"}]'"#,
+            SET cards = '[{"id": "number", "last4": "4242", "token": "cvv", "brand": "visa",
+                "exp_month": 12, "exp_year": 2030}]', default_card_id = 'number'"#,
     ] {
         conn.test_transaction::<_, diesel::result::Error, _>(|conn| {
             conn.batch_execute(&with_keys(sql))

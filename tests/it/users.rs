@@ -282,7 +282,8 @@ const MARIE: &str = r#"
     INSERT INTO mcp_credentials (instance_id, client_id, client_secret, oauth_status, oauth_completed_at)
     SELECT instance_id, 'client of Marie', decode(repeat('cd', 40), 'hex'), 'completed', now() FROM mcp_service_table;
     INSERT INTO user_billing_details (user_id, address_line1, city, state, country, zip_code, cards)
-    VALUES (:marie, '36 quai de Béthune', 'Paris', 'IDF', 'France', '75004', '[{"id": "card_Marie"}]');
+    VALUES (:marie, '36 quai de Béthune', 'Paris', 'IDF', 'France', '75004', 
+        '[{"id": "card_Marie", "token": "token_Marie", "brand": "visa", "last4": "4242", "exp_month": 1, "exp_year": 2040}]');
     INSERT INTO user_subscriptions
         (id, user_id, plan_code, razorpay_subscription_id, razorpay_customer_id, total_amount,
          cancellation_reason, cancellation_feedback)
