@@ -239,6 +239,7 @@ diesel::table! {
         status -> TransactionStatus,
         gateway_status -> Nullable<Text>,
         method -> Nullable<Text>,
+        /// What may be shown of the means of payment; never a card number or security code.
         method_details_json -> Nullable<Jsonb>,
         gateway_response_json -> Nullable<Jsonb>,
         description -> Nullable<Text>,
@@ -292,7 +293,7 @@ diesel::table! {
         state -> Text,
         country -> Text,
         zip_code -> Text,
-        /// JSON array of gateway tokens with the card details that may be shown; never a card number or security code.
+        /// JSON array of gateway tokens with the card details that may be shown; never a card number or security code. The writer keeps the ids unique.
         cards -> Jsonb,
         /// Id of the default card in cards.
         default_card_id -> Nullable<Text>,
