@@ -25,7 +25,7 @@ CREATE TABLE token_audit_log (
         NOT jsonb_path_exists(metadata, 'strict $.**{100 to last}')
         AND NOT jsonb_path_exists(
             metadata,
-            'strict $.** ? (@.type() == "number" && ((@ * 10).double() == 0) is unknown)'
+            'strict $.** ? (@ > "1e308".double() || @ < "-1e308".double())'
         )
     ),
     CONSTRAINT token_audit_log_operation_check CHECK (operation <> '')

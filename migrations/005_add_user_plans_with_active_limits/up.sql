@@ -37,7 +37,7 @@ CREATE TABLE user_plans (
         AND NOT jsonb_path_exists(features, 'strict $.**{100 to last}')
         AND NOT jsonb_path_exists(
             features,
-            'strict $.** ? (@.type() == "number" && ((@ * 10).double() == 0) is unknown)'
+            'strict $.** ? (@ > "1e308".double() || @ < "-1e308".double())'
         )
     )
 ) WITH (fillfactor = 80);

@@ -50,7 +50,7 @@ CREATE TABLE webhook_events (
         NOT jsonb_path_exists(payload, 'strict $.**{100 to last}')
         AND NOT jsonb_path_exists(
             payload,
-            'strict $.** ? (@.type() == "number" && ((@ * 10).double() == 0) is unknown)'
+            'strict $.** ? (@ > "1e308".double() || @ < "-1e308".double())'
         )
     ),
     CONSTRAINT webhook_events_external_event_id_check CHECK (external_event_id <> ''),

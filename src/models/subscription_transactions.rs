@@ -2,10 +2,11 @@
 
 use bigdecimal::BigDecimal;
 use chrono::{DateTime, Utc};
-use diesel::dsl::now;
+use diesel::dsl::{now, sql};
 use diesel::pg::Pg;
 use diesel::prelude::*;
 use diesel::result::Error;
+use diesel::sql_types::Bool;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -17,6 +18,56 @@ use crate::page::{Cursor, Page, newest_first};
 use crate::schema::subscription_transactions;
 
 /// A row of `subscription_transactions`. Amounts are in minor units (paise) of `currency`.
+///
+/// Questions that no method answers, each with its index:
+///
+/// ```no_run
+/// # use bruhmcp_db::enums::{TransactionStatus, TransactionType};
+/// # use bruhmcp_db::ids::{SubscriptionId, TransactionId, UserId};
+/// # use bruhmcp_db::models::SubscriptionTransaction;
+/// # use bruhmcp_db::schema::subscription_transactions as t;
+/// # use chrono::{DateTime, Utc};
+/// # use diesel::prelude::*;
+/// # fn questions(
+/// #     conn: &mut PgConnection, user_id: UserId, subscription_id: SubscriptionId,
+/// #     payment_id: TransactionId, from: DateTime<Utc>, to: DateTime<Utc>,
+/// # ) -> QueryResult<()> {
+/// // The transactions of a subscription, newest first.
+/// let of_subscription = t::table
+///     .filter(t::subscription_id.eq(subscription_id))
+///     .order((t::created_at.desc(), t::id.desc()))
+///     .select(SubscriptionTransaction::as_select())
+///     .load(conn)?;
+///
+/// // A user's captured charges of a period: their number, and the second page of 20.
+/// let charges = || {
+///     t::table
+///         .filter(t::user_id.eq(user_id))
+///         .filter(t::transaction_type.eq(TransactionType::Subscription))
+///         .filter(t::status.eq(TransactionStatus::Captured))
+///         .filter(t::created_at.ge(from).and(t::created_at.lt(to)))
+/// };
+/// let number: i64 = charges().count().get_result(conn)?;
+/// let page = charges()
+///     .order((t::created_at.desc(), t::id.desc()))
+///     .limit(20)
+///     .offset(20)
+///     .select(SubscriptionTransaction::as_select())
+///     .load(conn)?;
+///
+/// // The payment for an invoice: this user's, and paid, even if it was refunded since.
+/// let paid = [TransactionStatus::Captured, TransactionStatus::Refunded];
+/// let invoiced = t::table
+///     .find(payment_id)
+///     .filter(t::user_id.eq(user_id))
+///     .filter(t::transaction_type.ne(TransactionType::Refund))
+///     .filter(t::status.eq_any(paid))
+///     .select(SubscriptionTransaction::as_select())
+///     .first(conn)
+///     .optional()?;
+/// # Ok(())
+/// # }
+/// ```
 #[derive(
     Debug, Clone, PartialEq, Eq, Serialize, Queryable, Selectable, Identifiable, Associations,
 )]
@@ -300,6 +351,27 @@ impl SubscriptionTransaction {
             .filter(subscription_transactions::user_id.eq(user_id))
             .select(Self::as_select());
         newest_first!(of_user, subscription_transactions, id, page).load(conn)
+    }
+
+    /// Returns up to `limit` transactions made before `before`, oldest first, that the gateway has
+    /// neither captured nor ended: created or authorized. Ask the gateway, then
+    /// [`advance`](Self::advance) them.
+    pub fn list_stuck(
+        conn: &mut PgConnection,
+        before: DateTime<Utc>,
+        limit: u16,
+    ) -> QueryResult<Vec<Self>> {
+        subscription_transactions::table
+            // A literal: the planner can't match bind parameters with a partial index.
+            .filter(sql::<Bool>("status IN ('created', 'authorized')"))
+            .filter(subscription_transactions::created_at.lt(before))
+            .order((
+                subscription_transactions::created_at,
+                subscription_transactions::id,
+            ))
+            .limit(limit.into())
+            .select(Self::as_select())
+            .load(conn)
     }
 
     /// The row's position in a list.

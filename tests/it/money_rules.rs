@@ -692,8 +692,8 @@ fn each_accepted_time_and_document_can_be_read() {
     let nested = |levels: usize| format!("'{}1{}'", "[".repeat(levels), "]".repeat(levels));
     for column in ["method_details_json", "gateway_response_json"] {
         let fits = [
-            "'1e307'",
-            "'[-1.79769313486231e307]'",
+            "'1e308'",
+            "'[-1e308]'",
             "'{\"a\": \"1e400\"}'",
             "'null'",
             &nested(99),
@@ -703,7 +703,7 @@ fn each_accepted_time_and_document_can_be_read() {
         }
         let rule = format!("subscription_transactions_{column}_check");
         for json in [
-            "'1e308'",
+            "'1.1e308'",
             "'[[{\"a\": -1e400}]]'",
             &nested(100),
             &nested(500),

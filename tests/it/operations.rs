@@ -753,6 +753,9 @@ static READS: &[Named] = &[
     ("SubscriptionTransaction::list_by_user", |conn| {
         Ok(!SubscriptionTransaction::list_by_user(conn, USER, Page::first(1))?.is_empty())
     }),
+    ("SubscriptionTransaction::list_stuck", |conn| {
+        Ok(!SubscriptionTransaction::list_stuck(conn, Utc::now(), 1)?.is_empty())
+    }),
     ("AccountCredit::find", |conn| {
         let listed = AccountCredit::list_by_user(conn, USER, Page::first(1))?;
         Ok(AccountCredit::find(conn, listed[0].id)?.is_some())

@@ -12,6 +12,8 @@ use bruhmcp_db::ids::{SubscriptionId, TransactionId, UserId};
 use bruhmcp_db::models::*;
 use bruhmcp_db::schema::{subscription_transactions, users};
 use bruhmcp_db::{ConstraintViolation, Isolation, Page, retry_transaction};
+use chrono::{TimeDelta, Utc};
+use diesel::connection::SimpleConnection;
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
 use proptest::prelude::*;
@@ -412,6 +414,49 @@ fn history_comes_in_pages() {
     }
     assert_eq!(seen, ids);
     assert_eq!(seen.iter().collect::<BTreeSet<_>>().len(), 6);
+}
+
+/// Oldest first, by the index of these few rows, whatever else there is.
+#[test]
+fn stuck_payments_are_found() {
+    let database = database();
+    let conn = &mut database.connect();
+    let user = user(conn);
+    database
+        .psql(&format!(
+            "INSERT INTO subscription_transactions (user_id, amount, net_amount, status, created_at)
+             SELECT '{user}', n, n, status, now() - n * interval '1 hour'
+               FROM generate_series(1, 4) AS n, unnest(enum_range(NULL::transaction_status)) AS status;
+             INSERT INTO subscription_transactions (user_id, amount, net_amount, status)
+             SELECT '{user}', 1, 1, 'captured' FROM generate_series(1, 2000);
+             ANALYZE subscription_transactions"
+        ))
+        .unwrap();
+    // The worst case of a prepared statement.
+    conn.batch_execute("SET plan_cache_mode = force_generic_plan")
+        .unwrap();
+    let before = Utc::now() - TimeDelta::minutes(90);
+    let rows = SubscriptionTransaction::list_stuck(conn, before, 5).unwrap();
+    let mut found: Vec<_> = rows.iter().map(|row| (-row.amount, row.status)).collect();
+    found.sort_by_key(|(hours, status)| (*hours, *status == Authorized));
+    assert_eq!(
+        found[..4],
+        [
+            (-4, Created),
+            (-4, Authorized),
+            (-3, Created),
+            (-3, Authorized)
+        ]
+    );
+    assert_eq!((rows.len(), rows[4].amount), (5, 2));
+    let all = SubscriptionTransaction::list_stuck(conn, before, 100).unwrap();
+    assert_eq!(all.len(), 6);
+    assert!(all.is_sorted_by_key(|row| row.created_at));
+    conn.batch_execute("DO $$BEGIN PERFORM pg_stat_force_next_flush(); END$$")
+        .unwrap();
+    let scans = "SELECT idx_scan FROM pg_stat_user_indexes
+                  WHERE indexrelname = 'subscription_transactions_created_at_idx'";
+    assert_eq!(database.psql(scans).unwrap(), "2\n");
 }
 
 type Operation = fn(&mut PgConnection, &SubscriptionTransaction, SubscriptionId) -> bool;
