@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use bruhmcp_db::ids::UserId;
-use bruhmcp_db::models::{User, UserChangeset};
+use bruhmcp_db::models::{User, UserChangeset, UserError};
 use bruhmcp_db::schema::users;
 use bruhmcp_db::{Isolation, MAX_ATTEMPTS, is_transient, retry_transaction};
 use diesel::connection::SimpleConnection;
@@ -52,7 +52,10 @@ fn rename(conn: &mut PgConnection, id: UserId, first_name: &str) -> QueryResult<
         first_name: Some(first_name),
         ..Default::default()
     };
-    User::update(conn, id, &changes)
+    User::update(conn, id, &changes).map_err(|error| match error {
+        UserError::Database(error) => error,
+        refused => panic!("{refused}"),
+    })
 }
 
 /// Lets another connection change a row between the snapshot and the update of the first two
