@@ -97,16 +97,16 @@ CREATE TRIGGER users_update_updated_at
     EXECUTE FUNCTION update_updated_at_column();
 CREATE TRIGGER users_anonymised
     BEFORE UPDATE OF
-        first_name, last_name, email, password, email_verified, razorpay_customer_id, last_login_at,
-        is_active
+        id, first_name, last_name, email, password, email_verified, razorpay_customer_id,
+        last_login_at, is_active
     ON users
     FOR EACH ROW WHEN (
         OLD.email = OLD.id || '@anonymised.invalid'
         AND (
-            OLD.first_name, OLD.last_name, OLD.email, OLD.password, OLD.email_verified,
+            OLD.id, OLD.first_name, OLD.last_name, OLD.email, OLD.password, OLD.email_verified,
             OLD.razorpay_customer_id, OLD.last_login_at, OLD.is_active
         ) IS DISTINCT FROM (
-            NEW.first_name, NEW.last_name, NEW.email, NEW.password, NEW.email_verified,
+            NEW.id, NEW.first_name, NEW.last_name, NEW.email, NEW.password, NEW.email_verified,
             NEW.razorpay_customer_id, NEW.last_login_at, NEW.is_active
         )
     )
