@@ -108,9 +108,9 @@ struct ServiceRow {
 fn sign_up(conn: &mut PgConnection) -> Result<User> {
     heading("Sign-up");
     let new = NewUser {
-        // In production, a hash made by argon2 or a similar crate. The column refuses plain text.
+        // In production, a hash made by argon2 or a similar crate. Plain text is refused.
         password: Some(&SecretText::new(
-            "$argon2id$v=19$m=19456,t=2,p=1$c2FsdHNhbHQ$aGFzaA",
+            "$argon2id$v=19$m=19456,t=2,p=1$c2FsdHNhbHQ$aGFzaGhhc2hoYXNoaGFzaGhhc2g",
         )),
         ..NewUser::new("Asha", "Rao", "  Asha@Example.IN ")
     };

@@ -51,6 +51,7 @@ impl From<UserError> for Error {
     fn from(error: UserError) -> Self {
         match error {
             UserError::InvalidEmail(_) => Error::Refused(422, "not an email address"),
+            UserError::InvalidField(_) => Error::Refused(422, "a name is empty or too long"),
             UserError::EmailTaken => Error::Refused(409, "the email address is taken"),
             UserError::Database(error) => error.into(),
             _ => Error::Internal("the account was not changed"),

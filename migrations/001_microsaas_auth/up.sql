@@ -83,23 +83,52 @@ CREATE TABLE users (
     CONSTRAINT users_last_name_check CHECK (char_length(last_name) <= 255),
     -- Login looks an address up by equality on the unique index, so it may have one spelling only.
     CONSTRAINT users_email_canonical CHECK (
-        email = lower(email) AND email ~ '^[^@\s]+@[^@\s]+$' AND char_length(email) <= 255
+        email = lower(email)
+        AND email ~ '^[^]["(),:;<>@\\\s\u0001-\u001f\u007f-\u009f]+@[a-z0-9.-]+$'
+        AND char_length(email) <= 255
     ),
-    CONSTRAINT users_password_check CHECK (password LIKE '$%')
+    -- $id$…$hash: a plain password that begins with $ has not this form.
+    CONSTRAINT users_password_check CHECK (
+        password ~ '^\$[a-z0-9-]{1,32}(\$[A-Za-z0-9/+.,=-]+)+\$[A-Za-z0-9/+.=-]{22,}$'
+        AND char_length(password) <= 512
+    ),
+    CONSTRAINT users_razorpay_customer_id_check CHECK (
+        char_length(razorpay_customer_id) BETWEEN 1 AND 255
+    )
 );
 CREATE INDEX users_created_at_idx ON users (created_at);
 CREATE TRIGGER users_update_updated_at
     BEFORE UPDATE ON users
     FOR EACH ROW WHEN (OLD.* IS DISTINCT FROM NEW.*)
     EXECUTE FUNCTION update_updated_at_column();
+CREATE TRIGGER users_anonymised
+    BEFORE UPDATE OF
+        id, first_name, last_name, email, password, email_verified, razorpay_customer_id,
+        last_login_at, is_active
+    ON users
+    FOR EACH ROW WHEN (
+        OLD.email = OLD.id || '@anonymised.invalid'
+        AND (
+            OLD.id, OLD.first_name, OLD.last_name, OLD.email, OLD.password, OLD.email_verified,
+            OLD.razorpay_customer_id, OLD.last_login_at, OLD.is_active
+        ) IS DISTINCT FROM (
+            NEW.id, NEW.first_name, NEW.last_name, NEW.email, NEW.password, NEW.email_verified,
+            NEW.razorpay_customer_id, NEW.last_login_at, NEW.is_active
+        )
+    )
+    EXECUTE FUNCTION refuse_change(
+        'users_anonymised', 'an anonymised user stays anonymised', 'Let the person sign up again.'
+    );
 
 COMMENT ON TABLE users IS
-    'User accounts. A user with financial rows can''t be deleted, only anonymised.';
+    'User accounts. A user with financial rows can''t be deleted, only anonymised, for good.';
 COMMENT ON COLUMN users.last_name IS 'May be empty: not everyone has a last name.';
-COMMENT ON COLUMN users.email IS 'Canonical form: lowercase, without white space, exactly one @.';
+COMMENT ON COLUMN users.email IS
+    'Canonical form: lowercase, exactly one @, no white space or control character, the domain in '
+    'ASCII.';
 COMMENT ON COLUMN users.password IS
-    'Password hash in PHC or crypt format (starts with $), never the password itself. '
-    'NULL: the user signs in another way.';
+    'Password hash in PHC or crypt form ($id$…$hash, at most 512 characters), never the password '
+    'itself. NULL: the user signs in another way.';
 COMMENT ON COLUMN users.email_verified IS
     'True once the user has proved that mail arrives at email.';
 COMMENT ON COLUMN users.razorpay_customer_id IS

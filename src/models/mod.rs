@@ -43,7 +43,9 @@ pub use user_plans::{Downgrade, PlanError, ProPlan, UserPlan};
 pub use user_subscriptions::{
     NewUserSubscription, SubscriptionError, UserSubscription, UserSubscriptionChangeset,
 };
-pub use users::{InvalidEmail, NewUser, User, UserChangeset, UserError, canonical_email};
+pub use users::{
+    InvalidEmail, NewUser, Release, ResetError, User, UserChangeset, UserError, canonical_email,
+};
 pub use webhook_events::{NewWebhookEvent, WebhookEvent};
 
 /// A row that is recorded once.

@@ -1,6 +1,11 @@
 //! Users: people with an account.
 
 mod anonymise;
+mod email;
+mod password;
+mod unverified;
+
+use std::ops::RangeInclusive;
 
 use chrono::{DateTime, Utc};
 use diesel::dsl::now;
@@ -9,7 +14,12 @@ use diesel::prelude::*;
 use diesel::result::Error;
 use serde::Serialize;
 
-use crate::enums::AuthTokenType;
+use email::{ANONYMISED_DOMAIN, anonymised_email, new_email};
+pub use email::{InvalidEmail, canonical_email};
+pub use password::ResetError;
+use password::is_hash;
+pub use unverified::Release;
+
 use crate::error::violates;
 use crate::ids::UserId;
 use crate::models::{AuthToken, UserPlan, found};
@@ -29,11 +39,12 @@ pub struct User {
     pub last_name: String,
     /// In the form that [`canonical_email`] returns; unique.
     pub email: String,
-    /// A password hash (`$…`); `None` if the user signs in by other means.
+    /// A password hash in PHC or crypt form (`$id$…$hash`), at most 512 characters; `None` if the
+    /// user signs in by other means.
     #[serde(skip_serializing)]
     pub password: Option<SecretText>,
     pub email_verified: bool,
-    /// The customer at Razorpay; unique.
+    /// The customer at Razorpay: 1 to 255 characters, unique.
     pub razorpay_customer_id: Option<String>,
     pub created_at: DateTime<Utc>,
     pub updated_at: DateTime<Utc>,
@@ -84,19 +95,11 @@ impl<'a> NewUser<'a> {
 pub struct UserChangeset<'a> {
     pub first_name: Option<&'a str>,
     pub last_name: Option<&'a str>,
+    /// For a new hash of the same password. A new password: [`User::change_password`].
     pub password: Option<Option<&'a SecretText>>,
     pub email_verified: Option<bool>,
     pub razorpay_customer_id: Option<Option<&'a str>>,
 }
-
-/// The domain of anonymised users' addresses: no mail arrives there (RFC 6761, 6.4), and sign-up
-/// refuses it.
-const ANONYMISED_DOMAIN: &str = "@anonymised.invalid";
-
-/// The text is not an email address that an account can have.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("not an email address")]
-pub struct InvalidEmail;
 
 /// Why an account was not created or changed.
 #[derive(Debug, thiserror::Error)]
@@ -107,6 +110,9 @@ pub enum UserError {
     InvalidEmail(#[from] InvalidEmail),
     #[error("the email address is taken")]
     EmailTaken,
+    /// This field is empty, too long or malformed. Its value is not shown.
+    #[error("the user's {0} is invalid")]
+    InvalidField(&'static str),
     #[error("database error")]
     Database(#[source] Error),
 }
@@ -121,47 +127,35 @@ impl From<Error> for UserError {
     }
 }
 
-/// Returns the one spelling of an email address that is stored and looked up: trimmed and in
-/// lowercase.
-///
-/// It accepts what the constraint `users_email_canonical` accepts: one `@` with text on both sides,
-/// at most 255 characters. It also refuses Unicode white space inside, which the constraint sees
-/// only in some locales, and NUL, which PostgreSQL can't store. It doesn't check that mail arrives.
-///
-/// ```
-/// # use bruhmcp_db::models::{InvalidEmail, canonical_email};
-/// assert_eq!(canonical_email(" Ada@Example.ORG\n"), Ok("ada@example.org".to_owned()));
-/// assert_eq!(canonical_email("ada"), Err(InvalidEmail));
-/// ```
-///
-/// # Errors
-/// [`InvalidEmail`].
-pub fn canonical_email(email: &str) -> Result<String, InvalidEmail> {
-    let email = email.trim().to_lowercase();
-    let (local, domain) = email.split_once('@').ok_or(InvalidEmail)?;
-    let refused = |c: char| c.is_whitespace() || c == '\0';
-    if local.is_empty()
-        || domain.is_empty()
-        || domain.contains('@')
-        || email.contains(refused)
-        || email.chars().count() > 255
-    {
-        return Err(InvalidEmail);
-    }
-    Ok(email)
+/// Refuses what a CHECK would refuse: the server's log would then print the row, with the password.
+fn check(field: &'static str, is_valid: bool) -> Result<(), UserError> {
+    is_valid.then_some(()).ok_or(UserError::InvalidField(field))
 }
 
-/// Like [`canonical_email`], but refuses the addresses of anonymised users.
-fn new_email(email: &str) -> Result<String, InvalidEmail> {
-    let email = canonical_email(email)?;
-    if email.ends_with(ANONYMISED_DOMAIN) {
-        return Err(InvalidEmail);
-    }
-    Ok(email)
+/// Whether a text of this many characters can be stored.
+fn has_length(text: &str, length: RangeInclusive<usize>) -> bool {
+    length.contains(&text.chars().count()) && !text.contains('\0')
 }
 
-fn anonymised_email(id: UserId) -> String {
-    format!("{id}{ANONYMISED_DOMAIN}")
+fn check_fields(
+    first_name: Option<&str>,
+    last_name: Option<&str>,
+    password: Option<&SecretText>,
+    customer: Option<&str>,
+) -> Result<(), UserError> {
+    check(
+        "first_name",
+        first_name.is_none_or(|name| has_length(name, 1..=255)),
+    )?;
+    check(
+        "last_name",
+        last_name.is_none_or(|name| has_length(name, 0..=255)),
+    )?;
+    check("password", password.is_none_or(is_hash))?;
+    check(
+        "razorpay_customer_id",
+        customer.is_none_or(|id| has_length(id, 1..=255)),
+    )
 }
 
 impl User {
@@ -170,12 +164,17 @@ impl User {
     /// One statement. Concurrent sign-ups with one address wait for each other, and one succeeds.
     ///
     /// # Errors
-    /// [`UserError::InvalidEmail`] and [`UserError::EmailTaken`], after which the caller's
-    /// transaction can go on. A violated constraint on another column (`users_first_name_check`,
-    /// `users_last_name_check`, `users_password_check`, `users_razorpay_customer_id_key`) is
-    /// [`UserError::Database`] and aborts it.
+    /// [`UserError::InvalidEmail`], [`UserError::InvalidField`] and [`UserError::EmailTaken`],
+    /// after which the caller's transaction can go on. A violated `users_razorpay_customer_id_key`
+    /// is [`UserError::Database`] and aborts it.
     pub fn sign_up(conn: &mut PgConnection, new: &NewUser<'_>) -> Result<Self, UserError> {
         let email = new_email(new.email)?;
+        check_fields(
+            Some(new.first_name),
+            Some(new.last_name),
+            new.password,
+            new.razorpay_customer_id,
+        )?;
         diesel::insert_into(users::table)
             .values(NewUser {
                 id: new.id.or_else(|| Some(UserId::new())),
@@ -222,6 +221,30 @@ impl User {
             .optional()
     }
 
+    /// Returns the user with this email address, in any spelling, active or not.
+    pub fn find_by_email(conn: &mut PgConnection, email: &str) -> QueryResult<Option<Self>> {
+        let Ok(email) = canonical_email(email) else {
+            return Ok(None);
+        };
+        users::table
+            .filter(users::email.eq(email))
+            .select(Self::as_select())
+            .first(conn)
+            .optional()
+    }
+
+    /// Returns the user who is this customer at Razorpay, active or not.
+    pub fn find_by_razorpay_customer_id(
+        conn: &mut PgConnection,
+        customer_id: &str,
+    ) -> QueryResult<Option<Self>> {
+        users::table
+            .filter(users::razorpay_customer_id.eq(customer_id))
+            .select(Self::as_select())
+            .first(conn)
+            .optional()
+    }
+
     /// Returns a page of all users, newest first.
     pub fn list(conn: &mut PgConnection, page: Page<UserId>) -> QueryResult<Vec<Self>> {
         newest_first!(users::table.select(Self::as_select()), users, id, page).load(conn)
@@ -251,21 +274,31 @@ impl User {
             .optional()
     }
 
-    /// Changes the user and returns the new row. An empty changeset changes nothing.
+    /// Changes the user and returns the new row; `None` if there is no such user, or only an
+    /// anonymised one. An empty changeset changes nothing.
     ///
     /// # Errors
-    /// A violated constraint; see [`ConstraintViolation`](crate::ConstraintViolation).
+    /// [`UserError::InvalidField`], after which the caller's transaction can go on. A violated
+    /// `users_razorpay_customer_id_key` is [`UserError::Database`].
     pub fn update(
         conn: &mut PgConnection,
         id: UserId,
         changes: &UserChangeset<'_>,
-    ) -> QueryResult<Option<Self>> {
+    ) -> Result<Option<Self>, UserError> {
+        check_fields(
+            changes.first_name,
+            changes.last_name,
+            changes.password.flatten(),
+            changes.razorpay_customer_id.flatten(),
+        )?;
         let updated = diesel::update(users::table.find(id))
+            .filter(users::email.ne(anonymised_email(id)))
             .set(changes)
             .returning(Self::as_returning())
             .get_result(conn)
             .optional_empty_changeset();
-        found(updated, || Self::find(conn, id))
+        let user = found(updated, || Self::find(conn, id))?;
+        Ok(user.filter(|user| !user.email.ends_with(ANONYMISED_DOMAIN)))
     }
 
     /// Sets `last_login_at` of an active user; returns `None` if there is none.
@@ -278,48 +311,6 @@ impl User {
             .returning(Self::as_returning())
             .get_result(conn)
             .optional()
-    }
-
-    /// Gives an active user another email address, in any spelling; returns `None` if there is no
-    /// such user.
-    ///
-    /// `email_verified` becomes `proven`: whether the user has shown that mail to the new address
-    /// arrives, for example by the code of an
-    /// [`EmailChangePending`](AuthTokenType::EmailChangePending) token. Codes and links that were
-    /// sent to the old address are revoked. Refresh tokens stay valid, so the user stays signed in.
-    ///
-    /// Locks the user `FOR UPDATE` until the transaction ends.
-    ///
-    /// # Errors
-    /// [`UserError::InvalidEmail`] and [`UserError::EmailTaken`], after which the caller's
-    /// transaction can go on.
-    pub fn change_email(
-        conn: &mut PgConnection,
-        id: UserId,
-        email: &str,
-        proven: bool,
-    ) -> Result<Option<Self>, UserError> {
-        use AuthTokenType::{EmailChangePending, EmailOtp, EmailVerification, PasswordReset};
-        let email = new_email(email)?;
-        conn.transaction(|conn| {
-            // An update of a key column locks the row FOR UPDATE, also without a SELECT before.
-            let user = diesel::update(users::table.find(id))
-                .filter(users::is_active)
-                .set((users::email.eq(email), users::email_verified.eq(proven)))
-                .returning(Self::as_returning())
-                .get_result(conn)
-                .optional()?;
-            if user.is_some() {
-                let mailed = [
-                    EmailOtp,
-                    PasswordReset,
-                    EmailVerification,
-                    EmailChangePending,
-                ];
-                AuthToken::revoke_all(conn, id, Some(&mailed))?;
-            }
-            Ok(user)
-        })
     }
 
     /// Deactivates a user and revokes all tokens; returns `None` if there is no such user.

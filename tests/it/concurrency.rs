@@ -22,7 +22,7 @@ use crate::fixtures::{
 };
 use crate::support::{self, TestDatabase};
 
-const ISOLATIONS: [Isolation; 3] = [
+pub(crate) const ISOLATIONS: [Isolation; 3] = [
     Isolation::ReadCommitted,
     Isolation::RepeatableRead,
     Isolation::Serializable,

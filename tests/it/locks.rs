@@ -29,6 +29,7 @@ use uuid::Uuid;
 
 use crate::concurrency::Dice;
 use crate::support::{self, TestDatabase, as_admin};
+use crate::users::HASH;
 
 /// Databases in which pairs race at the same time.
 const LANES: usize = 12;
@@ -194,6 +195,14 @@ pub(crate) const SERVICES: &str = "
            ('00000000-0000-7000-8000-000000000003', 'figma', 'Figma', 4002, 'api_key')";
 
 /// The plan has ended: [`UserPlan::expire_due`] has something to do.
+/// The account is old and has no money.
+const UNVERIFIED: &str = "DELETE FROM subscription_transactions;
+     DELETE FROM account_credits;
+     DELETE FROM user_subscriptions;
+     ALTER TABLE users DISABLE TRIGGER USER;
+     UPDATE users SET razorpay_customer_id = NULL, updated_at = now() - interval '1 day';
+     ALTER TABLE users ENABLE TRIGGER USER";
+
 const PLAN_ENDED: &str = "UPDATE user_plans SET expires_at = now() - interval '1 second'";
 
 const fn operation(name: &'static str, run: fn(&mut PgConnection) -> Outcome) -> Operation {
@@ -232,6 +241,20 @@ pub(crate) static OPERATIONS: &[Operation] = &[
     operation("User::change_email", |conn| {
         Ok(User::change_email(conn, USER, "new@example.in", true)?.is_some())
     }),
+    operation("User::change_password", |conn| {
+        Ok(User::change_password(conn, USER, Some(&HASH.into()))?.is_some())
+    }),
+    operation("User::reset_password", |conn| {
+        Ok(User::reset_password(conn, &token(PasswordReset, 1), &HASH.into()).map(|_| true)?)
+    }),
+    Operation {
+        arrange: UNVERIFIED,
+        ..operation("User::release_unverified", |conn| {
+            let email = "asha@example.in";
+            let release = User::release_unverified(conn, email, TimeDelta::hours(1))?;
+            Ok(release == Release::Released(USER))
+        })
+    },
     operation("User::deactivate", |conn| {
         Ok(User::deactivate(conn, USER)?.is_some())
     }),

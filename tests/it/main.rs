@@ -24,6 +24,9 @@ mod instances;
 mod json;
 #[cfg(feature = "crypto")]
 mod locks;
+// Each reads the log of a private server.
+#[cfg(target_os = "linux")]
+mod logs;
 mod migrations;
 mod models;
 mod money_rules;

@@ -25,7 +25,7 @@ fn in_days(days: i64) -> DateTime<Utc> {
 fn user(conn: &mut PgConnection) -> User {
     let new = NewUser {
         id: Some(UserId::new()),
-        password: Some(&SecretText::new("$argon2id$whisper")),
+        password: Some(&SecretText::new("$argon2id$v=19$whisperwhisperwhisper22")),
         email_verified: Some(true),
         razorpay_customer_id: Some("cust_1"),
         ..NewUser::new("Asha", "Rao", "asha@example.in")
@@ -67,7 +67,7 @@ fn users() {
     );
     assert_eq!(
         user.password.as_ref().unwrap().expose(),
-        "$argon2id$whisper"
+        "$argon2id$v=19$whisperwhisperwhisper22"
     );
     assert!(user.email_verified && user.is_active && user.last_login_at.is_none());
     assert_eq!(user.razorpay_customer_id.as_deref(), Some("cust_1"));

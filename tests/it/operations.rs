@@ -716,6 +716,12 @@ static READS: &[Named] = &[
     ("User::find_active_by_email", |conn| {
         Ok(User::find_active_by_email(conn, "asha@example.in")?.is_some())
     }),
+    ("User::find_by_email", |conn| {
+        Ok(User::find_by_email(conn, "asha@example.in")?.is_some())
+    }),
+    ("User::find_by_razorpay_customer_id", |conn| {
+        Ok(User::find_by_razorpay_customer_id(conn, "cust_1")?.is_some())
+    }),
     ("User::list", |conn| {
         Ok(User::list(conn, Page::first(1))?.len() == 1)
     }),

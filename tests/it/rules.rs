@@ -63,7 +63,24 @@ const VIOLATIONS: &[(&str, &str)] = &[
     ("users_email_canonical", "UPDATE users SET email = 'a@' WHERE id = :u1"),
     ("users_email_canonical",
         "UPDATE users SET email = repeat('a', 245) || '@example.in' WHERE id = :u1"),
+    ("users_email_canonical", "UPDATE users SET email = E'a\\u0001@example.in' WHERE id = :u1"),
+    ("users_email_canonical", "UPDATE users SET email = E'a\\u0085@example.in' WHERE id = :u1"),
+    ("users_email_canonical", "UPDATE users SET email = '<a@example.in>' WHERE id = :u1"),
+    ("users_email_canonical", "UPDATE users SET email = 'a\\b@example.in' WHERE id = :u1"),
+    ("users_email_canonical", "UPDATE users SET email = 'a@bücher.example' WHERE id = :u1"),
     ("users_password_check", "UPDATE users SET password = 'hunter2' WHERE id = :u1"),
+    ("users_password_check", "UPDATE users SET password = '$hunter2' WHERE id = :u1"),
+    ("users_password_check",
+        "UPDATE users SET password = '$a$' || repeat('correct horse ', 4) WHERE id = :u1"),
+    ("users_password_check",
+        "UPDATE users SET password = '$a$' || repeat('b', 490) || '$' || repeat('c', 22)
+            WHERE id = :u1"),
+    ("users_razorpay_customer_id_check",
+        "UPDATE users SET razorpay_customer_id = '' WHERE id = :u1"),
+    ("users_anonymised",
+        "UPDATE users SET email = id || '@anonymised.invalid', is_active = false WHERE id = :u1;
+         UPDATE users SET email_verified = email_verified WHERE id = :u1;
+         UPDATE users SET is_active = true WHERE id = :u1"),
 
     ("auth_tokens_pkey", "INSERT INTO auth_tokens (id, user_id, token, type, expires_at)
         VALUES (:t1, :u2, decode(repeat('09', 32), 'hex'), 'refresh', now() + interval '1 day')"),
@@ -470,8 +487,8 @@ fn what_is_allowed_is_allowed() {
     let database = database_with_rows();
     let conn = &mut database.connect_as_owner();
     for sql in [
-        "UPDATE users SET last_name = '', password = '$argon2id$v=19$x', email = 'é@example.in'
-            WHERE id = :u1",
+        "UPDATE users SET last_name = '', password = '$2b$10$' || repeat('x', 53),
+            email = 'é''+%s@example.in' WHERE id = :u1",
         "DELETE FROM users WHERE id = :u2",
         "INSERT INTO auth_tokens (user_id, token, type, expires_at)
          SELECT :u1, decode(repeat(n, 32), 'hex'), 'refresh', now() + interval '1 day'

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use bruhmcp_db::ids::UserId;
-use bruhmcp_db::models::{User, UserChangeset};
+use bruhmcp_db::models::User;
 use bruhmcp_db::schema::users;
 use bruhmcp_db::{Isolation, MAX_ATTEMPTS, is_transient, retry_transaction};
 use diesel::connection::SimpleConnection;
@@ -48,11 +48,11 @@ impl From<Error> for Opaque {
 }
 
 fn rename(conn: &mut PgConnection, id: UserId, first_name: &str) -> QueryResult<Option<User>> {
-    let changes = UserChangeset {
-        first_name: Some(first_name),
-        ..Default::default()
-    };
-    User::update(conn, id, &changes)
+    diesel::update(users::table.find(id))
+        .set(users::first_name.eq(first_name))
+        .returning(User::as_returning())
+        .get_result(conn)
+        .optional()
 }
 
 /// Lets another connection change a row between the snapshot and the update of the first two
