@@ -63,6 +63,8 @@ pub struct UserSubscription {
     /// Failed payments since the last successful one.
     pub failed_payment_count: i32,
     pub last_payment_attempt: Option<DateTime<Utc>>,
+    /// The time of the gateway's event that set the status; `None` if none did.
+    pub status_event_at: Option<DateTime<Utc>>,
     pub created_at: DateTime<Utc>,
     pub updated_at: DateTime<Utc>,
 }
@@ -272,7 +274,12 @@ impl UserSubscription {
         status: SubscriptionStatus,
     ) -> Result<Self, SubscriptionError> {
         let row = diesel::insert_into(user_subscriptions::table)
-            .values((new, user_subscriptions::status.eq(status)))
+            .values((
+                new,
+                user_subscriptions::status.eq(status),
+                (status == SubscriptionStatus::Cancelled)
+                    .then(|| user_subscriptions::cancelled_at.eq(now)),
+            ))
             .returning(Self::as_returning())
             .get_result(conn)?;
         Ok(row)

@@ -95,6 +95,17 @@ const VIOLATIONS: &[(&str, &str)] = &[
     ("user_subscriptions_trial_check", "UPDATE user_subscriptions SET trial_end = now()"),
     ("user_subscriptions_trial_check",
         "UPDATE user_subscriptions SET trial_start = now(), trial_end = now()"),
+    ("user_subscriptions_cancelled_at_check",
+        "UPDATE user_subscriptions SET status = 'cancelled'"),
+    ("user_subscriptions_status_final",
+        "UPDATE user_subscriptions SET status = 'completed';
+        UPDATE user_subscriptions SET status = 'active'"),
+    ("user_subscriptions_status_final",
+        "UPDATE user_subscriptions SET status = 'upgraded';
+        UPDATE user_subscriptions SET status = 'cancelled', cancelled_at = now()"),
+    ("user_subscriptions_status_final",
+        "UPDATE user_subscriptions SET status = 'replaced';
+        UPDATE user_subscriptions SET status = 'upgraded'"),
     ("user_subscriptions_pause_count_check", "UPDATE user_subscriptions SET pause_count = -1"),
     ("user_subscriptions_discount_amount_check",
         "UPDATE user_subscriptions SET discount_amount = -1"),
@@ -386,9 +397,13 @@ fn names(sql: &str) -> BTreeSet<String> {
     names.into_iter().map(|row| row.name).collect()
 }
 
-/// The constraints that triggers raise. Their names are in the functions.
+/// The constraints that triggers raise. Their names are in the functions, or the first argument of
+/// `refuse_change`.
 const RAISED: &str = "SELECT (regexp_matches(prosrc, 'CONSTRAINT = ''(\\w+)''', 'g'))[1] AS name
-    FROM pg_proc WHERE pronamespace = 'public'::regnamespace";
+      FROM pg_proc WHERE pronamespace = 'public'::regnamespace
+     UNION
+    SELECT convert_from(substring(tgargs FOR position('\\000'::bytea IN tgargs) - 1), 'UTF8')
+      FROM pg_trigger WHERE tgfoid = to_regproc('public.refuse_change')";
 
 /// The constraints and unique indexes of the schema.
 const DECLARED: &str = "SELECT conname::text AS name FROM pg_constraint
@@ -444,7 +459,7 @@ fn what_is_allowed_is_allowed() {
         "UPDATE auth_tokens SET is_used = true;
          INSERT INTO auth_tokens (user_id, token, type, expires_at)
          VALUES (:u1, decode(repeat('02', 32), 'hex'), 'email_otp', now() + interval '1 day')",
-        "INSERT INTO user_subscriptions (user_id, status) VALUES (:u1, 'cancelled'),
+        "INSERT INTO user_subscriptions (user_id, status) VALUES (:u1, 'completed'),
             (:u1, 'halted')",
         "UPDATE user_subscriptions
             SET proration_amount = -100, trial_start = now(), trial_end = now() + interval '1 day'",
