@@ -371,6 +371,8 @@ diesel::table! {
         grace_period_days -> Int4,
         failed_payment_count -> Int4,
         last_payment_attempt -> Nullable<Timestamptz>,
+        /// When the gateway made the status what it is; NULL: no event has. An older event changes no status.
+        status_event_at -> Nullable<Timestamptz>,
         created_at -> Timestamptz,
         updated_at -> Timestamptz,
     }

@@ -202,6 +202,7 @@ CREATE TABLE user_subscriptions (
     grace_period_days        integer             NOT NULL DEFAULT 3,
     failed_payment_count     integer             NOT NULL DEFAULT 0,
     last_payment_attempt     timestamptz,
+    status_event_at          timestamptz,
     created_at               timestamptz         NOT NULL DEFAULT now(),
     updated_at               timestamptz         NOT NULL DEFAULT now(),
     CONSTRAINT user_subscriptions_pkey PRIMARY KEY (id),
@@ -225,6 +226,8 @@ CREATE TABLE user_subscriptions (
     CONSTRAINT user_subscriptions_trial_check CHECK (
         trial_end IS NULL OR (trial_start IS NOT NULL AND trial_end > trial_start)
     ),
+    CONSTRAINT user_subscriptions_cancelled_at_check
+        CHECK (status <> 'cancelled' OR cancelled_at IS NOT NULL),
     CONSTRAINT user_subscriptions_pause_count_check CHECK (pause_count >= 0),
     CONSTRAINT user_subscriptions_discount_amount_check CHECK (discount_amount >= 0),
     CONSTRAINT user_subscriptions_tax_amount_check CHECK (tax_amount >= 0),
@@ -238,10 +241,29 @@ CREATE INDEX user_subscriptions_user_id_created_at_idx
     ON user_subscriptions (user_id, created_at DESC);
 CREATE INDEX user_subscriptions_next_billing_date_idx ON user_subscriptions (next_billing_date)
     WHERE status IN ('active', 'past_due');
+-- What a sweep ends: one index per reason.
+CREATE INDEX user_subscriptions_cancel_at_period_end_idx ON user_subscriptions (current_period_end)
+    WHERE cancel_at_period_end AND status IN ('active', 'past_due', 'paused');
+CREATE INDEX user_subscriptions_past_due_idx ON user_subscriptions (current_period_end)
+    WHERE status = 'past_due';
+CREATE INDEX user_subscriptions_resume_at_idx ON user_subscriptions (resume_at)
+    WHERE status = 'paused';
+CREATE INDEX user_subscriptions_created_at_idx ON user_subscriptions (created_at)
+    WHERE status = 'created';
 CREATE TRIGGER user_subscriptions_update_updated_at
     BEFORE UPDATE ON user_subscriptions
     FOR EACH ROW WHEN (OLD.* IS DISTINCT FROM NEW.*)
     EXECUTE FUNCTION update_updated_at_column();
+CREATE TRIGGER user_subscriptions_status_final
+    BEFORE UPDATE OF status ON user_subscriptions
+    FOR EACH ROW WHEN (
+        OLD.status IN ('completed', 'upgraded', 'replaced') AND NEW.status <> OLD.status
+    )
+    EXECUTE FUNCTION refuse_change(
+        'user_subscriptions_status_final',
+        'a subscription that is completed, upgraded or replaced stays so',
+        'Start a new subscription.'
+    );
 
 COMMENT ON TABLE user_subscriptions IS
     'Subscriptions sold to users, past and present, with their state at Razorpay. '
@@ -257,6 +279,8 @@ COMMENT ON COLUMN user_subscriptions.tax_amount IS 'In paise.';
 COMMENT ON COLUMN user_subscriptions.total_amount IS 'In paise.';
 COMMENT ON COLUMN user_subscriptions.grace_period_days IS
     'How many days the subscription may be past due before it is halted.';
+COMMENT ON COLUMN user_subscriptions.status_event_at IS
+    'When the gateway made the status what it is; NULL: no event has. An older event changes no status.';
 
 CREATE TABLE subscription_transactions (
     id                    uuid               NOT NULL DEFAULT gen_random_uuid(),

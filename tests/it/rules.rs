@@ -112,6 +112,17 @@ const VIOLATIONS: &[(&str, &str)] = &[
     ("user_subscriptions_trial_check", "UPDATE user_subscriptions SET trial_end = now()"),
     ("user_subscriptions_trial_check",
         "UPDATE user_subscriptions SET trial_start = now(), trial_end = now()"),
+    ("user_subscriptions_cancelled_at_check",
+        "UPDATE user_subscriptions SET status = 'cancelled'"),
+    ("user_subscriptions_status_final",
+        "UPDATE user_subscriptions SET status = 'completed';
+        UPDATE user_subscriptions SET status = 'active'"),
+    ("user_subscriptions_status_final",
+        "UPDATE user_subscriptions SET status = 'upgraded';
+        UPDATE user_subscriptions SET status = 'cancelled', cancelled_at = now()"),
+    ("user_subscriptions_status_final",
+        "UPDATE user_subscriptions SET status = 'replaced';
+        UPDATE user_subscriptions SET status = 'upgraded'"),
     ("user_subscriptions_pause_count_check", "UPDATE user_subscriptions SET pause_count = -1"),
     ("user_subscriptions_discount_amount_check",
         "UPDATE user_subscriptions SET discount_amount = -1"),
@@ -498,7 +509,7 @@ fn what_is_allowed_is_allowed() {
         "UPDATE auth_tokens SET is_used = true;
          INSERT INTO auth_tokens (user_id, token, type, expires_at)
          VALUES (:u1, decode(repeat('02', 32), 'hex'), 'email_otp', now() + interval '1 day')",
-        "INSERT INTO user_subscriptions (user_id, status) VALUES (:u1, 'cancelled'),
+        "INSERT INTO user_subscriptions (user_id, status) VALUES (:u1, 'completed'),
             (:u1, 'halted')",
         "UPDATE user_subscriptions
             SET proration_amount = -100, trial_start = now(), trial_end = now() + interval '1 day'",
