@@ -1002,7 +1002,7 @@ fn all_operations_through(program: &OsStr, settings: &str, cache: Option<CacheSi
                     retry_transaction(conn, Isolation::Serializable, |conn| {
                         conn.batch_execute("SET LOCAL statement_timeout = '5s'")?;
                         UserPlan::find_by_user(conn, plan.user_id)?;
-                        McpInstance::record_call(conn, KEYED, None)
+                        McpInstance::record_call(conn, KEYED, None).map(Result::unwrap)
                     })
                     .unwrap();
                 }
