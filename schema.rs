@@ -196,7 +196,7 @@ diesel::table! {
         /// How instances of this service authenticate.
         #[sql_name = "type"]
         type_ -> McpAuthType,
-        /// False: no new instances; existing ones keep working.
+        /// False: no new instances, and the existing ones can't be called.
         is_active -> Bool,
         /// Number of instances ever created. Maintained by triggers at commit.
         total_instances_created -> Int8,
@@ -278,6 +278,7 @@ diesel::table! {
         error_message -> Nullable<Text>,
         /// Must not contain a secret.
         metadata -> Nullable<Jsonb>,
+        /// Set by the database. Only the owner can insert an older row; none is from the future.
         created_at -> Timestamptz,
     }
 }

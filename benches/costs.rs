@@ -85,9 +85,13 @@ fn calls(server: &Server, name: &str, index: Option<&str>) -> Result<i64> {
     let conn = &mut conn;
     conn.batch_execute(&format!(
         "INSERT INTO mcp_table (mcp_service_name, display_name, port, type) VALUES ('figma', 'Figma', 49280, 'api_key');
-         INSERT INTO mcp_service_table (user_id, mcp_service_id, oauth_status)
-         SELECT id, mcp_service_id, 'completed' FROM mcp_table, users, generate_series(1, {INSTANCES} / {USERS});"
+         INSERT INTO mcp_service_table (user_id, mcp_service_id)
+         SELECT id, mcp_service_id FROM mcp_table, users, generate_series(1, {INSTANCES} / {USERS});
+         INSERT INTO mcp_credentials (instance_id, api_key, oauth_status, oauth_completed_at)
+         SELECT instance_id, decode(repeat('aa', 40), 'hex'), 'completed', now() FROM mcp_service_table;"
     ))?;
+    // The credentials have updated each instance.
+    conn.batch_execute("VACUUM FULL mcp_service_table")?;
     if let Some(index) = index {
         conn.batch_execute(index)?;
     }
@@ -101,7 +105,8 @@ fn calls(server: &Server, name: &str, index: Option<&str>) -> Result<i64> {
     let size_before = number(conn, size)?;
     let bytes = wal(conn, |conn| {
         for id in ids.iter().cycle().take(CALLS) {
-            McpInstance::record_call(conn, *id)?;
+            McpInstance::record_call(conn, *id, None)?
+                .map_err(|reason| diesel::result::Error::QueryBuilderError(reason.into()))?;
         }
         Ok(())
     })?;

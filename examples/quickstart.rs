@@ -159,9 +159,9 @@ fn connect_figma(conn: &mut PgConnection, keys: &KeyRing, user_id: UserId) -> Re
 /// Makes three calls: each loads the instance with its service and credentials, and is counted.
 fn call(conn: &mut PgConnection, instance_id: InstanceId) -> Result {
     for _ in 0..3 {
-        let found = McpInstance::find_with_credentials(conn, instance_id, "figma")?;
-        let (_, service, _) = found.ok_or("not connected")?;
-        McpInstance::record_call(conn, instance_id)?;
+        let found = McpInstance::find_with_credentials(conn, instance_id, "figma", None)?;
+        let (_, service, _) = found?;
+        McpInstance::record_call(conn, instance_id, None)??;
         println!("  call to port {}", service.port);
     }
     let instance = McpInstance::find(conn, instance_id)?.ok_or("gone")?;

@@ -30,12 +30,13 @@
 //! // `InstanceError::LimitReached` if the plan allows no further active instance.
 //! let (instance, _) = McpInstance::create(conn, &new, &credential)?;
 //!
-//! let found = McpInstance::find_with_credentials(conn, instance.instance_id, "figma")?;
-//! if let Some((_, service, credential)) = found {
-//!     let api_key = credential.open(&keys, SecretColumn::ApiKey)?;
-//!     // Call the service on `service.port` with `api_key`, then count the call.
-//!     McpInstance::record_call(conn, instance.instance_id)?;
-//! }
+//! // `NotCallable::Expired`, for example, if it is past its end.
+//! let id = instance.instance_id;
+//! let (_, service, credential) =
+//!     McpInstance::find_with_credentials(conn, id, "figma", Some(user.id))??;
+//! let api_key = credential.open(&keys, SecretColumn::ApiKey)?;
+//! McpInstance::record_call(conn, id, Some(user.id))??;
+//! // Call the service on `service.port` with `api_key`.
 //! # Ok(())
 //! # }
 //! # #[cfg(not(feature = "crypto"))]

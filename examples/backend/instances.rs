@@ -1,11 +1,11 @@
 //! Instances: create, list, call, activate and deactivate, authorize by OAuth.
 
 use bruhmcp_db::crypto::{SecretColumn, new_secret};
-use bruhmcp_db::enums::{AuthType, InstanceStatus};
+use bruhmcp_db::enums::AuthType;
 use bruhmcp_db::ids::{InstanceId, UserId};
 use bruhmcp_db::models::{
     CompletedInstance, InstanceDetails, InstanceFilter, McpCredential, McpInstance, McpService,
-    NewMcpCredential, NewMcpInstance, OauthTokens,
+    NewMcpCredential, NewMcpInstance, NotCallable, OauthTokens,
 };
 use bruhmcp_db::{Cursor, Page, SecretText};
 use chrono::{DateTime, Datelike, TimeDelta, Utc};
@@ -126,22 +126,27 @@ pub(crate) fn toggle(app: &App, user_id: UserId, id: &str, toggle: &Toggle) -> A
 /// Calls the service for the user and counts the call.
 pub(crate) fn call(app: &App, user_id: UserId, service: &str, id: &str) -> Answer {
     let id = instance_id(id)?;
-    let found = McpInstance::find_with_credentials(&mut *app.db()?, id, service)?;
-    let (instance, service, credential) = found
-        .filter(|(instance, ..)| instance.user_id == user_id)
-        .ok_or(NOT_FOUND)?;
-    let ended = instance.expires_at.is_some_and(|end| end <= Utc::now());
-    if instance.status != InstanceStatus::Active || ended {
-        return Err(Error::Refused(409, "the instance isn't active"));
-    }
+    let found = McpInstance::find_with_credentials(&mut *app.db()?, id, service, Some(user_id))?;
+    let (_, service, credential) = found.map_err(not_callable)?;
     let column = match service.type_ {
         AuthType::ApiKey => SecretColumn::ApiKey,
         AuthType::Oauth => SecretColumn::AccessToken,
     };
     let secret = open(app, &credential, column)?;
+    McpInstance::record_call(&mut *app.db()?, id, Some(user_id))?.map_err(not_callable)?;
     let answer = stand_in_for_calling_the_service(&service, &secret);
-    McpInstance::record_call(&mut *app.db()?, id)?;
     Ok((200, json!({ "answer": answer })))
+}
+
+fn not_callable(reason: NotCallable) -> Error {
+    match reason {
+        NotCallable::NotFound | NotCallable::NotAuthorized(_) => NOT_FOUND,
+        NotCallable::Expired | NotCallable::Inactive => {
+            Error::Refused(409, "the instance isn't active")
+        }
+        NotCallable::UserInactive => Error::Refused(403, "the user is inactive"),
+        NotCallable::ServiceDisabled => Error::Refused(503, "the service is disabled"),
+    }
 }
 
 /// The provider redirects the user's browser here, with the state and a code or an error.

@@ -50,7 +50,8 @@ CREATE TRIGGER mcp_table_update_updated_at
 COMMENT ON TABLE mcp_table IS 'Registry of MCP services. Their instances are in mcp_service_table.';
 COMMENT ON COLUMN mcp_table.port IS 'TCP port on which the service listens.';
 COMMENT ON COLUMN mcp_table.type IS 'How instances of this service authenticate.';
-COMMENT ON COLUMN mcp_table.is_active IS 'False: no new instances; existing ones keep working.';
+COMMENT ON COLUMN mcp_table.is_active IS 
+    'False: no new instances, and the existing ones can''t be called.';
 COMMENT ON COLUMN mcp_table.total_instances_created IS
     'Number of instances ever created. Maintained by triggers at commit.';
 COMMENT ON COLUMN mcp_table.active_instances_count IS
@@ -203,11 +204,13 @@ BEGIN
            SET oauth_status = 'pending'
          WHERE instance_id = OLD.instance_id AND oauth_status OPERATOR(pg_catalog.<>) 'pending';
     END IF;
+    -- An insert updates an equal copy too. It may be equal only in an older snapshot, from before other
+    -- credentials of the instance were deleted; then the update fails.
     IF TG_OP <> 'DELETE' THEN
         UPDATE mcp_service_table
            SET oauth_status = NEW.oauth_status
          WHERE instance_id = NEW.instance_id
-           AND oauth_status OPERATOR(pg_catalog.<>) NEW.oauth_status;
+           AND (TG_OP = 'INSERT' OR oauth_status OPERATOR(pg_catalog.<>) NEW.oauth_status);
     END IF;
     RETURN NULL;
 END
@@ -216,40 +219,41 @@ CREATE TRIGGER mcp_credentials_sync_oauth_status
     AFTER INSERT OR DELETE OR UPDATE OF oauth_status, instance_id ON mcp_credentials
     FOR EACH ROW EXECUTE FUNCTION mcp_credentials_sync_oauth_status();
 
-CREATE FUNCTION mcp_service_table_check_oauth_status() RETURNS trigger
-LANGUAGE plpgsql AS $$
-BEGIN
-    IF EXISTS (
-        SELECT FROM mcp_credentials
-         WHERE instance_id = NEW.instance_id
-           AND oauth_status OPERATOR(pg_catalog.<>) NEW.oauth_status
-    ) THEN
-        RAISE EXCEPTION 'oauth_status of instance % was not set to %: it follows the credentials',
-            NEW.instance_id, NEW.oauth_status
-            USING ERRCODE = 'check_violation',
-                  TABLE = 'mcp_service_table',
-                  CONSTRAINT = 'mcp_service_table_oauth_status_synced',
-                  HINT = 'Update mcp_credentials.oauth_status instead.';
-    END IF;
-    RETURN NULL;
-END
-$$;
+-- Only the function above, at a depth of one, writes the instance's copy. The rule needs no look at
+-- the credentials, which another transaction may be inserting.
+CREATE TRIGGER mcp_service_table_oauth_status_pending
+    BEFORE INSERT ON mcp_service_table
+    FOR EACH ROW WHEN (NEW.oauth_status <> 'pending')
+    EXECUTE FUNCTION refuse_change(
+        'mcp_service_table_oauth_status_synced',
+        'oauth_status follows the credentials, and a new instance has none',
+        'Insert the instance as pending, then its credentials.'
+    );
 CREATE TRIGGER mcp_service_table_oauth_status_synced
-    AFTER UPDATE OF oauth_status ON mcp_service_table
-    FOR EACH ROW WHEN (OLD.oauth_status <> NEW.oauth_status)
-    EXECUTE FUNCTION mcp_service_table_check_oauth_status();
+    BEFORE UPDATE OF oauth_status ON mcp_service_table
+    FOR EACH ROW WHEN (OLD.oauth_status <> NEW.oauth_status AND pg_trigger_depth() = 0)
+    EXECUTE FUNCTION refuse_change(
+        'mcp_service_table_oauth_status_synced',
+        'oauth_status follows the credentials',
+        'Update mcp_credentials.oauth_status instead.'
+    );
 
 -- A service that is disabled at the same time may still get the instance. To close that gap, each
 -- insert would have to lock the registry row, and users of one service would wait for each other.
-CREATE FUNCTION mcp_service_table_check_service() RETURNS trigger
+-- The same holds for a user who is deactivated. An anonymisation locks the user FOR UPDATE, so one
+-- of the two waits: it removes the instance, or the insert finds the user inactive.
+CREATE FUNCTION mcp_service_table_check_insert() RETURNS trigger
 LANGUAGE plpgsql AS $$
+DECLARE
+    user_is_active boolean;
 BEGIN
-    IF TG_OP = 'UPDATE' THEN
-        RAISE EXCEPTION 'the service of instance % can''t be changed', OLD.instance_id
+    SELECT is_active INTO user_is_active FROM users WHERE id = NEW.user_id FOR KEY SHARE;
+    IF NOT user_is_active THEN
+        RAISE EXCEPTION 'the instance was not created: user % is inactive', NEW.user_id
             USING ERRCODE = 'check_violation',
                   TABLE = 'mcp_service_table',
-                  CONSTRAINT = 'mcp_service_table_service_fixed',
-                  HINT = 'Create a new instance of the other service.';
+                  CONSTRAINT = 'mcp_service_table_user_inactive',
+                  HINT = 'Reactivate the user first.';
     END IF;
     IF EXISTS (
         SELECT FROM mcp_table WHERE mcp_service_id = NEW.mcp_service_id AND NOT is_active
@@ -263,13 +267,25 @@ BEGIN
     RETURN NEW;
 END
 $$;
-CREATE TRIGGER mcp_service_table_service_enabled
+CREATE TRIGGER mcp_service_table_check_insert
     BEFORE INSERT ON mcp_service_table
-    FOR EACH ROW EXECUTE FUNCTION mcp_service_table_check_service();
+    FOR EACH ROW EXECUTE FUNCTION mcp_service_table_check_insert();
 CREATE TRIGGER mcp_service_table_service_fixed
     BEFORE UPDATE OF mcp_service_id ON mcp_service_table
     FOR EACH ROW WHEN (OLD.mcp_service_id <> NEW.mcp_service_id)
-    EXECUTE FUNCTION mcp_service_table_check_service();
+    EXECUTE FUNCTION refuse_change(
+        'mcp_service_table_service_fixed',
+        'the service of an instance never changes',
+        'Create a new instance of the other service.'
+    );
+CREATE TRIGGER mcp_service_table_user_fixed
+    BEFORE UPDATE OF user_id ON mcp_service_table
+    FOR EACH ROW WHEN (OLD.user_id <> NEW.user_id)
+    EXECUTE FUNCTION refuse_change(
+        'mcp_service_table_user_fixed',
+        'the user of an instance never changes',
+        'Create a new instance for the other user.'
+    );
 
 -- The triggers are deferred, so that the registry row is locked only during commit.
 CREATE FUNCTION mcp_service_table_count_instances() RETURNS trigger
@@ -325,8 +341,7 @@ CREATE TRIGGER mcp_service_table_count_truncate
 
 REVOKE EXECUTE ON FUNCTION
     mcp_credentials_sync_oauth_status(),
-    mcp_service_table_check_oauth_status(),
-    mcp_service_table_check_service(),
+    mcp_service_table_check_insert(),
     mcp_service_table_count_instances()
 FROM PUBLIC;
 
@@ -337,8 +352,7 @@ DECLARE
 BEGIN
     FOREACH signature IN ARRAY ARRAY[
         'mcp_credentials_sync_oauth_status()',
-        'mcp_service_table_check_oauth_status()',
-        'mcp_service_table_check_service()',
+        'mcp_service_table_check_insert()',
         'mcp_service_table_count_instances()'
     ] LOOP
         EXECUTE format(

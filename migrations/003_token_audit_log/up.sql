@@ -32,6 +32,9 @@ CREATE TABLE token_audit_log (
 );
 CREATE INDEX token_audit_log_instance_id_created_at_idx
     ON token_audit_log (instance_id, created_at DESC);
+CREATE INDEX token_audit_log_user_id_created_at_idx
+    ON token_audit_log (user_id, created_at DESC)
+    WHERE user_id IS NOT NULL;
 CREATE INDEX token_audit_log_created_at_idx ON token_audit_log (created_at);
 
 COMMENT ON TABLE token_audit_log IS
@@ -43,6 +46,8 @@ COMMENT ON COLUMN token_audit_log.user_id IS
 COMMENT ON COLUMN token_audit_log.operation IS 'What was done, such as token_refresh.';
 COMMENT ON COLUMN token_audit_log.method IS 'How it was done, such as oauth or api_key.';
 COMMENT ON COLUMN token_audit_log.metadata IS 'Must not contain a secret.';
+COMMENT ON COLUMN token_audit_log.created_at IS
+    'Set by the database. Only the owner can insert an older row; none is from the future.';
 
 CREATE FUNCTION token_audit_log_refuse_change() RETURNS trigger
 LANGUAGE plpgsql AS $$
@@ -58,6 +63,15 @@ REVOKE EXECUTE ON FUNCTION token_audit_log_refuse_change() FROM PUBLIC;
 CREATE TRIGGER token_audit_log_append_only
     BEFORE UPDATE OR TRUNCATE ON token_audit_log
     FOR EACH STATEMENT EXECUTE FUNCTION token_audit_log_refuse_change();
+-- Such a row could never be deleted. The roles of the application can't set the column at all.
+CREATE TRIGGER token_audit_log_not_from_the_future
+    BEFORE INSERT ON token_audit_log
+    FOR EACH ROW WHEN (NEW.created_at > now() OR NOT isfinite(NEW.created_at))
+    EXECUTE FUNCTION refuse_change(
+        'token_audit_log_not_from_the_future',
+        'created_at is later than now, or infinite',
+        'Leave created_at to the database.'
+    );
 CREATE TRIGGER token_audit_log_keep_90_days
     BEFORE DELETE ON token_audit_log
     FOR EACH ROW WHEN (OLD.created_at > now() - interval '90 days')

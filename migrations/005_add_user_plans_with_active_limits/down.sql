@@ -1,7 +1,6 @@
 SET LOCAL lock_timeout = '5s';
 
 DROP TRIGGER mcp_service_table_active_limit_update ON mcp_service_table;
-DROP TRIGGER mcp_service_table_active_limit_insert ON mcp_service_table;
 DROP TRIGGER users_assign_default_plan ON users;
 
 DROP TABLE user_plans;

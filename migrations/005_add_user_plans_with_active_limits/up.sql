@@ -46,6 +46,14 @@ CREATE TRIGGER user_plans_update_updated_at
     BEFORE UPDATE ON user_plans
     FOR EACH ROW WHEN (OLD.* IS DISTINCT FROM NEW.*)
     EXECUTE FUNCTION update_updated_at_column();
+CREATE TRIGGER user_plans_user_fixed
+    BEFORE UPDATE OF user_id ON user_plans
+    FOR EACH ROW WHEN (OLD.user_id <> NEW.user_id)
+    EXECUTE FUNCTION refuse_change(
+        'user_plans_user_fixed',
+        'the user of a plan never changes',
+        'Change the plan that the other user has.'
+    );
 
 COMMENT ON TABLE user_plans IS
     'What each user may do. One row per user; a trigger gives every new user the free plan.';
@@ -115,21 +123,13 @@ END
 $$;
 -- Immediate, so that the statement fails and not the commit. A transaction that swaps two instances
 -- can use either order after SET CONSTRAINTS ALL DEFERRED.
-CREATE CONSTRAINT TRIGGER mcp_service_table_active_limit_insert
-    AFTER INSERT ON mcp_service_table
-    DEFERRABLE INITIALLY IMMEDIATE
-    FOR EACH ROW WHEN (NEW.status = 'active' AND NEW.oauth_status = 'completed')
-    EXECUTE FUNCTION mcp_service_table_check_active_limit();
+-- An insert needs no check: a new instance is pending.
 CREATE CONSTRAINT TRIGGER mcp_service_table_active_limit_update
-    AFTER UPDATE OF status, oauth_status, user_id ON mcp_service_table
+    AFTER UPDATE OF status, oauth_status ON mcp_service_table
     DEFERRABLE INITIALLY IMMEDIATE
     FOR EACH ROW WHEN (
         NEW.status = 'active' AND NEW.oauth_status = 'completed'
-        AND (
-            OLD.status <> 'active'
-            OR OLD.oauth_status <> 'completed'
-            OR OLD.user_id <> NEW.user_id
-        )
+        AND (OLD.status <> 'active' OR OLD.oauth_status <> 'completed')
     )
     EXECUTE FUNCTION mcp_service_table_check_active_limit();
 

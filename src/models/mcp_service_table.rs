@@ -2,11 +2,10 @@
 
 use chrono::{DateTime, Utc};
 use diesel::connection::SimpleConnection;
-use diesel::dsl::{case_when, now};
+use diesel::dsl::{case_when, exists, now};
 use diesel::pg::Pg;
 use diesel::prelude::*;
-use diesel::query_builder::{AstPass, QueryFragment, QueryId};
-use diesel::sql_types::{Nullable, Timestamptz, Uuid};
+use diesel::sql_types::{Nullable, Timestamptz};
 use serde::Serialize;
 
 use crate::enums::{InstanceStatus, OauthStatus};
@@ -15,9 +14,12 @@ use crate::ids::{InstanceId, ServiceId, UserId};
 use crate::models::{McpCredential, McpService, NewMcpCredential, User, UserPlan};
 use crate::page::{Cursor, Page, newest_first};
 use crate::schema::sql_types::McpInstanceStatus;
-use crate::schema::{mcp_credentials, mcp_service_table, mcp_table};
+use crate::schema::{mcp_credentials, mcp_service_table, mcp_table, user_plans, users};
 
+mod calls;
 mod monitor;
+
+pub use calls::{InstanceWithCredentials, NotCallable};
 
 /// A row of `mcp_service_table`: a user's connection to a service.
 #[derive(
@@ -138,6 +140,7 @@ impl InstanceDetails {
 #[expect(missing_docs, reason = "each field is a value that the row must have")]
 pub struct InstanceFilter<'a> {
     pub status: Option<InstanceStatus>,
+    pub oauth_status: Option<OauthStatus>,
     pub service_name: Option<&'a str>,
 }
 
@@ -154,6 +157,9 @@ pub enum InstanceError {
     /// The user has no plan or doesn't exist (`user_plan_missing`).
     #[error("the user has no plan")]
     PlanMissing,
+    /// The user is deactivated or anonymised (`mcp_service_table_user_inactive`).
+    #[error("the user is inactive")]
+    UserInactive,
     /// `mcp_table_service_disabled`.
     #[error("the service is disabled and takes no new instances")]
     ServiceDisabled,
@@ -182,6 +188,8 @@ impl From<diesel::result::Error> for InstanceError {
             Self::PlanExpired
         } else if violates(&error, "user_plan_missing") {
             Self::PlanMissing
+        } else if violates(&error, "mcp_service_table_user_inactive") {
+            Self::UserInactive
         } else if violates(&error, "mcp_table_service_disabled") {
             Self::ServiceDisabled
         } else if violates(&error, "mcp_service_table_mcp_service_id_fkey") {
@@ -199,15 +207,22 @@ impl McpInstance {
     /// One transaction. Locks the user's plan. Other users don't wait.
     ///
     /// # Errors
-    /// `LimitReached`, `PlanExpired`, `PlanMissing`, `ServiceDisabled`, `UnknownService`. The
-    /// caller's transaction survives them.
+    /// `LimitReached`, `PlanExpired`, `PlanMissing`, `UserInactive`, `ServiceDisabled`,
+    /// `UnknownService`. The caller's transaction survives them.
     pub fn create(
         conn: &mut PgConnection,
         new: &NewMcpInstance<'_>,
         credential: &NewMcpCredential<'_>,
     ) -> Result<(Self, McpCredential), InstanceError> {
         conn.transaction(|conn| {
-            lock_plan(conn, new.user_id)?;
+            // Not a lock only: an anonymisation with an older snapshot would miss the instance.
+            let of_user = user_plans::table.filter(user_plans::user_id.eq(new.user_id));
+            let locked = diesel::update(of_user)
+                .set(user_plans::max_instances.eq(user_plans::max_instances))
+                .execute(conn)?;
+            if locked == 0 {
+                return Err(InstanceError::PlanMissing);
+            }
             diesel::insert_into(mcp_service_table::table)
                 .values(new)
                 .execute(conn)?;
@@ -249,30 +264,6 @@ impl McpInstance {
             .optional()
     }
 
-    /// Returns an instance of this service with everything a call needs, secrets included. `None`
-    /// unless its authorization is completed.
-    ///
-    /// The caller checks `status` and `expires_at`.
-    pub fn find_with_credentials(
-        conn: &mut PgConnection,
-        instance_id: InstanceId,
-        service_name: &str,
-    ) -> QueryResult<Option<(Self, McpService, McpCredential)>> {
-        mcp_service_table::table
-            .inner_join(mcp_table::table)
-            .inner_join(mcp_credentials::table)
-            .filter(mcp_service_table::instance_id.eq(instance_id))
-            .filter(mcp_service_table::oauth_status.eq(OauthStatus::Completed))
-            .filter(mcp_table::mcp_service_name.eq(service_name))
-            .select((
-                Self::as_select(),
-                McpService::as_select(),
-                McpCredential::as_select(),
-            ))
-            .first(conn)
-            .optional()
-    }
-
     /// Lists a user's instances.
     pub fn list_by_user(
         conn: &mut PgConnection,
@@ -286,10 +277,13 @@ impl McpInstance {
             .filter(mcp_service_table::user_id.eq(user_id))
             .select(InstanceDetails::as_select())
             .into_boxed();
-        // Four statements, each prepared once. One with `$1 IS NULL OR …` would read all instances
-        // of the user when PostgreSQL chooses a generic plan.
+        // A statement for each set of filters, prepared once. One with `$1 IS NULL OR …` would read
+        // all instances of the user when PostgreSQL chooses a generic plan.
         if let Some(status) = filter.status {
             rows = rows.filter(mcp_service_table::status.eq(status));
+        }
+        if let Some(oauth_status) = filter.oauth_status {
+            rows = rows.filter(mcp_service_table::oauth_status.eq(oauth_status));
         }
         if let Some(service_name) = filter.service_name {
             rows = rows.filter(mcp_table::mcp_service_name.eq(service_name));
@@ -307,23 +301,13 @@ impl McpInstance {
             .get_result(conn)
     }
 
-    /// Counts one call, made now, and returns whether the instance exists. The version stays.
-    ///
-    /// One prepared statement that touches no index. It locks the row until the transaction ends,
-    /// so run it outside a transaction: other calls of this instance wait for the lock.
-    pub fn record_call(conn: &mut PgConnection, instance_id: InstanceId) -> QueryResult<bool> {
-        RecordCall { instance_id }
-            .execute(conn)
-            .map(|updated| updated == 1)
-    }
-
     /// Activates a user's instance. It counts against the plan once its authorization is completed.
     ///
     /// One transaction. Locks the plan, then the instance.
     ///
     /// # Errors
-    /// `LimitReached`, `PlanExpired`, `PlanMissing`, `NotFound`; `InstanceExpired`, then use
-    /// [`renew`](Self::renew).
+    /// `LimitReached`, `PlanExpired`, `PlanMissing`, `UserInactive`, `NotFound`; `InstanceExpired`,
+    /// then use [`renew`](Self::renew).
     pub fn activate(
         conn: &mut PgConnection,
         instance_id: InstanceId,
@@ -367,8 +351,8 @@ impl McpInstance {
     /// `mcp_service_table_active_limit_update` is immediate, even if the caller had deferred it.
     ///
     /// # Errors
-    /// `LimitReached`, `PlanExpired`, `PlanMissing`, `InstanceExpired`; `NotFound`, also if both
-    /// are the same instance. Neither is changed.
+    /// `LimitReached`, `PlanExpired`, `PlanMissing`, `UserInactive`, `InstanceExpired`; `NotFound`,
+    /// also if both are the same instance. Neither is changed.
     pub fn swap(
         conn: &mut PgConnection,
         user_id: UserId,
@@ -441,8 +425,8 @@ impl McpInstance {
     /// One transaction. Locks the plan, then the instance.
     ///
     /// # Errors
-    /// `LimitReached`, `PlanExpired`, `PlanMissing`, `NotFound`; `InstanceExpired` if `expires_at`
-    /// is past. Nothing is changed.
+    /// `LimitReached`, `PlanExpired`, `PlanMissing`, `UserInactive`, `NotFound`; `InstanceExpired` if
+    /// `expires_at` is past. Nothing is changed.
     pub fn renew(
         conn: &mut PgConnection,
         instance_id: InstanceId,
@@ -456,7 +440,8 @@ impl McpInstance {
                 mcp_service_table::table
                     .find(instance_id)
                     .filter(mcp_service_table::user_id.eq(user_id))
-                    .filter(end.is_null().or(end.gt(now))),
+                    .filter(end.is_null().or(end.gt(now)))
+                    .filter(exists(active_user(user_id))),
             )
             .set((
                 mcp_service_table::expires_at.eq(expires_at),
@@ -512,7 +497,8 @@ impl McpInstance {
                     mcp_service_table::expires_at
                         .is_null()
                         .or(mcp_service_table::expires_at.gt(now)),
-                ),
+                )
+                .filter(exists(active_user(user_id))),
         )
         .set(mcp_service_table::status.eq(InstanceStatus::Active))
         .returning(Self::as_returning())
@@ -522,41 +508,32 @@ impl McpInstance {
     }
 }
 
-/// Written by hand because Diesel caches no UPDATE of its query builder: PostgreSQL would parse and
-/// plan the hottest statement on every call.
-#[derive(QueryId)]
-struct RecordCall {
-    instance_id: InstanceId,
-}
-
-impl QueryFragment<Pg> for RecordCall {
-    fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
-        out.push_sql(
-            "UPDATE mcp_service_table SET usage_count = usage_count + 1, last_used_at = now() \
-              WHERE instance_id = ",
-        );
-        out.push_bind_param::<Uuid, _>(&self.instance_id)
-    }
-}
-
-impl RunQueryDsl<PgConnection> for RecordCall {}
-
 fn lock_plan(conn: &mut PgConnection, user_id: UserId) -> Result<UserPlan, InstanceError> {
     UserPlan::lock_by_user(conn, user_id)?.ok_or(InstanceError::PlanMissing)
 }
 
-/// Why an UPDATE found no row that is not expired.
+#[diesel::dsl::auto_type(no_type_alias)]
+fn active_user(user_id: UserId) -> _ {
+    users::table.find(user_id).filter(users::is_active)
+}
+
+/// Why an UPDATE found no row of an active user that is not expired.
 fn not_switched_on(
     conn: &mut PgConnection,
     instance_id: InstanceId,
     user_id: UserId,
 ) -> InstanceError {
-    let of_user = mcp_service_table::table
+    let user_is_active = mcp_service_table::table
         .find(instance_id)
-        .filter(mcp_service_table::user_id.eq(user_id));
-    match diesel::select(diesel::dsl::exists(of_user)).get_result(conn) {
-        Ok(true) => InstanceError::InstanceExpired,
-        Ok(false) => InstanceError::NotFound,
+        .filter(mcp_service_table::user_id.eq(user_id))
+        .inner_join(users::table)
+        .select(users::is_active)
+        .first(conn)
+        .optional();
+    match user_is_active {
+        Ok(Some(true)) => InstanceError::InstanceExpired,
+        Ok(Some(false)) => InstanceError::UserInactive,
+        Ok(None) => InstanceError::NotFound,
         Err(error) => error.into(),
     }
 }

@@ -15,6 +15,21 @@ use crate::models::Recorded;
 use crate::schema::mcp_table;
 
 /// A row of `mcp_table`: a service that users can connect to.
+///
+/// The services that a user can choose from, by name. The table is small:
+///
+/// ```no_run
+/// # use bruhmcp_db::models::McpService;
+/// # use bruhmcp_db::schema::mcp_table;
+/// # use diesel::prelude::*;
+/// # fn f(conn: &mut PgConnection) -> QueryResult<Vec<McpService>> {
+/// mcp_table::table
+///     .filter(mcp_table::is_active)
+///     .order(mcp_table::mcp_service_name)
+///     .select(McpService::as_select())
+///     .load(conn)
+/// # }
+/// ```
 #[derive(
     Debug, Clone, PartialEq, Eq, Serialize, Queryable, QueryableByName, Selectable, Identifiable,
 )]
@@ -35,7 +50,7 @@ pub struct McpService {
     pub port: i32,
     #[serde(rename = "type")]
     pub type_: AuthType,
-    /// `false`: no new instances. Existing ones keep working.
+    /// `false`: no new instances, and the existing ones can't be called.
     pub is_active: bool,
     /// Kept by triggers at commit; deleted instances count too.
     pub total_instances_created: i64,
@@ -130,8 +145,9 @@ impl McpService {
     /// Enables or disables a service and returns it; `None` if it doesn't exist. Call it as
     /// `app_admin`.
     ///
-    /// Disabling doesn't wait for open transactions, so an instance that one of them creates may
-    /// still appear.
+    /// A disabled service takes no new instance, and its instances can't be called. Disabling
+    /// doesn't wait for open transactions, so an instance that one of them creates may still
+    /// appear.
     pub fn set_enabled(
         conn: &mut PgConnection,
         mcp_service_id: ServiceId,

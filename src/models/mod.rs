@@ -30,14 +30,15 @@ pub use mcp_credentials::{
     OauthTokens,
 };
 pub use mcp_service_table::{
-    CredentialState, InstanceDetails, InstanceError, InstanceFilter, McpInstance, NewMcpInstance,
+    CredentialState, InstanceDetails, InstanceError, InstanceFilter, InstanceWithCredentials,
+    McpInstance, NewMcpInstance, NotCallable,
 };
 pub use mcp_table::{McpService, NewMcpService};
 pub use subscription_transactions::{
     NewRefund, NewSubscriptionTransaction, PaymentError, SubscriptionTransaction,
     SubscriptionTransactionChangeset,
 };
-pub use token_audit_log::{NewTokenAudit, TokenAudit};
+pub use token_audit_log::{AuditFilter, NewTokenAudit, TokenAudit};
 pub use user_billing_details::{BillingError, Card, NewUserBillingDetails, UserBillingDetails};
 pub use user_plans::{Downgrade, PlanError, ProPlan, UserPlan};
 pub use user_subscriptions::{

@@ -32,7 +32,9 @@ pub struct TokenAudit {
     pub method: Option<String>,
     pub error_type: Option<String>,
     pub error_message: Option<String>,
+    /// Details. Never a token, key, code or other secret: the row can't be changed for 90 days.
     pub metadata: Option<Value>,
+    /// Set by the database.
     pub created_at: DateTime<Utc>,
 }
 
@@ -68,6 +70,31 @@ impl<'a> NewTokenAudit<'a> {
     }
 }
 
+/// Restricts [`TokenAudit::list`]; the default restricts nothing.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[expect(missing_docs, reason = "each field is a value that the row must have")]
+pub struct AuditFilter<'a> {
+    pub instance_id: Option<InstanceId>,
+    pub user_id: Option<UserId>,
+    pub operation: Option<&'a str>,
+    pub status: Option<AuditStatus>,
+    /// The first time that is listed.
+    pub since: Option<DateTime<Utc>>,
+    /// The first time that is no longer listed.
+    pub until: Option<DateTime<Utc>>,
+}
+
+impl AuditFilter<'_> {
+    /// The log of an instance.
+    #[must_use]
+    pub fn of_instance(instance_id: InstanceId) -> Self {
+        Self {
+            instance_id: Some(instance_id),
+            ..Self::default()
+        }
+    }
+}
+
 #[diesel::declare_sql_function]
 extern "SQL" {
     fn cleanup_old_token_audit_logs(
@@ -87,19 +114,40 @@ impl TokenAudit {
             .get_result(conn)
     }
 
-    /// Lists the log of an instance.
-    pub fn list_by_instance(
+    /// Lists the log, or a part of it.
+    ///
+    /// There is an index for an instance, a user and the time. With only an operation or a status,
+    /// it reads as many rows as the times allow.
+    pub fn list(
         conn: &mut PgConnection,
-        instance_id: InstanceId,
+        filter: AuditFilter<'_>,
         page: Page<AuditId>,
     ) -> QueryResult<Vec<Self>> {
-        let rows = token_audit_log::table
-            .filter(token_audit_log::instance_id.eq(instance_id))
-            .select(Self::as_select());
+        let mut rows = token_audit_log::table
+            .select(Self::as_select())
+            .into_boxed();
+        if let Some(instance_id) = filter.instance_id {
+            rows = rows.filter(token_audit_log::instance_id.eq(instance_id));
+        }
+        if let Some(user_id) = filter.user_id {
+            rows = rows.filter(token_audit_log::user_id.eq(user_id));
+        }
+        if let Some(operation) = filter.operation {
+            rows = rows.filter(token_audit_log::operation.eq(operation));
+        }
+        if let Some(status) = filter.status {
+            rows = rows.filter(token_audit_log::status.eq(status));
+        }
+        if let Some(since) = filter.since {
+            rows = rows.filter(token_audit_log::created_at.ge(since));
+        }
+        if let Some(until) = filter.until {
+            rows = rows.filter(token_audit_log::created_at.lt(until));
+        }
         newest_first!(rows, token_audit_log, audit_id, page).load(conn)
     }
 
-    /// The row's position in [`list_by_instance`](Self::list_by_instance).
+    /// The row's position in [`list`](Self::list).
     #[must_use]
     pub fn cursor(&self) -> Cursor<AuditId> {
         Cursor {

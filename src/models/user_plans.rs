@@ -5,7 +5,7 @@ use diesel::pg::Pg;
 use diesel::prelude::*;
 use diesel::result::Error;
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::enums::{InstanceStatus, OauthStatus, PlanPaymentStatus, PlanType};
 use crate::error::violates;
@@ -14,6 +14,39 @@ use crate::models::{McpInstance, User};
 use crate::schema::{mcp_service_table, user_plans};
 
 /// A row of `user_plans`. Each user has exactly one.
+///
+/// A webhook names the subscription or the customer; each has its unique index:
+///
+/// ```no_run
+/// # use bruhmcp_db::models::UserPlan;
+/// # use bruhmcp_db::schema::user_plans;
+/// # use diesel::prelude::*;
+/// # fn f(conn: &mut PgConnection) -> QueryResult<()> {
+/// let of_subscription = user_plans::table.filter(user_plans::subscription_id.eq("sub_1"));
+/// let plan = of_subscription.select(UserPlan::as_select()).first(conn).optional()?;
+/// let of_customer = user_plans::table.filter(user_plans::customer_id.eq("cust_1"));
+/// let plan = of_customer.select(UserPlan::as_select()).first(conn).optional()?;
+/// # Ok(())
+/// # }
+/// ```
+///
+/// Plans that end within a week, first the one that ends first:
+///
+/// ```no_run
+/// # use bruhmcp_db::models::UserPlan;
+/// # use bruhmcp_db::schema::user_plans;
+/// # use chrono::{TimeDelta, Utc};
+/// # use diesel::prelude::*;
+/// # fn f(conn: &mut PgConnection) -> QueryResult<Vec<UserPlan>> {
+/// let now = Utc::now();
+/// user_plans::table
+///     .filter(user_plans::expires_at.between(now, now + TimeDelta::days(7)))
+///     .order((user_plans::expires_at, user_plans::plan_id))
+///     .limit(100)
+///     .select(UserPlan::as_select())
+///     .load(conn)
+/// # }
+/// ```
 #[derive(
     Debug, Clone, PartialEq, Eq, Serialize, Queryable, Selectable, Identifiable, Associations,
 )]
@@ -140,6 +173,30 @@ impl UserPlan {
             .get_result(conn)
             .optional()?
             .ok_or(PlanError::NotFound)
+    }
+
+    /// Sets one of the plan's features, or removes it (`None`), and keeps the others. Returns `None`
+    /// if the user has no plan.
+    ///
+    /// One statement, so that of two callers who set different features neither is lost.
+    pub fn set_feature(
+        conn: &mut PgConnection,
+        user_id: UserId,
+        name: &str,
+        value: Option<&Value>,
+    ) -> QueryResult<Option<Self>> {
+        let of_user = user_plans::table.filter(user_plans::user_id.eq(user_id));
+        let changed = match value {
+            Some(value) => diesel::update(of_user)
+                .set(user_plans::features.eq(user_plans::features.concat(json!({ name: value }))))
+                .returning(Self::as_returning())
+                .get_result(conn),
+            None => diesel::update(of_user)
+                .set(user_plans::features.eq(user_plans::features.remove(name)))
+                .returning(Self::as_returning())
+                .get_result(conn),
+        };
+        changed.optional()
     }
 
     /// Makes the plan free, without end and subscription; the customer stays. Returns `None` if the

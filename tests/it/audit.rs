@@ -3,7 +3,7 @@
 use bigdecimal::BigDecimal;
 use bruhmcp_db::enums::AuditStatus;
 use bruhmcp_db::ids::{InstanceId, UserId};
-use bruhmcp_db::models::{NewTokenAudit, TokenAudit};
+use bruhmcp_db::models::{AuditFilter, NewTokenAudit, TokenAudit};
 use bruhmcp_db::schema::{mcp_service_table, users};
 use bruhmcp_db::views::{TokenAuditSummary, token_audit_summary};
 use bruhmcp_db::{ConstraintViolation, Page};
@@ -45,7 +45,7 @@ fn the_log_is_listed_in_pages() {
     let mut seen = Vec::new();
     let mut page = Page::first(2);
     loop {
-        let listed = TokenAudit::list_by_instance(conn, instance, page).unwrap();
+        let listed = TokenAudit::list(conn, AuditFilter::of_instance(instance), page).unwrap();
         let Some(last) = listed.last() else { break };
         page = Page::after(last.cursor(), 2);
         seen.extend(listed);
@@ -66,18 +66,103 @@ fn the_log_is_listed_in_pages() {
     );
 }
 
+#[test]
+fn the_log_is_filtered() {
+    let database = database();
+    let conn = &mut database.connect();
+    let (instance, user) = (InstanceId::new(), UserId::new());
+    let mut insert = |user_id, operation, status| {
+        let new = NewTokenAudit {
+            user_id,
+            ..NewTokenAudit::new(instance, operation, status)
+        };
+        TokenAudit::insert(conn, &new).unwrap()
+    };
+    let rows = [
+        insert(Some(user), "refresh", AuditStatus::Success),
+        insert(Some(user), "refresh", AuditStatus::Failure),
+        insert(None, "refresh", AuditStatus::Failure),
+        insert(Some(UserId::new()), "revoke", AuditStatus::Success),
+    ];
+    append(conn, InstanceId::new(), "refresh", AuditStatus::Success);
+
+    let of_instance = AuditFilter::of_instance(instance);
+    let filters: [(AuditFilter<'_>, &[usize]); 8] = [
+        (of_instance, &[3, 2, 1, 0]),
+        (
+            AuditFilter {
+                user_id: Some(user),
+                ..AuditFilter::default()
+            },
+            &[1, 0],
+        ),
+        (
+            AuditFilter {
+                operation: Some("revoke"),
+                ..AuditFilter::default()
+            },
+            &[3],
+        ),
+        (
+            AuditFilter {
+                status: Some(AuditStatus::Failure),
+                ..AuditFilter::default()
+            },
+            &[2, 1],
+        ),
+        (
+            AuditFilter {
+                since: Some(rows[2].created_at),
+                ..of_instance
+            },
+            &[3, 2],
+        ),
+        (
+            AuditFilter {
+                until: Some(rows[2].created_at),
+                ..of_instance
+            },
+            &[1, 0],
+        ),
+        (
+            AuditFilter {
+                user_id: Some(user),
+                operation: Some("refresh"),
+                status: Some(AuditStatus::Success),
+                since: Some(rows[0].created_at),
+                until: Some(rows[3].created_at),
+                ..of_instance
+            },
+            &[0],
+        ),
+        (
+            AuditFilter {
+                operation: Some("refresh"),
+                since: Some(rows[3].created_at),
+                ..of_instance
+            },
+            &[],
+        ),
+    ];
+    for (filter, expected) in filters {
+        let expected: Vec<_> = expected.iter().map(|n| rows[*n].clone()).collect();
+        let listed = TokenAudit::list(conn, filter, Page::first(10)).unwrap();
+        assert_eq!(listed, expected, "{filter:?}");
+    }
+}
+
 /// Even with a generic plan, which PostgreSQL may choose for a prepared statement.
 #[test]
 fn a_page_reads_no_more_than_its_rows() {
     let database = database();
-    let instance = InstanceId::new();
+    let key = InstanceId::new();
     database
         .psql(&format!(
-            "INSERT INTO token_audit_log (instance_id, operation, status, created_at)
-             SELECT instance_id, 'refresh', 'success', now() - n * interval '1 minute'
-               FROM (SELECT '{instance}'::uuid AS instance_id
+            "INSERT INTO token_audit_log (instance_id, user_id, operation, status, created_at)
+             SELECT key, key, 'refresh', 'success', now() - n * interval '1 minute'
+               FROM (SELECT '{key}'::uuid AS key
                      UNION ALL
-                     SELECT gen_random_uuid() FROM generate_series(1, 199)) AS instances,
+                     SELECT gen_random_uuid() FROM generate_series(1, 199)) AS keys,
                     generate_series(1, 500) AS n;
              ANALYZE"
         ))
@@ -85,18 +170,31 @@ fn a_page_reads_no_more_than_its_rows() {
     let conn = &mut database.connect();
     conn.batch_execute("SET plan_cache_mode = force_generic_plan")
         .unwrap();
-    let mut page = Page::first(20);
-    for _ in 0..3 {
-        let rows = TokenAudit::list_by_instance(conn, instance, page).unwrap();
-        assert_eq!(rows.len(), 20);
-        page = Page::after(rows[19].cursor(), 20);
+    let of_user = AuditFilter {
+        user_id: Some(UserId(key.0)),
+        ..AuditFilter::default()
+    };
+    for (filter, index) in [
+        (AuditFilter::of_instance(key), "instance_id_created_at_idx"),
+        (of_user, "user_id_created_at_idx"),
+        (AuditFilter::default(), "created_at_idx"),
+    ] {
+        let mut page = Page::first(20);
+        for _ in 0..3 {
+            let rows = TokenAudit::list(conn, filter, page).unwrap();
+            assert_eq!(rows.len(), 20);
+            page = Page::after(rows[19].cursor(), 20);
+        }
+        conn.batch_execute("SELECT pg_stat_force_next_flush()")
+            .unwrap();
+        let read = format!(
+            "SELECT idx_tup_read FROM pg_stat_user_indexes
+              WHERE indexrelname = 'token_audit_log_{index}'"
+        );
+        let read: i64 = database.psql(&read).unwrap().trim().parse().unwrap();
+        // Rows with the same time are sorted by their key.
+        assert!((60..=1000).contains(&read), "{index}: {read} entries");
     }
-    conn.batch_execute("SELECT pg_stat_force_next_flush()")
-        .unwrap();
-    let read = "SELECT idx_tup_read FROM pg_stat_user_indexes
-                 WHERE indexrelname = 'token_audit_log_instance_id_created_at_idx'";
-    let read: i64 = database.psql(read).unwrap().trim().parse().unwrap();
-    assert!((60..=66).contains(&read), "{read} index entries");
 }
 
 #[test]
@@ -189,6 +287,6 @@ fn old_rows_are_purged_in_batches() {
         .map(|_| as_admin(conn, |conn| TokenAudit::purge(conn, 2)).unwrap())
         .collect();
     assert_eq!(batches, [2, 2, 1, 0]);
-    let left = TokenAudit::list_by_instance(conn, instance, Page::first(10)).unwrap();
+    let left = TokenAudit::list(conn, AuditFilter::of_instance(instance), Page::first(10)).unwrap();
     assert_eq!(left, [kept]);
 }

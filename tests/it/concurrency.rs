@@ -1,14 +1,18 @@
 //! Many connections at once: the plan's limit, the lock order, the counters.
 
 use std::error::Error;
-use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
+use std::thread;
 
 use bruhmcp_db::enums::{OauthStatus, PlanPaymentStatus};
 use bruhmcp_db::ids::{InstanceId, ServiceId, UserId};
 use bruhmcp_db::models::{
-    InstanceError, InstanceFilter, McpCredential, McpInstance, OauthTokens, User, UserPlan,
+    InstanceError, InstanceFilter, McpCredential, McpInstance, NewMcpInstance, OauthTokens, User,
+    UserPlan,
 };
-use bruhmcp_db::{Isolation, Page, SecretText, is_transient, retry_transaction};
+use bruhmcp_db::{
+    ConstraintViolation, Isolation, Page, SecretText, is_transient, retry_transaction,
+};
 use chrono::{TimeDelta, Utc};
 use diesel::connection::SimpleConnection;
 use diesel::pg::PgConnection;
@@ -17,8 +21,8 @@ use diesel::result::{DatabaseErrorKind, Error::DatabaseError};
 use uuid::Uuid;
 
 use crate::fixtures::{
-    authorize, create, create_inactive, create_pending, find, pro_user, sealed, service, upgrade,
-    user,
+    authorize, create, create_inactive, create_pending, find, oauth, pro_user, sealed, service,
+    upgrade, user,
 };
 use crate::support::{self, TestDatabase};
 
@@ -92,6 +96,134 @@ pub(crate) fn assert_counters_right(database: &TestDatabase) {
                   GROUP BY mcp_table.mcp_service_id
                  HAVING active_instances_count <> count(instance_id)";
     assert_eq!(database.psql(wrong).unwrap(), "");
+}
+
+/// Starts `late` beside a transaction that has run `early`, which commits once `late` waits for it or
+/// has ended. Returns what became of `late`, whose snapshot is older than that commit.
+fn beside_uncommitted(
+    database: &TestDatabase,
+    isolation: Isolation,
+    early: &str,
+    late: &str,
+) -> QueryResult<()> {
+    let level = match isolation {
+        Isolation::ReadCommitted => "READ COMMITTED",
+        Isolation::RepeatableRead => "REPEATABLE READ",
+        Isolation::Serializable => "SERIALIZABLE",
+    };
+    let begin = format!("BEGIN ISOLATION LEVEL {level}; SELECT FROM users LIMIT 1");
+    let (first, second) = (
+        &mut database.connect_as_owner(),
+        &mut database.connect_as_owner(),
+    );
+    first.batch_execute(&begin).unwrap();
+    first.batch_execute(early).unwrap();
+    second.batch_execute(&begin).unwrap();
+    let ended = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let running = scope.spawn(|| {
+            let outcome = second.batch_execute(late);
+            ended.store(true, Ordering::Release);
+            let end = if outcome.is_ok() {
+                "COMMIT"
+            } else {
+                "ROLLBACK"
+            };
+            outcome.and(second.batch_execute(end))
+        });
+        let waits = "SELECT count(*) FROM pg_stat_activity
+                      WHERE datname = current_database() AND wait_event_type = 'Lock'";
+        while !ended.load(Ordering::Acquire) && database.psql(waits).unwrap() == "0\n" {
+            thread::yield_now();
+        }
+        first.batch_execute("COMMIT").unwrap();
+        running.join().unwrap()
+    })
+}
+
+/// The instances whose copy of the status differs from their credentials'.
+fn unsynced(database: &TestDatabase) -> String {
+    let sql = "SELECT i.oauth_status, c.oauth_status
+                 FROM mcp_service_table AS i LEFT JOIN mcp_credentials AS c USING (instance_id)
+                WHERE i.oauth_status <> coalesce(c.oauth_status, 'pending')";
+    database.psql(sql).unwrap()
+}
+
+#[test]
+fn the_copy_of_the_status_follows_at_each_isolation_level() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let user = pro_user(conn);
+    let gmail = service(conn, "gmail", 4001);
+    for isolation in ISOLATIONS {
+        let id = create(conn, user, gmail).unwrap();
+        let delete = format!("DELETE FROM mcp_credentials WHERE instance_id = '{id}'");
+        let [pending, completed] = ["'pending', NULL", "'completed', now()"].map(|status| {
+            format!(
+                "INSERT INTO mcp_credentials
+                     (instance_id, api_key, oauth_status, oauth_completed_at)
+                 VALUES ('{id}', decode(repeat('aa', 40), 'hex'), {status})"
+            )
+        });
+        let [complete, fail] = ["completed", "failed"].map(|status| {
+            format!(
+                "UPDATE mcp_service_table SET oauth_status = '{status}' WHERE instance_id = '{id}'"
+            )
+        });
+        database.psql(&delete).unwrap();
+        for (early, late) in [
+            (&pending, &complete),
+            (&delete, &fail),
+            (&completed, &fail),
+            // Other credentials take the place of those that are being deleted.
+            (&delete, &completed),
+            (&delete, &pending),
+        ] {
+            let outcome = beside_uncommitted(&database, isolation, early, late);
+            let case = format!("{isolation:?}: {early}, {late}: {outcome:?}");
+            assert_eq!(unsynced(&database), "", "{case}");
+            let rule = "mcp_service_table_oauth_status_synced";
+            match outcome {
+                Ok(()) => assert!(late.starts_with("INSERT"), "{case}"),
+                Err(error) => assert!(
+                    ConstraintViolation::of(&error).is_some_and(|violated| violated.is(rule))
+                        || (is_transient(&error) && isolation != Isolation::ReadCommitted),
+                    "{case}"
+                ),
+            }
+        }
+    }
+    assert_counters_right(&database);
+}
+
+/// Whoever comes first: an anonymised user has no instance.
+#[test]
+fn an_anonymised_user_gets_no_instance() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let gmail = service(conn, "gmail", 4001);
+    for isolation in ISOLATIONS {
+        for _ in 0..10 {
+            let id = user(conn);
+            let created = support::at_once(&database, 4, |n, conn| {
+                retry_transaction(conn, isolation, |conn| match n {
+                    0 => User::anonymise(conn, id).map(drop).map_err(Into::into),
+                    1 => create(conn, id, gmail).map(drop),
+                    _ => McpInstance::create(conn, &NewMcpInstance::new(id, gmail), &oauth())
+                        .map(drop),
+                })
+            });
+            for outcome in &created[1..] {
+                assert!(
+                    matches!(outcome, Ok(()) | Err(InstanceError::UserInactive)),
+                    "{isolation:?}: {outcome:?}"
+                );
+            }
+            assert!(created[0].is_ok(), "{isolation:?}: {created:?}");
+            assert_eq!(instances(conn, id).unwrap(), [], "{isolation:?}");
+        }
+    }
+    assert_counters_right(&database);
 }
 
 /// A small random number generator (Knuth's LCG). The same seed gives the same numbers.
@@ -189,7 +321,7 @@ impl World {
                 refused(McpInstance::renew(conn, id, user, Some(end)))
             }
             (9, _) => refused(McpInstance::rename(conn, id, user, version, Some("Work"))),
-            (10, _) => McpInstance::record_call(conn, id).map(drop),
+            (10, _) => McpInstance::record_call(conn, id, None).map(drop),
             (_, None) => Ok(()),
             (11 | 12, Some(row)) => {
                 let state = SecretText::new(Uuid::new_v4());
@@ -407,7 +539,9 @@ fn calls_are_counted_in_place() {
 
     let (all_before, hot_before) = count(conn);
     for n in 0..500 {
-        assert!(McpInstance::record_call(conn, ids[n % 5]).unwrap());
+        McpInstance::record_call(conn, ids[n % 5], None)
+            .unwrap()
+            .unwrap();
     }
     let (all, hot) = count(conn);
     assert_eq!(all - all_before, 500);
@@ -428,7 +562,7 @@ fn calls_from_everywhere_are_all_counted() {
     let id = create(conn, user, gmail).unwrap();
     support::at_once(&database, 8, |_, conn| {
         for _ in 0..50 {
-            assert!(McpInstance::record_call(conn, id).unwrap());
+            McpInstance::record_call(conn, id, None).unwrap().unwrap();
         }
     });
     assert_eq!(find(conn, id).usage_count, 400);

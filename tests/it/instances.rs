@@ -4,7 +4,7 @@ use bruhmcp_db::enums::{AuthType, InstanceStatus, OauthStatus};
 use bruhmcp_db::ids::{InstanceId, ServiceId, UserId};
 use bruhmcp_db::models::{
     InstanceError, InstanceFilter, McpCredential, McpInstance, McpService, NewMcpInstance,
-    NewMcpService, Recorded, User,
+    NewMcpService, NotCallable, Recorded, User,
 };
 use bruhmcp_db::schema::mcp_credentials;
 use bruhmcp_db::{ConstraintViolation, Page, SecretText};
@@ -13,8 +13,8 @@ use diesel::connection::SimpleConnection;
 use diesel::prelude::*;
 
 use crate::fixtures::{
-    api_key, authorize, create, create_inactive, create_pending, find, new_service, pro_user,
-    sealed, service, upgrade, user,
+    api_key, authorize, create, create_inactive, create_pending, find, new_service, oauth,
+    pro_user, service, upgrade, user,
 };
 use crate::support::{self, TestDatabase, as_admin};
 
@@ -317,27 +317,128 @@ fn an_instance_is_found_by_its_owner_only() {
     assert_eq!(details.credentials, None);
 }
 
+/// Brings an instance of the user and of Gmail into a state, and back.
+const NOT_CALLABLE: [(NotCallable, &str, &str); 7] = [
+    (
+        NotCallable::UserInactive,
+        "UPDATE users SET is_active = false",
+        "UPDATE users SET is_active = true",
+    ),
+    (
+        NotCallable::ServiceDisabled,
+        "UPDATE mcp_table SET is_active = false",
+        "UPDATE mcp_table SET is_active = true",
+    ),
+    (
+        NotCallable::Expired,
+        "UPDATE mcp_service_table SET status = 'expired'",
+        "UPDATE mcp_service_table SET status = 'active'",
+    ),
+    (
+        NotCallable::Expired,
+        "UPDATE mcp_service_table SET expires_at = now()",
+        "UPDATE mcp_service_table SET expires_at = now() + interval '1 hour'",
+    ),
+    (
+        NotCallable::Inactive,
+        "UPDATE mcp_service_table SET status = 'inactive'",
+        "UPDATE mcp_service_table SET status = 'active'",
+    ),
+    (
+        NotCallable::NotAuthorized(OauthStatus::Failed),
+        "UPDATE mcp_credentials SET oauth_status = 'failed'",
+        "UPDATE mcp_credentials SET oauth_status = 'completed'",
+    ),
+    (
+        NotCallable::NotAuthorized(OauthStatus::Pending),
+        "DELETE FROM mcp_credentials",
+        "INSERT INTO mcp_credentials (instance_id, api_key, oauth_status, oauth_completed_at)
+         SELECT instance_id, decode(repeat('aa', 40), 'hex'), 'completed', now()
+           FROM mcp_service_table",
+    ),
+];
+
 #[test]
-fn the_gateway_finds_completed_instances_only() {
+fn what_may_not_be_called_is_refused_with_the_reason() {
     let database = support::database();
     let conn = &mut database.connect();
-    let user = pro_user(conn);
+    let (owner, other) = (user(conn), user(conn));
     let gmail = service(conn, "gmail", 4001);
     service(conn, "slack", 4002);
-    let id = create_pending(conn, user, gmail);
-    let mut find = |name| McpInstance::find_with_credentials(conn, id, name).unwrap();
-    assert_eq!(find("gmail"), None);
+    let id = create(conn, owner, gmail).unwrap();
+    let mut refused = |id, name, caller| {
+        let found = McpInstance::find_with_credentials(conn, id, name, caller).unwrap();
+        let found = found.map(|(instance, service, credential)| {
+            assert_eq!(instance.instance_id, id);
+            assert_eq!(service.mcp_service_name, name);
+            assert_eq!(credential.instance_id, id);
+        });
+        let before = McpInstance::find(conn, id).unwrap();
+        let recorded = McpInstance::record_call(conn, id, caller).unwrap();
+        let calls = McpInstance::find(conn, id).unwrap();
+        let calls = calls.map_or(0, |after| after.usage_count - before.unwrap().usage_count);
+        assert_eq!(calls, i64::from(recorded.is_ok()));
+        if name == "gmail" {
+            assert_eq!(found, recorded);
+        }
+        let any = McpInstance::find_in_any_state(conn, id, caller).unwrap();
+        if let Some(any) = any.filter(|_| name == "gmail") {
+            assert_eq!(any.instance.instance_id, id);
+            assert_eq!(any.not_callable, found.err());
+        }
+        found.err()
+    };
+    for caller in [None, Some(owner)] {
+        assert_eq!(refused(id, "gmail", caller), None);
+        for (reason, into, back) in NOT_CALLABLE {
+            database.psql(into).unwrap();
+            assert_eq!(refused(id, "gmail", caller), Some(reason), "{into}");
+            database.psql(back).unwrap();
+            assert_eq!(refused(id, "gmail", caller), None, "{back}");
+        }
+        assert_eq!(refused(id, "slack", caller), Some(NotCallable::NotFound));
+    }
+    assert_eq!(
+        refused(id, "gmail", Some(other)),
+        Some(NotCallable::NotFound)
+    );
+    let unknown = InstanceId::new();
+    assert_eq!(refused(unknown, "gmail", None), Some(NotCallable::NotFound));
 
-    authorize(&mut database.connect(), user, id, OauthStatus::Completed).unwrap();
-    let (instance, service, credential) = find("gmail").unwrap();
-    assert_eq!(instance.instance_id, id);
-    assert_eq!(service.mcp_service_name, "gmail");
-    assert_eq!(credential.client_secret, Some(sealed()));
-    assert_eq!(find("slack"), None);
+    // An expired plan refuses activations only.
+    upgrade(conn, owner, Some(Utc::now() - TimeDelta::seconds(1)));
+    McpInstance::record_call(conn, id, None).unwrap().unwrap();
+    let none = McpInstance::find_in_any_state(conn, id, Some(other)).unwrap();
+    assert_eq!(none, None);
+}
 
-    McpInstance::deactivate(&mut database.connect(), id, user).unwrap();
-    let (instance, ..) = find("gmail").unwrap();
-    assert_eq!(instance.status, InstanceStatus::Inactive);
+#[test]
+fn an_inactive_user_gets_no_instance() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let (owner, gmail) = (user(conn), service(conn, "gmail", 4001));
+    let (on, off) = (
+        create(conn, owner, gmail).unwrap(),
+        create_inactive(conn, owner, gmail),
+    );
+    User::deactivate(conn, owner).unwrap();
+    let refusals = [
+        create(conn, owner, gmail).map(drop),
+        McpInstance::create(conn, &NewMcpInstance::new(owner, gmail), &oauth()).map(drop),
+        McpInstance::activate(conn, off, owner).map(drop),
+        McpInstance::renew(conn, off, owner, None).map(drop),
+        McpInstance::swap(conn, owner, on, off).map(drop),
+    ];
+    for refusal in refusals {
+        assert!(
+            matches!(refusal, Err(InstanceError::UserInactive)),
+            "{refusal:?}"
+        );
+    }
+    assert_eq!(find(conn, on).status, InstanceStatus::Active);
+    User::reactivate(conn, owner).unwrap();
+    McpInstance::swap(conn, owner, on, off).unwrap();
+    create_pending(conn, owner, gmail);
 }
 
 #[test]
@@ -391,9 +492,15 @@ fn a_list_is_newest_first_in_pages_and_filtered() {
     assert_eq!(list(slack, first).len(), 3);
     let both = InstanceFilter {
         status: inactive.status,
-        service_name: slack.service_name,
+        ..slack
     };
     assert_eq!(list(both, first).len(), 1);
+    let of_status = |oauth_status| InstanceFilter {
+        oauth_status: Some(oauth_status),
+        ..slack
+    };
+    assert_eq!(list(of_status(OauthStatus::Completed), first).len(), 3);
+    assert_eq!(list(of_status(OauthStatus::Pending), first), []);
 }
 
 /// Even with a generic plan, which PostgreSQL may choose for a prepared statement.
@@ -440,8 +547,9 @@ fn a_call_is_counted_and_leaves_the_version() {
     let before = find(conn, id);
     assert_eq!((before.usage_count, before.last_used_at), (0, None));
 
-    assert!(McpInstance::record_call(conn, id).unwrap());
-    assert!(McpInstance::record_call(conn, id).unwrap());
+    for caller in [None, Some(user)] {
+        McpInstance::record_call(conn, id, caller).unwrap().unwrap();
+    }
     let after = find(conn, id);
     assert_eq!(after.usage_count, 2);
     assert!(after.last_used_at.unwrap() > before.created_at);
@@ -449,7 +557,6 @@ fn a_call_is_counted_and_leaves_the_version() {
         (after.version, after.last_modified),
         (before.version, before.last_modified)
     );
-    assert!(!McpInstance::record_call(conn, InstanceId::new()).unwrap());
 
     // It is prepared once.
     let prepared = diesel::sql_query(
@@ -573,7 +680,7 @@ fn a_name_is_changed_from_the_latest_version_only() {
             .is("mcp_service_table_custom_name_check")
     );
 
-    McpInstance::record_call(conn, id).unwrap();
+    McpInstance::record_call(conn, id, None).unwrap().unwrap();
     let unnamed = McpInstance::rename(conn, id, owner, renamed.version, None).unwrap();
     assert_eq!(unnamed.custom_name, None);
 }

@@ -318,6 +318,9 @@ pub(crate) static OPERATIONS: &[Operation] = &[
         Ok(AuthToken::purge(conn, TimeDelta::minutes(1), 100)? > 0)
     }),
     // user_plans
+    operation("UserPlan::set_feature", |conn| {
+        Ok(UserPlan::set_feature(conn, USER, "beta", Some(&json!(true)))?.is_some())
+    }),
     operation("UserPlan::upgrade", |conn| {
         let pro = ProPlan {
             subscription_id: Some("sub_2"),
@@ -567,6 +570,11 @@ pub(crate) static OPERATIONS: &[Operation] = &[
         let version = instance.map_or(0, |instance| instance.version);
         Ok(McpInstance::rename(conn, AUTHORISED, USER, version, Some("Work")).map(|_| true)?)
     }),
+    operation("McpInstance::rename, pending", |conn| {
+        let instance = McpInstance::find(conn, PENDING)?;
+        let version = instance.map_or(0, |instance| instance.version);
+        Ok(McpInstance::rename(conn, PENDING, USER, version, Some("Work")).map(|_| true)?)
+    }),
     operation("McpInstance::renew", |conn| {
         Ok(McpInstance::renew(conn, DUE, USER, None).map(|_| true)?)
     }),
@@ -577,10 +585,7 @@ pub(crate) static OPERATIONS: &[Operation] = &[
         Ok(McpInstance::delete(conn, PENDING, USER)?)
     }),
     operation("McpInstance::record_call", |conn| {
-        Ok(McpInstance::record_call(conn, AUTHORISED)?)
-    }),
-    operation("McpInstance::record_call, pending", |conn| {
-        Ok(McpInstance::record_call(conn, PENDING)?)
+        Ok(McpInstance::record_call(conn, AUTHORISED, Some(USER))?.is_ok())
     }),
     operation("McpInstance::expire_due", |conn| {
         Ok(!McpInstance::expire_due(conn, 10)?.is_empty())
@@ -911,12 +916,12 @@ fn no_two_operations_run_into_a_deadlock() {
 /// Compositions that lock rows in the opposite order to the operation beside them.
 const AGAINST_THE_ORDER: &[(&str, &str, &str)] = &[
     (
-        "McpInstance::record_call, pending",
+        "McpInstance::rename, pending",
         "McpCredential::fail_oauth",
         "McpCredential::fail_oauth",
     ),
     (
-        "McpInstance::record_call, pending",
+        "McpInstance::rename, pending",
         "McpCredential::consume_state",
         "McpInstance::delete, pending",
     ),

@@ -351,7 +351,12 @@ fn audit_log() {
     );
     assert_eq!(audit.error_message.as_deref(), new.error_message);
     assert_eq!(audit.metadata.as_ref(), new.metadata);
-    let listed = TokenAudit::list_by_instance(conn, new.instance_id, Page::first(2)).unwrap();
+    let listed = TokenAudit::list(
+        conn,
+        AuditFilter::of_instance(new.instance_id),
+        Page::first(2),
+    )
+    .unwrap();
     assert_eq!(listed, [audit]);
 }
 

@@ -124,7 +124,7 @@ fn a_locked_instance_is_skipped() {
     all_due(conn);
     other
         .transaction(|other| {
-            McpInstance::record_call(other, locked)?;
+            McpInstance::deactivate(other, locked, user)?;
             // The first service has only a locked row.
             assert_eq!(ids(&McpInstance::expire_due(conn, 10)?), [free]);
             assert_eq!(McpInstance::expire_due(conn, 10)?, []);

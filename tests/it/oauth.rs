@@ -6,8 +6,8 @@ use bruhmcp_db::crypto::SecretColumn;
 use bruhmcp_db::enums::{AuditStatus, InstanceStatus, OauthStatus};
 use bruhmcp_db::ids::CredentialId;
 use bruhmcp_db::models::{
-    CompletedInstance, CredentialError, McpCredential, McpInstance, McpService, OauthTokens,
-    TokenAudit,
+    AuditFilter, CompletedInstance, CredentialError, McpCredential, McpInstance, McpService,
+    OauthTokens, TokenAudit,
 };
 use bruhmcp_db::schema::{mcp_credentials, mcp_service_table};
 use bruhmcp_db::{Isolation, Page, SecretText, is_transient, retry_transaction};
@@ -101,7 +101,12 @@ fn an_authorization_from_first_to_last() {
     let row = McpCredential::refresh_refused(conn, &row).unwrap();
     assert_eq!(row.oauth_status, OauthStatus::Expired);
     assert_eq!(find_instance(conn, &new).oauth_status, OauthStatus::Expired);
-    let log = TokenAudit::list_by_instance(conn, new.instance_id, Page::first(10)).unwrap();
+    let log = TokenAudit::list(
+        conn,
+        AuditFilter::of_instance(new.instance_id),
+        Page::first(10),
+    )
+    .unwrap();
     let log: Vec<_> = log
         .iter()
         .map(|row| (row.status, row.error_type.as_deref()))
@@ -416,7 +421,12 @@ fn changes_are_guarded_by_the_version() {
         );
     }
     // None of them was refreshed.
-    let log = TokenAudit::list_by_instance(conn, oauth.instance_id, Page::first(10)).unwrap();
+    let log = TokenAudit::list(
+        conn,
+        AuditFilter::of_instance(oauth.instance_id),
+        Page::first(10),
+    )
+    .unwrap();
     assert_eq!(log, []);
 }
 
@@ -607,7 +617,7 @@ fn a_locked_user_is_skipped_by_the_queue_and_waited_for_by_others() {
         assert_eq!(claim(conn), [mine.credential_id, theirs.credential_id]);
         let other = &mut database.connect();
         other.batch_execute("SET lock_timeout = '50ms'")?;
-        assert!(McpInstance::record_call(other, mine.instance_id)?);
+        McpInstance::record_call(other, mine.instance_id, None)?.unwrap();
         other.batch_execute("UPDATE users SET last_login_at = now()")?;
         assert!(lock(other).is_err());
         QueryResult::Ok(())

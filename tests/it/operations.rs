@@ -496,7 +496,9 @@ fn move_by_logical_replication() {
 
     let old_conn = &mut connect(&old_url);
     fixtures::create(old_conn, USER, GMAIL).unwrap();
-    McpInstance::record_call(old_conn, KEYED).unwrap();
+    McpInstance::record_call(old_conn, KEYED, None)
+        .unwrap()
+        .unwrap();
     let another = fixtures::user(old_conn);
     User::deactivate(old_conn, another).unwrap();
     caught_up(&old_url);
@@ -797,7 +799,10 @@ static READS: &[Named] = &[
         Ok(McpInstance::find_by_user(conn, KEYED, USER)?.is_some())
     }),
     ("McpInstance::find_with_credentials", |conn| {
-        Ok(McpInstance::find_with_credentials(conn, KEYED, "gmail")?.is_some())
+        Ok(McpInstance::find_with_credentials(conn, KEYED, "gmail", Some(USER))?.is_ok())
+    }),
+    ("McpInstance::find_in_any_state", |conn| {
+        Ok(McpInstance::find_in_any_state(conn, KEYED, None)?.is_some())
     }),
     ("McpInstance::list_by_user", |conn| {
         let filter = InstanceFilter::default();
@@ -819,8 +824,8 @@ static READS: &[Named] = &[
         let ring = KeyRing::new([(9, &[9; 32][..])])?;
         Ok(McpCredential::count_to_reseal(conn, &ring)? > 0)
     }),
-    ("TokenAudit::list_by_instance", |conn| {
-        Ok(!TokenAudit::list_by_instance(conn, KEYED, Page::first(1))?.is_empty())
+    ("TokenAudit::list", |conn| {
+        Ok(!TokenAudit::list(conn, AuditFilter::of_instance(KEYED), Page::first(1))?.is_empty())
     }),
     ("TokenAuditSummary::list_by_instance", |conn| {
         Ok(!TokenAuditSummary::list_by_instance(conn, KEYED)?.is_empty())
@@ -1006,7 +1011,7 @@ fn all_operations_through(program: &OsStr, settings: &str, cache: Option<CacheSi
                     retry_transaction(conn, Isolation::Serializable, |conn| {
                         conn.batch_execute("SET LOCAL statement_timeout = '5s'")?;
                         UserPlan::find_by_user(conn, plan.user_id)?;
-                        McpInstance::record_call(conn, KEYED)
+                        McpInstance::record_call(conn, KEYED, None).map(Result::unwrap)
                     })
                     .unwrap();
                 }

@@ -9,6 +9,7 @@ use bruhmcp_db::ids::UserId;
 use bruhmcp_db::models::{McpInstance, PlanError, ProPlan, UserPlan};
 use chrono::{DateTime, TimeDelta, Utc};
 use diesel::connection::SimpleConnection;
+use serde_json::{Value, json};
 
 use crate::fixtures::{
     create, create_inactive, create_pending, find, pro_user, service, upgrade, user,
@@ -209,4 +210,47 @@ fn eight_workers_expire_each_plan_once() {
     }
     assert_eq!(expired.len(), due.len());
     assert_eq!(expired.into_iter().collect::<HashSet<_>>(), due);
+}
+
+#[test]
+fn a_feature_is_switched_beside_the_others() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let user = user(conn);
+    let mut set = |name, value: Option<Value>| {
+        let plan = UserPlan::set_feature(conn, user, name, value.as_ref()).unwrap();
+        plan.unwrap().features
+    };
+    assert_eq!(set("beta", Some(json!(true))), json!({"beta": true}));
+    assert_eq!(
+        set("limits", Some(json!({"calls": 9}))),
+        json!({"beta": true, "limits": {"calls": 9}})
+    );
+    // A feature is replaced as a whole.
+    assert_eq!(
+        set("limits", Some(json!({"users": 2}))),
+        json!({"beta": true, "limits": {"users": 2}})
+    );
+    assert_eq!(
+        set("none", None),
+        json!({"beta": true, "limits": {"users": 2}})
+    );
+    assert_eq!(set("beta", None), json!({"limits": {"users": 2}}));
+    let nobody = UserPlan::set_feature(conn, UserId::new(), "beta", None);
+    assert_eq!(nobody.unwrap(), None);
+}
+
+#[test]
+fn no_feature_is_lost_when_many_are_switched_at_once() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let user = user(conn);
+    support::at_once(&database, 8, |n, conn| {
+        for i in 0..10 {
+            let name = format!("{n}.{i}");
+            UserPlan::set_feature(conn, user, &name, Some(&json!(i))).unwrap();
+        }
+    });
+    let plan = UserPlan::find_by_user(conn, user).unwrap().unwrap();
+    assert_eq!(plan.features.as_object().unwrap().len(), 80);
 }

@@ -257,8 +257,18 @@ const VIOLATIONS: &[(&str, &str)] = &[
     ("mcp_service_table_renewed_count_check", "UPDATE mcp_service_table SET renewed_count = -1"),
     ("mcp_service_table_oauth_status_synced",
         "UPDATE mcp_service_table SET oauth_status = 'completed' WHERE instance_id = :i2"),
+    ("mcp_service_table_oauth_status_synced",
+        "DELETE FROM mcp_credentials WHERE credential_id = :k2;
+        UPDATE mcp_service_table SET oauth_status = 'failed' WHERE instance_id = :i2"),
+    ("mcp_service_table_oauth_status_synced",
+        "INSERT INTO mcp_service_table (user_id, mcp_service_id, oauth_status)
+        VALUES (:u2, :m1, 'completed')"),
     ("mcp_service_table_service_fixed",
         "UPDATE mcp_service_table SET mcp_service_id = :m2 WHERE instance_id = :i1"),
+    ("mcp_service_table_user_fixed",
+        "UPDATE mcp_service_table SET user_id = :u1 WHERE instance_id = :i2"),
+    ("mcp_service_table_user_inactive", "UPDATE users SET is_active = false WHERE id = :u2;
+        INSERT INTO mcp_service_table (user_id, mcp_service_id) VALUES (:u2, :m1)"),
     ("mcp_table_service_disabled",
         "INSERT INTO mcp_service_table (user_id, mcp_service_id) VALUES (:u2, :m3)"),
 
@@ -306,6 +316,12 @@ const VIOLATIONS: &[(&str, &str)] = &[
         VALUES (:i1, '', 'success')"),
     ("token_audit_log_append_only", "UPDATE token_audit_log SET operation = 'y'"),
     ("token_audit_log_append_only", "TRUNCATE token_audit_log"),
+    ("token_audit_log_not_from_the_future",
+        "INSERT INTO token_audit_log (instance_id, operation, status, created_at)
+        VALUES (:i1, 'x', 'success', '9999-01-01')"),
+    ("token_audit_log_not_from_the_future",
+        "INSERT INTO token_audit_log (instance_id, operation, status, created_at)
+        VALUES (:i1, 'x', 'success', '-infinity')"),
     ("token_audit_log_append_only",
         "DELETE FROM token_audit_log WHERE created_at > now() - interval '89 days'"),
 
@@ -318,6 +334,8 @@ const VIOLATIONS: &[(&str, &str)] = &[
     ("check_max_instances_for_plan", "UPDATE user_plans SET max_instances = NULL"),
     ("check_max_instances_for_plan", "UPDATE user_plans SET plan_type = 'pro'"),
     ("user_plans_features_check", "UPDATE user_plans SET features = '[]'"),
+    ("user_plans_user_fixed", "DELETE FROM user_plans WHERE user_id = :u2;
+        UPDATE user_plans SET user_id = :u2 WHERE user_id = :u1"),
     ("user_plans_subscription_id_key",
         "UPDATE user_plans SET subscription_id = 'sub_plan_1' WHERE user_id = :u2"),
     ("user_plans_customer_id_key",
@@ -328,15 +346,9 @@ const VIOLATIONS: &[(&str, &str)] = &[
     ("user_plan_active_limit",
         "UPDATE mcp_service_table SET status = 'active' WHERE instance_id = :i3"),
     ("user_plan_active_limit",
-        "INSERT INTO mcp_service_table (user_id, mcp_service_id, oauth_status)
-        VALUES (:u1, :m1, 'completed')"),
-    ("user_plan_active_limit",
-        "UPDATE mcp_credentials SET oauth_status = 'completed', oauth_completed_at = now()
-        WHERE credential_id = :k2; UPDATE mcp_service_table SET user_id = :u1
-            WHERE instance_id = :i2"),
-    ("user_plan_active_limit", "UPDATE mcp_service_table SET user_id = :u1 WHERE instance_id = :i2;
-        UPDATE mcp_credentials SET oauth_status = 'completed', oauth_completed_at = now()
-            WHERE credential_id = :k2"),
+        "INSERT INTO mcp_service_table (instance_id, user_id, mcp_service_id) VALUES (:i4, :u1, :m1);
+        INSERT INTO mcp_credentials (instance_id, api_key, oauth_status, oauth_completed_at)
+        VALUES (:i4, decode(repeat('aa', 40), 'hex'), 'completed', now())"),
     ("user_plan_expired", "UPDATE user_plans SET expires_at = now() WHERE user_id = :u2;
         UPDATE mcp_credentials SET oauth_status = 'completed', oauth_completed_at = now()
             WHERE credential_id = :k2"),

@@ -177,8 +177,8 @@ fn upgraded() {
     let before = verify(&database);
     let psql = database.client("psql");
     let old = Path::new(psql.get_program()).parent().unwrap();
-    let new = env::var_os("BRUHMCP_PG_18")
-        .filter(|_| query(&database, "SHOW server_version") < "18".into());
+    let new =
+        env::var_os("BRUHMCP_PG_18").filter(|_| *query(&database, "SHOW server_version") < *"18");
     let Some(new) = new else {
         return crate::support::skipped("needs a server below 18, and BRUHMCP_PG_18");
     };
