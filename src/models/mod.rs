@@ -44,7 +44,7 @@ pub use user_subscriptions::{
     NewUserSubscription, SubscriptionError, UserSubscription, UserSubscriptionChangeset,
 };
 pub use users::{InvalidEmail, NewUser, User, UserChangeset, UserError, canonical_email};
-pub use webhook_events::{NewWebhookEvent, WebhookEvent};
+pub use webhook_events::{MAX_WEBHOOK_ATTEMPTS, NewWebhookEvent, WebhookError, WebhookEvent};
 
 /// A row that is recorded once.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,6 +1,7 @@
 //! Users: people with an account.
 
 mod anonymise;
+mod export;
 
 use chrono::{DateTime, Utc};
 use diesel::dsl::now;
@@ -160,7 +161,7 @@ fn new_email(email: &str) -> Result<String, InvalidEmail> {
     Ok(email)
 }
 
-fn anonymised_email(id: UserId) -> String {
+pub(super) fn anonymised_email(id: UserId) -> String {
     format!("{id}{ANONYMISED_DOMAIN}")
 }
 
