@@ -6,7 +6,7 @@
 use std::error::Error;
 
 use bruhmcp_db::crypto::{KeyRing, SecretColumn};
-use bruhmcp_db::enums::{AuditStatus, AuthType, PaymentGateway, WebhookStatus};
+use bruhmcp_db::enums::{AuditStatus, AuthType, PaymentGateway};
 use bruhmcp_db::ids::{InstanceId, ServiceId, UserId};
 use bruhmcp_db::migrations::{self, Event};
 use bruhmcp_db::models::{
