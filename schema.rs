@@ -416,11 +416,18 @@ diesel::table! {
         payment_gateway -> PaymentGateway,
         /// When the event was processed, skipped or last failed; NULL exactly while pending.
         processed_at -> Nullable<Timestamptz>,
+        /// What the gateway sent; {} once it is erased.
         payload -> Jsonb,
         processing_status -> WebhookStatus,
         /// Why processing failed.
         error_message -> Nullable<Text>,
         created_at -> Timestamptz,
+        /// Whom the event is about. Set when it is processed; the payload of a linked event is erased with the user.
+        user_id -> Nullable<Uuid>,
+        /// Number of times that a worker has claimed the event.
+        attempts -> Int4,
+        /// Not claimed before: the end of a lease, or of the pause after a failure.
+        available_at -> Timestamptz,
     }
 }
 
@@ -434,6 +441,7 @@ diesel::joinable!(subscription_transactions -> users (user_id));
 diesel::joinable!(user_billing_details -> users (user_id));
 diesel::joinable!(user_plans -> users (user_id));
 diesel::joinable!(user_subscriptions -> users (user_id));
+diesel::joinable!(webhook_events -> users (user_id));
 
 diesel::allow_tables_to_appear_in_same_query!(
     account_credits,

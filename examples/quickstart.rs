@@ -6,7 +6,7 @@
 use std::error::Error;
 
 use bruhmcp_db::crypto::{KeyRing, SecretColumn};
-use bruhmcp_db::enums::{AuditStatus, AuthType, PaymentGateway, WebhookStatus};
+use bruhmcp_db::enums::{AuditStatus, AuthType, PaymentGateway};
 use bruhmcp_db::ids::{InstanceId, ServiceId, UserId};
 use bruhmcp_db::migrations::{self, Event};
 use bruhmcp_db::models::{
@@ -197,18 +197,14 @@ fn upgrade_once(conn: &mut PgConnection, user_id: UserId) -> Result {
         payload: &payload,
     };
     for _ in 0..2 {
-        let event = match WebhookEvent::record(conn, &webhook)? {
+        let event = match WebhookEvent::record_claimed(conn, &webhook, TimeDelta::minutes(1))? {
             Recorded::New(event) => event,
-            Recorded::Existing(event) if event.processing_status == WebhookStatus::Failed => event,
             Recorded::Existing(event) => {
                 println!("  duplicate of {}: nothing to do", event.external_event_id);
                 continue;
             }
         };
         conn.transaction(|conn| -> Result {
-            let Some(event) = WebhookEvent::claim(conn, event.event_id)? else {
-                return Ok(()); // Another worker has it.
-            };
             User::lock(conn, user_id)?;
             let plan = UserPlan::upgrade(
                 conn,
@@ -229,7 +225,7 @@ fn upgrade_once(conn: &mut PgConnection, user_id: UserId) -> Result {
                 )
             };
             SubscriptionTransaction::record_payment(conn, &payment)?;
-            WebhookEvent::mark_processed(conn, event.event_id)?;
+            WebhookEvent::mark_processed(conn, &event, Some(user_id))?;
             println!(
                 "  plan {:?}, payment {:?}",
                 plan.plan_type, plan.payment_status

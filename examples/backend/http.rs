@@ -2,7 +2,9 @@
 
 use std::io::Read;
 
-use bruhmcp_db::models::{CredentialError, InstanceError, PaymentError, PlanError, UserError};
+use bruhmcp_db::models::{
+    CredentialError, InstanceError, PaymentError, PlanError, UserError, WebhookError,
+};
 use bruhmcp_db::{ConstraintKind, ConstraintViolation, crypto};
 use diesel::result::Error as DieselError;
 use oxhttp::model::header::{CACHE_CONTROL, CONTENT_TYPE, RETRY_AFTER};
@@ -109,6 +111,15 @@ impl From<PlanError> for Error {
             }
             PlanError::Database(error) => error.into(),
             _ => Error::Internal("the plan was not changed"),
+        }
+    }
+}
+
+impl From<WebhookError> for Error {
+    fn from(error: WebhookError) -> Self {
+        match error {
+            WebhookError::Database(error) => error.into(),
+            _ => Error::Internal("another worker has the event"),
         }
     }
 }

@@ -16,6 +16,8 @@ use std::env;
 use std::io;
 use std::net::{Ipv4Addr, TcpListener};
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
 
 use bruhmcp_db::crypto::{KeyRing, TokenKey};
@@ -62,7 +64,7 @@ impl App {
             token_key: TokenKey::new(&token_key).map_err(|_| "TOKEN_KEY is too short")?,
             key_ring: KeyRing::new(keys.iter().map(|(id, key)| (*id, &key[..])))
                 .map_err(|_| "CREDENTIAL_KEYS needs different ids, and 32 bytes for each key")?,
-            webhook_secret: variable("WEBHOOK_SECRET")?.into(),
+            webhook_secret: webhook_secret()?,
             nobodys_password: accounts::hash(&crypto::new_secret())
                 .map_err(|_| "hashing a password failed")?,
         })
@@ -108,6 +110,9 @@ fn start() -> Result<ListeningServer, &'static str> {
         Err(_) => 0,
     };
     let port = free_port(port).map_err(|_| "the port is taken")?;
+    let app = Arc::new(app);
+    let worker = Arc::clone(&app);
+    thread::spawn(move || webhooks::work(&worker));
     let server = Server::new(move |request| response(route(&app, request)))
         .with_max_concurrent_connections(16)
         .with_global_timeout(Duration::from_secs(10))
@@ -155,6 +160,14 @@ fn variable(name: &'static str) -> Result<String, &'static str> {
         "CREDENTIAL_KEYS" => "CREDENTIAL_KEYS isn't set",
         _ => "WEBHOOK_SECRET isn't set",
     })
+}
+
+/// Everybody can sign with an empty secret.
+fn webhook_secret() -> Result<SecretText, &'static str> {
+    match variable("WEBHOOK_SECRET")? {
+        secret if secret.is_empty() => Err("WEBHOOK_SECRET is empty"),
+        secret => Ok(secret.into()),
+    }
 }
 
 fn credential_key(text: &str) -> Option<(u8, Vec<u8>)> {

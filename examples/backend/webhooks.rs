@@ -1,4 +1,7 @@
-//! The payment gateway's webhook: record the event first, then process it once.
+//! The payment gateway's webhook: record and claim the event first, then process it once.
+
+use std::thread;
+use std::time::Duration;
 
 use bruhmcp_db::enums::{PaymentGateway, TransactionStatus};
 use bruhmcp_db::ids::{TransactionId, UserId, WebhookEventId};
@@ -8,7 +11,6 @@ use bruhmcp_db::models::{
 };
 use bruhmcp_db::{Isolation, retry_transaction};
 use chrono::{TimeDelta, Utc};
-use diesel::Connection;
 use diesel::pg::PgConnection;
 use hmac::{Hmac, KeyInit, Mac};
 use oxhttp::model::{Body, Request};
@@ -21,6 +23,9 @@ use crate::{App, from_hex};
 
 /// The time that a payment pays for.
 const PAID: TimeDelta = TimeDelta::days(31);
+
+/// Longer than processing takes. An event whose worker died is free again after this time.
+const LEASE: TimeDelta = TimeDelta::minutes(1);
 
 pub(crate) fn razorpay(app: &App, request: &mut Request<Body>) -> Answer {
     let body = body(request)?;
@@ -44,32 +49,59 @@ pub(crate) fn razorpay(app: &App, request: &mut Request<Body>) -> Answer {
         payment_gateway: PaymentGateway::Razorpay,
         payload: &payload,
     };
-    let event = WebhookEvent::record(conn, &event)?.into_inner();
-    // The event is stored. If processing fails, it stays open: the gateway gets an error and
-    // delivers it again, or a worker finds it with `WebhookEvent::claim_due`.
-    let status = retry_transaction(conn, Isolation::ReadCommitted, |conn| {
-        process(conn, event.event_id)
-    })?;
+    // The event is stored. If processing fails, `work` tries it again.
+    let claimed = match WebhookEvent::record_claimed(conn, &event, LEASE)? {
+        Recorded::New(event) => Some(event),
+        Recorded::Existing(event) => WebhookEvent::claim(conn, event.event_id, LEASE)?,
+    };
+    let status = match claimed {
+        Some(event) => process(conn, &event)?,
+        None => "duplicate",
+    };
     Ok((200, json!({ "status": status })))
 }
 
-fn process(conn: &mut PgConnection, event_id: WebhookEventId) -> Result<&'static str, Error> {
-    let Some(event) = WebhookEvent::claim(conn, event_id)? else {
-        return Ok("duplicate");
-    };
+/// Processes the events that were not processed on delivery, for ever.
+pub(crate) fn work(app: &App) {
+    loop {
+        thread::sleep(Duration::from_secs(1));
+        if let Err(error) = process_due(app) {
+            eprintln!("webhooks wait: {error}");
+        }
+    }
+}
+
+fn process_due(app: &App) -> Result<(), Error> {
+    let conn = &mut app.db()?;
+    // One at a time: the lease is for one event.
+    while let Some(event) = WebhookEvent::claim_due(conn, LEASE, 1)?.pop() {
+        process(conn, &event)?;
+    }
+    Ok(())
+}
+
+fn process(conn: &mut PgConnection, event: &WebhookEvent) -> Result<&'static str, Error> {
+    let payment = Payment::deserialize(&event.payload["payload"]["payment"]["entity"]);
+    let user_id = payment.as_ref().ok().map(|payment| payment.notes.user_id);
     if event.event_type != "payment.captured" {
-        WebhookEvent::mark_skipped(conn, event_id)?;
+        WebhookEvent::mark_skipped(conn, event, user_id)?;
         return Ok("skipped");
     }
-    // A savepoint, so that the event can be marked after a failed payment is rolled back.
-    match conn.transaction(|conn| record_payment(conn, &event.payload)) {
-        Ok(()) => {
-            WebhookEvent::mark_processed(conn, event_id)?;
-            Ok("processed")
-        }
+    let processed = payment
+        .map_err(|_| Error::Refused(422, "the payment was not made through this service"))
+        .and_then(|payment| {
+            // If the event is another worker's meanwhile, nothing of this is left.
+            retry_transaction(conn, Isolation::ReadCommitted, |conn| {
+                record_payment(conn, &payment)?;
+                WebhookEvent::mark_processed(conn, event, user_id)?;
+                Ok(())
+            })
+        });
+    match processed {
+        Ok(()) => Ok("processed"),
         Err(error) => {
             let (_, why) = error.refusal().ok_or(error)?;
-            WebhookEvent::mark_failed(conn, event_id, &why)?;
+            WebhookEvent::mark_failed(conn, event, user_id, &why)?;
             Ok("failed")
         }
     }
@@ -92,9 +124,7 @@ struct Notes {
     user_id: UserId,
 }
 
-fn record_payment(conn: &mut PgConnection, payload: &Value) -> Result<(), Error> {
-    let payment = Payment::deserialize(&payload["payload"]["payment"]["entity"])
-        .map_err(|_| Error::Refused(422, "the payment was not made through this service"))?;
+fn record_payment(conn: &mut PgConnection, payment: &Payment) -> Result<(), Error> {
     let user_id = payment.notes.user_id;
     User::lock(conn, user_id)?;
     let plan = UserPlan::find_by_user(conn, user_id)?

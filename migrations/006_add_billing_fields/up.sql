@@ -39,10 +39,15 @@ CREATE TABLE webhook_events (
     processing_status webhook_status  NOT NULL DEFAULT 'pending',
     error_message     text,
     created_at        timestamptz     NOT NULL DEFAULT now(),
+    user_id           uuid,
+    attempts          integer         NOT NULL DEFAULT 0,
+    available_at      timestamptz     NOT NULL DEFAULT now(),
     CONSTRAINT webhook_events_pkey PRIMARY KEY (event_id),
+    CONSTRAINT webhook_events_user_id_fkey
+        FOREIGN KEY (user_id) REFERENCES users (id) ON DELETE SET NULL,
     CONSTRAINT webhook_events_timestamps_check CHECK (
-        GREATEST(processed_at, created_at) AT TIME ZONE 'UTC' < '10000-01-01'
-        AND LEAST(processed_at, created_at) AT TIME ZONE 'UTC' >= '0001-01-01'
+        GREATEST(processed_at, created_at, available_at) AT TIME ZONE 'UTC' < '10000-01-01'
+        AND LEAST(processed_at, created_at, available_at) AT TIME ZONE 'UTC' >= '0001-01-01'
     ),
     CONSTRAINT webhook_events_payment_gateway_external_event_id_key
         UNIQUE (payment_gateway, external_event_id),
@@ -55,10 +60,40 @@ CREATE TABLE webhook_events (
     ),
     CONSTRAINT webhook_events_external_event_id_check CHECK (external_event_id <> ''),
     CONSTRAINT webhook_events_processed_at_check
-        CHECK ((processing_status = 'pending') = (processed_at IS NULL))
+        CHECK ((processing_status = 'pending') = (processed_at IS NULL)),
+    CONSTRAINT webhook_events_attempts_check CHECK (attempts >= 0)
 );
-CREATE INDEX webhook_events_created_at_idx ON webhook_events (created_at)
-    WHERE processing_status IN ('pending', 'failed');
+-- The queue, and what the queue has given up: 10 is MAX_WEBHOOK_ATTEMPTS of the models.
+CREATE INDEX webhook_events_available_at_idx ON webhook_events (available_at)
+    WHERE processing_status IN ('pending', 'failed') AND attempts < 10;
+CREATE INDEX webhook_events_dead_idx ON webhook_events (available_at)
+    WHERE processing_status IN ('pending', 'failed') AND attempts >= 10;
+-- The purge reads by it.
+CREATE INDEX webhook_events_processed_at_idx ON webhook_events (processed_at)
+    WHERE processing_status IN ('processed', 'skipped');
+CREATE INDEX webhook_events_user_id_idx ON webhook_events (user_id);
+
+CREATE TRIGGER webhook_events_fixed
+    BEFORE UPDATE OF
+        external_event_id, event_type, payment_gateway, payload, processing_status, attempts
+    ON webhook_events
+    FOR EACH ROW WHEN (
+        OLD.payment_gateway <> NEW.payment_gateway
+        OR OLD.external_event_id <> NEW.external_event_id
+        OR OLD.event_type <> NEW.event_type
+        OR OLD.attempts > NEW.attempts
+        OR (
+            OLD.processing_status IN ('processed', 'skipped')
+            AND OLD.processing_status <> NEW.processing_status
+        )
+        OR (OLD.payload <> NEW.payload AND NEW.payload <> '{}')
+    )
+    EXECUTE FUNCTION refuse_change(
+        'webhook_events_fixed',
+        'its gateway, id and type never change, its payload can only be erased to {}, its attempts '
+        'only grow, and processed or skipped is final',
+        'Record another event.'
+    );
 
 COMMENT ON TABLE webhook_events IS
     'Webhooks of the payment gateways: recorded on arrival, then processed.';
@@ -66,4 +101,12 @@ COMMENT ON COLUMN webhook_events.external_event_id IS
     'Event id at the gateway; unique together with payment_gateway.';
 COMMENT ON COLUMN webhook_events.processed_at IS
     'When the event was processed, skipped or last failed; NULL exactly while pending.';
+COMMENT ON COLUMN webhook_events.payload IS
+    'What the gateway sent; {} once it is erased.';
 COMMENT ON COLUMN webhook_events.error_message IS 'Why processing failed.';
+COMMENT ON COLUMN webhook_events.user_id IS
+    'Whom the event is about. Set when it is processed; the payload of a linked event is erased '
+    'with the user.';
+COMMENT ON COLUMN webhook_events.attempts IS 'Number of times that a worker has claimed the event.';
+COMMENT ON COLUMN webhook_events.available_at IS
+    'Not claimed before: the end of a lease, or of the pause after a failure.';

@@ -48,7 +48,7 @@ pub use user_subscriptions::{
 pub use users::{
     InvalidEmail, NewUser, Release, ResetError, User, UserChangeset, UserError, canonical_email,
 };
-pub use webhook_events::{NewWebhookEvent, WebhookEvent};
+pub use webhook_events::{MAX_WEBHOOK_ATTEMPTS, NewWebhookEvent, WebhookError, WebhookEvent};
 
 /// A row that is recorded once.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -2,6 +2,7 @@
 
 mod anonymise;
 mod email;
+mod export;
 mod password;
 mod unverified;
 

@@ -1,21 +1,82 @@
 //! Webhooks of the payment gateways: recorded first, then processed.
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 use diesel::dsl::{now, sql};
 use diesel::expression::SqlLiteral;
 use diesel::pg::Pg;
 use diesel::prelude::*;
-use diesel::sql_types::Bool;
+use diesel::result::Error;
+use diesel::sql_types::{BigInt, Bool, Interval, Timestamptz, Uuid};
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::enums::{PaymentGateway, WebhookStatus};
-use crate::ids::WebhookEventId;
+use crate::ids::{UserId, WebhookEventId};
 use crate::models::Recorded;
-use crate::schema::webhook_events;
+use crate::models::users::anonymised_email;
+use crate::schema::{users, webhook_events};
 
 /// A row of `webhook_events`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Queryable, Selectable, Identifiable)]
+///
+/// The table is a queue. A worker claims an event for the time of a lease, processes it in a
+/// transaction of its own, and marks it there:
+///
+/// ```no_run
+/// # use bruhmcp_db::ids::UserId;
+/// # use bruhmcp_db::models::{WebhookError, WebhookEvent};
+/// # use chrono::TimeDelta;
+/// # use diesel::{Connection, PgConnection};
+/// # fn user_of(_: &WebhookEvent) -> Option<UserId> { None }
+/// # fn process(_: &mut PgConnection, _: &WebhookEvent) -> Result<(), WebhookError> { Ok(()) }
+/// /// Returns the number of events that were due.
+/// fn work(conn: &mut PgConnection) -> Result<usize, WebhookError> {
+///     // Outside a transaction, so that the claims are committed at once.
+///     let claimed = WebhookEvent::claim_due(conn, TimeDelta::minutes(5), 10)?;
+///     for event in &claimed {
+///         let user_id = user_of(event);
+///         let done = conn.transaction(|conn| {
+///             process(conn, event)?;
+///             WebhookEvent::mark_processed(conn, event, user_id)
+///         });
+///         match done {
+///             // Another worker has the event; what this one did is rolled back.
+///             Ok(()) | Err(WebhookError::LeaseLost) => {}
+///             Err(WebhookError::Database(error)) => return Err(error.into()),
+///             Err(_) => WebhookEvent::mark_failed(conn, event, user_id, "refused")?,
+///         }
+///     }
+///     Ok(claimed.len())
+/// }
+/// ```
+///
+/// A worker that dies costs its lease: the event is due again when that ends. After
+/// [`MAX_WEBHOOK_ATTEMPTS`] claims it is a dead letter, which [`list_dead`](Self::list_dead) shows and
+/// [`retry`](Self::retry) claims once more.
+///
+/// The events of a status, a page at a time; so is `'pending'`. The status is a literal, so that
+/// the planner uses the index of the queue, or that on `processed_at` for `'processed'`:
+///
+/// ```no_run
+/// # use bruhmcp_db::models::WebhookEvent;
+/// # use bruhmcp_db::schema::webhook_events as t;
+/// # use chrono::{DateTime, Utc};
+/// # use diesel::dsl::sql;
+/// # use diesel::prelude::*;
+/// # use diesel::sql_types::Bool;
+/// fn failed(conn: &mut PgConnection, after: &WebhookEvent) -> QueryResult<Vec<WebhookEvent>> {
+///     t::table
+///         .filter(sql::<Bool>("processing_status = 'failed' AND attempts < 10"))
+///         .filter(t::available_at.ge(after.available_at))
+///         .filter((t::available_at.gt(after.available_at)).or(t::event_id.gt(after.event_id)))
+///         .order((t::available_at, t::event_id))
+///         .limit(50)
+///         .select(WebhookEvent::as_select())
+///         .load(conn)
+/// }
+/// ```
+#[derive(
+    Debug, Clone, PartialEq, Eq, Serialize, Queryable, QueryableByName, Selectable, Identifiable,
+)]
 #[diesel(table_name = webhook_events, primary_key(event_id), check_for_backend(Pg))]
 #[expect(missing_docs, reason = "the names of the other fields say it all")]
 pub struct WebhookEvent {
@@ -28,11 +89,18 @@ pub struct WebhookEvent {
     /// The time of the last processing, skip or failure; `None` if and only if the event is
     /// pending.
     pub processed_at: Option<DateTime<Utc>>,
+    /// What the gateway sent; `{}` once it is erased.
     pub payload: Value,
     pub processing_status: WebhookStatus,
     /// The reason for the last failure.
     pub error_message: Option<String>,
     pub created_at: DateTime<Utc>,
+    /// Whom the event is about, if a worker has said so.
+    pub user_id: Option<UserId>,
+    /// The number of claims so far.
+    pub attempts: i32,
+    /// The end of a lease, or of the pause after a failure.
+    pub available_at: DateTime<Utc>,
 }
 
 /// Values of a new [`WebhookEvent`]; `None` uses the column's default.
@@ -66,10 +134,60 @@ impl<'a> NewWebhookEvent<'a> {
     }
 }
 
-/// Pending or failed: the predicate of the index `webhook_events_created_at_idx`. It is a literal
-/// because the planner can't match bind parameters with a partial index.
+/// The number of claims after which an event is a dead letter, unless it is marked as processed or
+/// skipped. The indexes of the queue know the number too.
+pub const MAX_WEBHOOK_ATTEMPTS: i32 = 10;
+
+/// The pause after the first failure. It doubles with each further one, up to 4 h 16 min: the
+/// attempts of an event that keeps failing spread over 8½ hours.
+const PAUSE: TimeDelta = TimeDelta::minutes(1);
+
+/// The pause after a failure of the attempt with this number. A dead letter has none.
+fn pause(attempts: i32) -> TimeDelta {
+    match attempts {
+        1..MAX_WEBHOOK_ATTEMPTS => PAUSE * (1 << (attempts - 1)),
+        _ => TimeDelta::zero(),
+    }
+}
+
+/// The reason why an event was not marked. The event is as it was.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WebhookError {
+    /// Another worker has claimed the event since, or it is closed or missing. Roll back what was
+    /// done for it.
+    #[error("the lease of the event ended and it is another worker's now")]
+    LeaseLost,
+    /// Any other database error.
+    #[error("database error")]
+    Database(#[from] Error),
+}
+
+/// A literal because the planner can't match bind parameters with the predicate of an index.
 fn is_open() -> SqlLiteral<Bool> {
     sql("webhook_events.processing_status IN ('pending', 'failed')")
+}
+
+/// Claims the open and available events that fulfil a condition, for the lease `$1`. Not the query
+/// builder: it has no `FROM` in an update. The rows are selected in a `WITH`, because PostgreSQL may
+/// evaluate a `LIMIT` in a subquery of UPDATE more than once.
+macro_rules! claim {
+    ($condition:literal) => {
+        diesel::sql_query(concat!(
+            "WITH due AS MATERIALIZED (
+                 SELECT event_id
+                   FROM webhook_events
+                  WHERE processing_status IN ('pending', 'failed') AND available_at <= now() AND ",
+            $condition,
+            "        FOR NO KEY UPDATE SKIP LOCKED
+             )
+             UPDATE webhook_events
+                SET attempts = attempts + 1, available_at = now() + $1
+               FROM due
+              WHERE webhook_events.event_id = due.event_id
+             RETURNING webhook_events.*"
+        ))
+    };
 }
 
 impl WebhookEvent {
@@ -99,9 +217,9 @@ impl WebhookEvent {
     /// Records a webhook once, before it is processed. Of concurrent deliveries, one gets
     /// [`Recorded::New`].
     ///
-    /// An existing event keeps its first payload. If its status is failed, try it again now. It
-    /// locks no existing event, so a delivery doesn't wait for a worker. Commit before processing,
-    /// or a failure loses the event.
+    /// An existing event keeps its first payload. A delivery doesn't wait for a worker that processes
+    /// the event, only for the commit of one that has marked it. Commit before processing, or a
+    /// failure loses the event.
     ///
     /// # Errors
     /// Violated constraints, such as an empty external id.
@@ -109,9 +227,35 @@ impl WebhookEvent {
         conn: &mut PgConnection,
         new: &NewWebhookEvent<'_>,
     ) -> QueryResult<Recorded<Self>> {
+        Self::insert(conn, new, 0, TimeDelta::zero())
+    }
+
+    /// Records like [`record`](Self::record), and claims a new event in the same statement, so that
+    /// no other worker comes in between. An existing event is not claimed.
+    ///
+    /// # Errors
+    /// As for `record`.
+    pub fn record_claimed(
+        conn: &mut PgConnection,
+        new: &NewWebhookEvent<'_>,
+        lease: TimeDelta,
+    ) -> QueryResult<Recorded<Self>> {
+        Self::insert(conn, new, 1, lease)
+    }
+
+    fn insert(
+        conn: &mut PgConnection,
+        new: &NewWebhookEvent<'_>,
+        attempts: i32,
+        lease: TimeDelta,
+    ) -> QueryResult<Recorded<Self>> {
         loop {
             let inserted = diesel::insert_into(webhook_events::table)
-                .values(new)
+                .values((
+                    new,
+                    webhook_events::attempts.eq(attempts),
+                    webhook_events::available_at.eq(after(lease)),
+                ))
                 .on_conflict((
                     webhook_events::payment_gateway,
                     webhook_events::external_event_id,
@@ -132,101 +276,184 @@ impl WebhookEvent {
         }
     }
 
-    /// Claims a pending or failed event for a worker that processes it. Returns `None` if it is
-    /// closed, claimed by another worker or missing.
+    /// Claims an event for the time of a lease. Returns `None` if it is closed, claimed by another
+    /// worker, not yet due after a failure, a dead letter, or missing.
     ///
-    /// Call it in a transaction that marks the event at its end: the row stays locked until that
-    /// ends. Process the event in a nested `conn.transaction`, so that a failure is rolled back
-    /// before the event is [marked failed](Self::mark_failed). If the worker dies, the event is
-    /// open again.
-    pub fn claim(conn: &mut PgConnection, event_id: WebhookEventId) -> QueryResult<Option<Self>> {
-        webhook_events::table
-            .find(event_id)
-            .filter(is_open())
-            .for_update()
-            .skip_locked()
-            .select(Self::as_select())
-            .first(conn)
+    /// One statement, which waits for nobody. Commit it before processing, or a worker that dies
+    /// claims the event for ever without counting an attempt. Take a lease longer than the
+    /// processing: when it ends, another worker may claim the event.
+    pub fn claim(
+        conn: &mut PgConnection,
+        event_id: WebhookEventId,
+        lease: TimeDelta,
+    ) -> QueryResult<Option<Self>> {
+        claim!("attempts < 10 AND event_id = $2")
+            .bind::<Interval, _>(lease)
+            .bind::<Uuid, _>(event_id)
+            .get_result(conn)
             .optional()
     }
 
-    /// Claims up to `limit` events like [`claim`](Self::claim), oldest first: pending ones, and
-    /// those that failed before `retry_before`. `None` claims only pending ones.
-    ///
-    /// Other workers skip them. With `retry_before` some minutes ago, an event that keeps failing
-    /// does not block the queue.
+    /// Claims up to `limit` events like [`claim`](Self::claim), those that have been due for longest
+    /// first. One lease is for all of them.
     pub fn claim_due(
         conn: &mut PgConnection,
-        retry_before: Option<DateTime<Utc>>,
+        lease: TimeDelta,
         limit: u16,
     ) -> QueryResult<Vec<Self>> {
+        let mut claimed: Vec<Self> = claim!("attempts < 10 ORDER BY available_at LIMIT $2")
+            .bind::<Interval, _>(lease)
+            .bind::<BigInt, _>(i64::from(limit))
+            .load(conn)?;
+        claimed.sort_by_key(|event| (event.created_at, event.event_id));
+        Ok(claimed)
+    }
+
+    /// Returns up to `limit` dead letters, those that died first at the beginning: open events after
+    /// [`MAX_WEBHOOK_ATTEMPTS`] claims, the last of which failed or ran out.
+    pub fn list_dead(conn: &mut PgConnection, limit: u16) -> QueryResult<Vec<Self>> {
         webhook_events::table
             .filter(is_open())
-            .filter(
-                webhook_events::processed_at
-                    .is_null()
-                    .or(webhook_events::processed_at.lt(retry_before)),
-            )
-            .order((webhook_events::created_at, webhook_events::event_id))
+            .filter(sql::<Bool>("webhook_events.attempts >= 10"))
+            .filter(webhook_events::available_at.le(now))
+            .order(webhook_events::available_at)
             .limit(limit.into())
-            .for_update()
-            .skip_locked()
             .select(Self::as_select())
             .load(conn)
     }
 
-    /// Marks an open event as processed. Returns false if there is none.
-    pub fn mark_processed(conn: &mut PgConnection, event_id: WebhookEventId) -> QueryResult<bool> {
-        Self::mark(conn, event_id, WebhookStatus::Processed, None)
-    }
-
-    /// Marks an open event as skipped: nothing has to be done. Returns false if there is none.
-    pub fn mark_skipped(conn: &mut PgConnection, event_id: WebhookEventId) -> QueryResult<bool> {
-        Self::mark(conn, event_id, WebhookStatus::Skipped, None)
-    }
-
-    /// Marks an open event as failed with a message, which must not contain secrets. Returns false
-    /// if there is none.
-    pub fn mark_failed(
+    /// Claims a dead letter for one more attempt, like [`claim`](Self::claim). Marked as failed, it
+    /// is a dead letter again.
+    pub fn retry(
         conn: &mut PgConnection,
         event_id: WebhookEventId,
+        lease: TimeDelta,
+    ) -> QueryResult<Option<Self>> {
+        claim!("attempts >= 10 AND event_id = $2")
+            .bind::<Interval, _>(lease)
+            .bind::<Uuid, _>(event_id)
+            .get_result(conn)
+            .optional()
+    }
+
+    /// Marks a claimed event as processed, and links it with the user it is about.
+    ///
+    /// Call it in the transaction that processes the event, as its last operation: it updates the
+    /// user (`FOR NO KEY UPDATE`), then the event. Name the user whenever the payload tells:
+    /// [`User::anonymise`](crate::models::User::anonymise) erases the payloads of linked events, and
+    /// only those. A user who doesn't exist gets no link. If the user was anonymised, the event gets
+    /// no link either and is erased at once; one that failed is skipped then.
+    ///
+    /// # Errors
+    /// [`WebhookError::LeaseLost`].
+    pub fn mark_processed(
+        conn: &mut PgConnection,
+        claimed: &Self,
+        user_id: Option<UserId>,
+    ) -> Result<(), WebhookError> {
+        Self::mark(conn, claimed, user_id, WebhookStatus::Processed, None)
+    }
+
+    /// Marks a claimed event as skipped, because nothing has to be done. As
+    /// [`mark_processed`](Self::mark_processed).
+    ///
+    /// # Errors
+    /// [`WebhookError::LeaseLost`].
+    pub fn mark_skipped(
+        conn: &mut PgConnection,
+        claimed: &Self,
+        user_id: Option<UserId>,
+    ) -> Result<(), WebhookError> {
+        Self::mark(conn, claimed, user_id, WebhookStatus::Skipped, None)
+    }
+
+    /// Marks a claimed event as failed with a message, which must not contain secrets. As
+    /// [`mark_processed`](Self::mark_processed), but after the processing was rolled back.
+    ///
+    /// The event is due again after a minute, and after twice as long for each further attempt.
+    ///
+    /// # Errors
+    /// [`WebhookError::LeaseLost`].
+    pub fn mark_failed(
+        conn: &mut PgConnection,
+        claimed: &Self,
+        user_id: Option<UserId>,
         error_message: &str,
-    ) -> QueryResult<bool> {
-        Self::mark(conn, event_id, WebhookStatus::Failed, Some(error_message))
+    ) -> Result<(), WebhookError> {
+        let failed = WebhookStatus::Failed;
+        Self::mark(conn, claimed, user_id, failed, Some(error_message))
     }
 
     fn mark(
         conn: &mut PgConnection,
-        event_id: WebhookEventId,
+        claimed: &Self,
+        user_id: Option<UserId>,
         status: WebhookStatus,
         error_message: Option<&str>,
-    ) -> QueryResult<bool> {
-        diesel::update(webhook_events::table.find(event_id))
+    ) -> Result<(), WebhookError> {
+        // The attempts tell one claim from the next.
+        let event = webhook_events::table
+            .find(claimed.event_id)
             .filter(is_open())
-            .set((
-                webhook_events::processing_status.eq(status),
-                webhook_events::processed_at.eq(now),
-                webhook_events::error_message.eq(error_message),
-            ))
-            .execute(conn)
-            .map(|marked| marked == 1)
+            .filter(webhook_events::attempts.eq(claimed.attempts));
+        conn.transaction(|conn| {
+            let (mut linked, mut erased) = (None, false);
+            if let Some(user_id) = user_id.or(claimed.user_id) {
+                // An update without a change, not only a lock: at REPEATABLE READ a concurrent
+                // `anonymise`, which doesn't see the new link, fails and is retried.
+                let email: Option<String> = diesel::update(users::table.find(user_id))
+                    .set(users::is_active.eq(users::is_active))
+                    .returning(users::email)
+                    .get_result(conn)
+                    .optional()?;
+                erased = email.as_ref() == Some(&anonymised_email(user_id));
+                linked = email.filter(|_| !erased).map(|_| user_id);
+            }
+            let (status, error_message) = match status {
+                WebhookStatus::Failed if erased => (WebhookStatus::Skipped, None),
+                _ => (status, error_message),
+            };
+            let failed = status == WebhookStatus::Failed;
+            let pause = pause(if failed { claimed.attempts } else { 0 });
+            let marked = diesel::update(event)
+                .set((
+                    webhook_events::processing_status.eq(status),
+                    webhook_events::processed_at.eq(now),
+                    webhook_events::error_message.eq(error_message),
+                    webhook_events::user_id.eq(linked),
+                    webhook_events::available_at.eq(after(pause)),
+                ))
+                .execute(conn)?;
+            if marked == 0 {
+                return Err(WebhookError::LeaseLost);
+            }
+            if erased {
+                diesel::update(webhook_events::table.find(claimed.event_id))
+                    .set(webhook_events::payload.eq(json!({})))
+                    .execute(conn)?;
+            }
+            Ok(())
+        })
     }
 
-    /// Deletes up to `limit` events that were processed or skipped before this time, and returns
-    /// their number. Repeat until that is less than `limit`.
+    /// Deletes up to `limit` events that were processed or skipped before this time, oldest first,
+    /// and returns their number. Repeat until that is less than `limit`.
     ///
     /// A purged event that is delivered again counts as new: keep events longer than gateways
-    /// retry. Each call reads the table up to the last row it deletes.
+    /// retry. Until then, the payload of an event without a user keeps what the gateway sent about
+    /// a person.
     ///
     /// # Errors
     /// A missing right: `app_admin` may delete events, and `app_user` may not.
     pub fn purge(conn: &mut PgConnection, before: DateTime<Utc>, limit: u16) -> QueryResult<usize> {
         // Two statements: PostgreSQL may evaluate a LIMIT in a subquery of DELETE more than once.
         conn.transaction(|conn| {
-            let closed = [WebhookStatus::Processed, WebhookStatus::Skipped];
             let old: Vec<WebhookEventId> = webhook_events::table
-                .filter(webhook_events::processing_status.eq_any(closed))
+                .filter(sql::<Bool>(
+                    "webhook_events.processing_status IN ('processed', 'skipped')",
+                ))
                 .filter(webhook_events::processed_at.lt(before))
+                .order(webhook_events::processed_at)
                 .limit(limit.into())
                 .for_update()
                 .skip_locked()
@@ -236,4 +463,10 @@ impl WebhookEvent {
                 .execute(conn)
         })
     }
+}
+
+#[diesel::dsl::auto_type]
+fn after(time: TimeDelta) -> _ {
+    let time: diesel::dsl::AsExprOf<TimeDelta, Interval> = time.into_sql::<Interval>();
+    now.into_sql::<Timestamptz>() + time
 }

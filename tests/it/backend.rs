@@ -335,10 +335,11 @@ fn a_customer_from_sign_up_to_pro() {
     let paid = "SELECT t.amount, t.net_amount, t.fee_amount, p.plan_type, p.expires_at < now() + interval '32 days'
                   FROM subscription_transactions t JOIN user_plans p USING (user_id)";
     assert_eq!(database.psql(paid).unwrap(), "99900|97542|1998|pro|t\n");
-    let events = "SELECT external_event_id, processing_status FROM webhook_events ORDER BY 1";
+    let events = "SELECT external_event_id, processing_status, user_id IS NOT NULL
+                    FROM webhook_events ORDER BY 1";
     assert_eq!(
         database.psql(events).unwrap(),
-        "evt_1|processed\nevt_2|processed\n"
+        "evt_1|processed|t\nevt_2|processed|t\n"
     );
 
     // The plan has no limit now.
@@ -482,8 +483,16 @@ fn bad_requests() {
     );
     let nobody = json!({ "id": nobodys });
     assert_eq!(status("evt_3", &payment(&nobody)), "failed");
-    // A failed event is processed again when it is delivered again.
-    assert_eq!(status("evt_3", &payment(&nobody)), "failed");
+    // A failed event is tried again after a pause, whether it is delivered again or not.
+    assert_eq!(status("evt_3", &payment(&nobody)), "duplicate");
+    let sooner = "UPDATE webhook_events SET available_at = now() WHERE external_event_id = 'evt_3'";
+    database.psql(sooner).unwrap();
+    let attempts = "SELECT attempts FROM webhook_events WHERE external_event_id = 'evt_3'";
+    let began = Instant::now();
+    while database.psql(attempts).unwrap() != "2\n" {
+        assert!(began.elapsed() < PATIENCE, "it is not tried again");
+        thread::sleep(Duration::from_millis(100));
+    }
     let failed =
         "SELECT error_message FROM webhook_events WHERE processing_status = 'failed' ORDER BY 1";
     assert_eq!(
@@ -526,6 +535,10 @@ fn it_refuses_to_start_with_a_wrong_configuration() {
     ] {
         assert_eq!(refused(Service::command(&url).env(name, value)), expected);
     }
+    assert_eq!(
+        refused(Service::command(&url).env("WEBHOOK_SECRET", "")),
+        "WEBHOOK_SECRET is empty\n"
+    );
     let mut command = Service::command(&url);
     assert_eq!(
         refused(command.env_remove("WEBHOOK_SECRET")),

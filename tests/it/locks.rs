@@ -12,7 +12,7 @@ use bruhmcp_db::crypto::{KeyRing, SecretColumn};
 use bruhmcp_db::enums::AuthTokenType::{EmailOtp, PasswordReset, Refresh};
 use bruhmcp_db::enums::{
     AuditStatus, AuthType, CreditSource, PaymentGateway, PlanPaymentStatus, SubscriptionStatus,
-    TransactionStatus, WebhookStatus,
+    TransactionStatus,
 };
 use bruhmcp_db::ids::{
     CredentialId, InstanceId, ServiceId, SubscriptionId, TransactionId, UserId, WebhookEventId,
@@ -68,6 +68,7 @@ pub(crate) const SUBSCRIPTION: SubscriptionId = SubscriptionId(key(21));
 pub(crate) const PAYMENT: TransactionId = TransactionId(key(31));
 const ORDER: TransactionId = TransactionId(key(32));
 pub(crate) const OPEN_EVENT: WebhookEventId = WebhookEventId(key(41));
+const DEAD_EVENT: WebhookEventId = WebhookEventId(key(42));
 
 /// The credentials of an instance.
 pub(crate) const fn of(instance: InstanceId) -> CredentialId {
@@ -136,9 +137,15 @@ pub(crate) static USER_WITH_ROWS: LazyLock<String> = LazyLock::new(|| {
         INSERT INTO webhook_events (event_id, external_event_id, event_type, payment_gateway, payload)
         VALUES ('{OPEN_EVENT}', 'evt_1', 'a', 'razorpay', '{{"email": "asha@example.in"}}');
         INSERT INTO webhook_events
-            (external_event_id, event_type, payment_gateway, payload, processing_status, processed_at)
-        SELECT 'evt_' || n, 'a', 'razorpay', '{{"email": "asha@example.in"}}', 'processed', now() - interval '1 day'
+            (external_event_id, event_type, payment_gateway, payload, processing_status, processed_at, user_id)
+        SELECT 'evt_' || n, 'a', 'razorpay', '{{"email": "asha@example.in"}}', 'processed', now() - interval '1 day',
+               '{USER}'
           FROM generate_series(2, 4) AS n;
+        INSERT INTO webhook_events
+            (event_id, external_event_id, event_type, payment_gateway, payload, processing_status, processed_at,
+             user_id, attempts)
+        VALUES ('{DEAD_EVENT}', 'evt_5', 'a', 'razorpay', '{{"email": "asha@example.in"}}', 'failed', now(), '{USER}',
+            {MAX_WEBHOOK_ATTEMPTS});
         INSERT INTO mcp_service_table (instance_id, user_id, mcp_service_id, status, expires_at)
         VALUES ('{KEYED}', '{USER}', '{GMAIL}', 'active', NULL),
                ('{INACTIVE}', '{USER}', '{FIGMA}', 'inactive', NULL),
@@ -494,27 +501,34 @@ pub(crate) static OPERATIONS: &[Operation] = &[
         WebhookEvent::record(conn, &event)?;
         Ok(true)
     }),
+    worker("WebhookEvent::record_claimed", |conn| {
+        let payload = json!({"email": "asha@example.in"});
+        let event = NewWebhookEvent::new(PaymentGateway::Stripe, "evt_9", "a", &payload);
+        match WebhookEvent::record_claimed(conn, &event, hour())? {
+            Recorded::New(event) => {
+                Ok(WebhookEvent::mark_processed(conn, &event, Some(USER)).map(|()| true)?)
+            }
+            Recorded::Existing(_) => Ok(false),
+        }
+    }),
     worker("WebhookEvent::claim", |conn| {
-        conn.transaction(|conn| {
-            let claimed = WebhookEvent::claim(conn, OPEN_EVENT)?;
-            Ok(claimed.is_some() && WebhookEvent::mark_processed(conn, OPEN_EVENT)?)
-        })
+        match WebhookEvent::claim(conn, OPEN_EVENT, hour())? {
+            Some(event) => Ok(WebhookEvent::mark_skipped(conn, &event, Some(USER)).map(|()| true)?),
+            None => Ok(false),
+        }
     }),
     worker("WebhookEvent::claim_due", |conn| {
-        conn.transaction(|conn| {
-            let claimed = WebhookEvent::claim_due(conn, None, 10)?;
-            for event in &claimed {
-                WebhookEvent::mark_failed(conn, event.event_id, "later")?;
-            }
-            Ok(!claimed.is_empty())
-        })
+        let claimed = WebhookEvent::claim_due(conn, hour(), 10)?;
+        for event in &claimed {
+            WebhookEvent::mark_failed(conn, event, Some(USER), "later")?;
+        }
+        Ok(!claimed.is_empty())
     }),
     worker("WebhookEvent::claim, with a payment", |conn| {
+        let Some(event) = WebhookEvent::claim(conn, OPEN_EVENT, hour())? else {
+            return Ok(false);
+        };
         conn.transaction(|conn| {
-            let claimed = WebhookEvent::claim(conn, OPEN_EVENT)?;
-            if claimed.is_none_or(|event| event.processing_status != WebhookStatus::Pending) {
-                return Ok(false);
-            }
             User::lock(conn, USER)?;
             let payment = NewSubscriptionTransaction {
                 razorpay_payment_id: Some("pay_3"),
@@ -523,8 +537,16 @@ pub(crate) static OPERATIONS: &[Operation] = &[
             SubscriptionTransaction::record_payment(conn, &payment)?;
             UserSubscription::upgrade(conn, SUBSCRIPTION, &NewUserSubscription::new(USER))?;
             UserPlan::upgrade(conn, USER, &ProPlan::default())?;
-            Ok(WebhookEvent::mark_processed(conn, OPEN_EVENT)?)
+            Ok(WebhookEvent::mark_processed(conn, &event, Some(USER)).map(|()| true)?)
         })
+    }),
+    worker("WebhookEvent::retry", |conn| {
+        match WebhookEvent::retry(conn, DEAD_EVENT, hour())? {
+            Some(event) => {
+                Ok(WebhookEvent::mark_failed(conn, &event, None, "again").map(|()| true)?)
+            }
+            None => Ok(false),
+        }
     }),
     worker("WebhookEvent::purge", |conn| {
         let before = Utc::now() - TimeDelta::hours(1);

@@ -727,6 +727,9 @@ static READS: &[Named] = &[
     ("User::list", |conn| {
         Ok(User::list(conn, Page::first(1))?.len() == 1)
     }),
+    ("User::export", |conn| {
+        Ok(User::export(conn, USER)?.is_some())
+    }),
     ("AuthToken::find_live", |conn| {
         Ok(AuthToken::find_live(conn, &refresh_token())?.is_some())
     }),
@@ -786,6 +789,9 @@ static READS: &[Named] = &[
     ("WebhookEvent::find_by_external_id", |conn| {
         Ok(WebhookEvent::find_by_external_id(conn, PaymentGateway::Razorpay, "evt_1")?.is_some())
     }),
+    ("WebhookEvent::list_dead", |conn| {
+        Ok(!WebhookEvent::list_dead(conn, 1)?.is_empty())
+    }),
     ("McpService::find", |conn| {
         Ok(McpService::find(conn, GMAIL)?.is_some())
     }),
@@ -835,13 +841,16 @@ static READS: &[Named] = &[
 /// Writing operations that [`OPERATIONS`] calls only inside others.
 static INNER: &[Named] = &[
     ("WebhookEvent::mark_processed", |conn| {
-        Ok(WebhookEvent::mark_processed(conn, OPEN_EVENT)?)
+        let event = WebhookEvent::find(conn, OPEN_EVENT)?.unwrap();
+        Ok(WebhookEvent::mark_processed(conn, &event, None).map(|()| true)?)
     }),
     ("WebhookEvent::mark_skipped", |conn| {
-        Ok(WebhookEvent::mark_skipped(conn, OPEN_EVENT)?)
+        let event = WebhookEvent::find(conn, OPEN_EVENT)?.unwrap();
+        Ok(WebhookEvent::mark_skipped(conn, &event, None).map(|()| true)?)
     }),
     ("WebhookEvent::mark_failed", |conn| {
-        Ok(WebhookEvent::mark_failed(conn, OPEN_EVENT, "a")?)
+        let event = WebhookEvent::find(conn, OPEN_EVENT)?.unwrap();
+        Ok(WebhookEvent::mark_failed(conn, &event, None, "a").map(|()| true)?)
     }),
     ("McpCredential::store_refreshed", |conn| {
         let claimed = authorised(conn);

@@ -363,7 +363,25 @@ const VIOLATIONS: &[(&str, &str)] = &[
     ("webhook_events_payment_gateway_external_event_id_key",
         "INSERT INTO webhook_events (external_event_id, event_type, payment_gateway, payload)
          VALUES ('evt_1', 'x', 'razorpay', '{}')"),
-    ("webhook_events_external_event_id_check", "UPDATE webhook_events SET external_event_id = ''"),
+    ("webhook_events_external_event_id_check",
+        "INSERT INTO webhook_events (external_event_id, event_type, payment_gateway, payload)
+         VALUES ('', 'x', 'razorpay', '{}')"),
+    ("webhook_events_attempts_check", "INSERT INTO webhook_events
+            (external_event_id, event_type, payment_gateway, payload, attempts)
+        VALUES ('evt_2', 'x', 'stripe', '{}', -1)"),
+    ("webhook_events_user_id_fkey", "UPDATE webhook_events SET user_id = :u9"),
+    ("webhook_events_fixed", "UPDATE webhook_events SET payment_gateway = 'stripe'"),
+    ("webhook_events_fixed", "UPDATE webhook_events SET external_event_id = 'evt_2'"),
+    ("webhook_events_fixed", "UPDATE webhook_events SET event_type = 'x'"),
+    ("webhook_events_fixed", "UPDATE webhook_events SET payload = '[]'"),
+    ("webhook_events_fixed", "UPDATE webhook_events SET attempts = 2;
+        UPDATE webhook_events SET attempts = 1"),
+    ("webhook_events_fixed",
+        "UPDATE webhook_events SET processing_status = 'processed', processed_at = now();
+         UPDATE webhook_events SET processing_status = 'skipped'"),
+    ("webhook_events_fixed",
+        "UPDATE webhook_events SET processing_status = 'skipped', processed_at = now();
+         UPDATE webhook_events SET processing_status = 'failed'"),
     ("webhook_events_processed_at_check", "UPDATE webhook_events SET processed_at = now()"),
     ("webhook_events_processed_at_check", "UPDATE webhook_events SET processing_status = 'failed'"),
 
@@ -541,6 +559,11 @@ fn what_is_allowed_is_allowed() {
         "DELETE FROM token_audit_log WHERE created_at < now() - interval '90 days'",
         "INSERT INTO webhook_events (external_event_id, event_type, payment_gateway, payload)
          VALUES ('evt_1', 'x', 'stripe', '{}')",
+        r#"INSERT INTO webhook_events (external_event_id, event_type, payment_gateway, payload)
+         VALUES ('evt_2', 'x', 'stripe', '{"a": 1}');
+         UPDATE webhook_events SET attempts = attempts + 1, payload = '{}', user_id = :u1,
+             processing_status = 'failed', processed_at = now(), error_message = 'a';
+         UPDATE webhook_events SET processing_status = 'processed', user_id = NULL"#,
         r#"UPDATE user_billing_details
             SET cards = '[{"id": "number", "last4": "4242", "token": "cvv", "brand": "visa",
                 "exp_month": 12, "exp_year": 2030}]', default_card_id = 'number'"#,

@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::cmp::Reverse;
+use std::collections::BTreeSet;
 use std::sync::{LazyLock, mpsc};
 
 use bruhmcp_db::enums::{AuthTokenType, PlanType};
@@ -11,7 +12,9 @@ use bruhmcp_db::models::{
     UserError, UserPlan, canonical_email,
 };
 use bruhmcp_db::schema::users;
-use bruhmcp_db::{HashedToken, Page, SecretText, retry_transaction};
+use bruhmcp_db::{
+    ConstraintViolation, HashedToken, Isolation, Page, SecretText, retry_transaction,
+};
 use chrono::TimeDelta;
 use diesel::connection::InstrumentationEvent;
 use diesel::pg::PgConnection;
@@ -809,15 +812,18 @@ const MARIE: &str = r#"
             '{"vpa": "marie@bank"}', '{"email": "Marie@radium.example"}');
     INSERT INTO account_credits (user_id, amount, description, source_type, source_id)
     VALUES (:marie, 5000, 'sorry, Marie', 'refund', 'rfnd_1');
+    UPDATE subscription_transactions
+       SET razorpay_order_id = 'order_Marie', gateway_status = 'captured by Marie', method = 'Marie''s upi',
+           failure_code = 'MARIE';
     INSERT INTO webhook_events
-        (external_event_id, event_type, payment_gateway, payload, processing_status, processed_at, error_message)
+        (external_event_id, event_type, payment_gateway, payload, processing_status, processed_at, error_message,
+         user_id)
     VALUES
-        ('by_email', 'a', 'razorpay', '{"a": [{"email": "Marie@Radium.example"}]}', 'processed', now(), 'Marie?'),
-        ('by_customer', 'a', 'razorpay', '{"id": "cust_Marie", "name": "Marie"}', 'skipped', now(), NULL),
-        ('by_plan', 'a', 'stripe', '{"id": "cus_stripe_Marie"}', 'processed', now(), NULL),
-        ('by_old_customer', 'a', 'razorpay', '["cust_old_Marie"]', 'processed', now(), NULL),
-        ('of_another', 'a', 'razorpay', '{"email": "anne-marie@radium.example"}', 'processed', now(), NULL),
-        ('open', 'a', 'razorpay', '{"email": "marie@radium.example"}', 'pending', NULL, NULL);
+        ('processed', 'a', 'razorpay', '{"a": [{"email": "Marie@Radium.example"}]}', 'processed', now(), NULL, :marie),
+        ('skipped', 'a', 'razorpay', '{"text": "for Marie"}', 'skipped', now(), NULL, :marie),
+        ('failed', 'a', 'stripe', '{"id": "Marie"}', 'failed', now(), 'Marie?', :marie),
+        ('pending', 'a', 'razorpay', '["Marie"]', 'pending', NULL, NULL, :marie),
+        ('unlinked', 'a', 'razorpay', '{"email": "marie@radium.example"}', 'processed', now(), NULL, NULL);
 "#;
 
 #[test]
@@ -854,14 +860,18 @@ fn anonymising_keeps_the_money_and_nothing_of_the_person() {
     assert_eq!(database.psql(counters).unwrap(), "2|0\n2|0\n");
     assert_eq!(User::find(conn, other).unwrap(), other_before);
 
-    // These events are open, or name another user.
-    let events = "SELECT external_event_id FROM webhook_events WHERE payload::text ILIKE '%marie%' ORDER BY 1";
-    assert_eq!(database.psql(events).unwrap(), "of_another\nopen\n");
+    // Events are found by their user, not by their text.
+    let events = "SELECT external_event_id, processing_status, payload = '{}', error_message
+                    FROM webhook_events ORDER BY 1";
+    assert_eq!(
+        database.psql(events).unwrap(),
+        "failed|skipped|t|\npending|skipped|t|\nprocessed|processed|t|\nskipped|skipped|t|\nunlinked|processed|f|\n"
+    );
     database
-        .psql("DELETE FROM webhook_events WHERE payload <> '{}'")
+        .psql("DELETE FROM webhook_events WHERE user_id IS NULL")
         .unwrap();
     let dump = database.dump(&["--data-only"]).to_lowercase();
-    assert!(dump.contains("pay_1") && dump.contains("by_email"));
+    assert!(dump.contains("pay_1") && dump.contains("razorpay"));
     for trace in [
         "marie", "curie", "radium", "béthune", "paris", "75004", "abab", "cdcd",
     ] {
@@ -961,27 +971,103 @@ fn pages_of_users_come_from_one_statement_that_reads_an_index() {
 }
 
 #[test]
-fn concurrent_calls_of_anonymise_succeed_at_serializable() {
-    let database = support::database();
+fn concurrent_calls_of_anonymise_succeed_at_any_isolation_level() {
+    for level in [
+        Isolation::ReadCommitted,
+        Isolation::RepeatableRead,
+        Isolation::Serializable,
+    ] {
+        let database = support::database();
+        let conn = &mut database.connect();
+        let ids: Vec<UserId> = (0..24)
+            .map(|n| user(conn, &format!("{n}@example.org")))
+            .collect();
+        database
+            .psql(
+                "INSERT INTO webhook_events (external_event_id, event_type, payment_gateway, payload, user_id)
+                 SELECT email, 'a', 'razorpay', json_build_object('email', email), id FROM users",
+            )
+            .unwrap();
+        support::at_once(&database, 8, |thread, conn| {
+            // Each user is another thread's user too.
+            for &id in ids.iter().cycle().skip(thread * 3).take(6) {
+                let anonymised = retry_transaction(conn, level, |conn| User::anonymise(conn, id));
+                assert!(anonymised.unwrap().is_some());
+            }
+        });
+        let left = "SELECT count(*) FROM webhook_events WHERE payload <> '{}'";
+        assert_eq!(database.psql(left).unwrap(), "0\n", "{level:?}");
+    }
+}
+
+/// What the export leaves out, beside all columns of the type bytea.
+const SECRETS: &[(&str, &str)] = &[
+    ("users", "password"),
+    ("mcp_credentials", "oauth_authorization_url"),
+    ("mcp_credentials", "oauth_state"),
+];
+
+/// Each table with a path of foreign keys to `users`, or with a user's or an instance's key.
+const PERSONAL: &str = "
+    WITH RECURSIVE linked AS (
+        SELECT 'users'::regclass::oid AS oid
+         UNION
+        SELECT conrelid FROM pg_constraint JOIN linked ON confrelid = linked.oid WHERE contype = 'f'
+    )
+    SELECT relname, attname, atttypid = 'bytea'::regtype
+      FROM pg_class JOIN pg_attribute ON attrelid = pg_class.oid
+     WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p') AND NOT relispartition
+       AND attnum > 0 AND NOT attisdropped
+       AND (pg_class.oid IN (TABLE linked)
+            OR EXISTS (
+                   SELECT FROM pg_attribute AS key
+                    WHERE key.attrelid = pg_class.oid AND key.attname IN ('user_id', 'instance_id')))";
+
+#[test]
+fn the_export_has_everything_about_a_user_but_secrets() {
+    let database = crate::rules::database_with_rows();
     let conn = &mut database.connect();
-    let ids: Vec<UserId> = (0..24)
-        .map(|n| user(conn, &format!("{n}@example.org")))
-        .collect();
+    let asha = crate::rules::with_keys(":u1");
+    let card = r#"[{"id": "card_1", "token": "token_1", "brand": "visa", "last4": "4242", "exp_month": 1,
+        "exp_year": 2040}]"#;
     database
-        .psql(
-            "INSERT INTO webhook_events
-                 (external_event_id, event_type, payment_gateway, payload, processing_status, processed_at)
-             SELECT email, 'a', 'razorpay', json_build_object('email', email), 'processed', now() FROM users",
-        )
+        .psql(&format!(
+            "UPDATE webhook_events SET user_id = {asha};
+             UPDATE users SET password = '$hash$' WHERE id = {asha};
+             INSERT INTO token_audit_log (instance_id, user_id, operation, status)
+             VALUES (gen_random_uuid(), {asha}, 'of a deleted instance', 'success'),
+                    (gen_random_uuid(), NULL, 'of another', 'success');
+             UPDATE user_billing_details SET cards = '{card}'"
+        ))
         .unwrap();
-    // Without a retry: none is needed.
-    support::at_once(&database, 8, |thread, conn| {
-        for &id in &ids[thread * 3..][..3] {
-            let transaction = &mut conn.build_transaction().serializable();
-            let anonymised = transaction.run(|conn| User::anonymise(conn, id));
-            assert!(anonymised.unwrap().is_some());
-        }
-    });
-    let left = "SELECT count(*) FROM webhook_events WHERE payload <> '{}'";
-    assert_eq!(database.psql(left).unwrap(), "0\n");
+    let id: UserId = asha.trim_matches('\'').parse().unwrap();
+    let export = User::export(conn, id).unwrap().unwrap();
+
+    let mut tables = BTreeSet::new();
+    for line in database.psql(PERSONAL).unwrap().lines() {
+        let [table, column, bytea] = line.split('|').collect::<Vec<_>>()[..] else {
+            panic!("{line}")
+        };
+        tables.insert(table.to_owned());
+        let row = export[table][0].as_object();
+        let row = row.unwrap_or_else(|| panic!("{table} is not in the export"));
+        let secret = bytea == "t" || SECRETS.contains(&(table, column));
+        assert_eq!(row.contains_key(column), !secret, "{table}.{column}");
+    }
+    let exported: BTreeSet<String> = export.as_object().unwrap().keys().cloned().collect();
+    assert_eq!(exported, tables);
+
+    let text = export.to_string();
+    for secret in ["token_1", "$hash$", "0101", "aaaa", "state_1"] {
+        assert!(!text.contains(secret), "{secret} is in {text}");
+    }
+    for known in ["asha@example.in", "1 MG Road", "4242", "pay_1", "evt_1"] {
+        assert!(text.contains(known), "{known} is not in {text}");
+    }
+    // By the user and by the user's instances.
+    let log = export["token_audit_log"].as_array().unwrap();
+    assert_eq!(log.len(), 3, "{log:?}");
+    // Nothing of another user.
+    assert!(!text.contains("ben@example.in") && !text.contains("of another"));
+    assert_eq!(User::export(conn, UserId::new()).unwrap(), None);
 }

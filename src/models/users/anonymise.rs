@@ -1,18 +1,18 @@
 //! Removal of a person from the database.
 
 use chrono::{DateTime, Utc};
-use diesel::connection::SimpleConnection;
+use diesel::dsl::{now, sql};
 use diesel::prelude::*;
-use diesel::sql_types::{Array, Text};
+use diesel::sql_types::Bool;
 use serde_json::{Value, json};
 
 use super::{User, anonymised_email};
-use crate::enums::{PlanPaymentStatus, PlanType};
+use crate::enums::{PlanPaymentStatus, PlanType, WebhookStatus};
 use crate::ids::{CredentialId, InstanceId, UserId};
 use crate::models::UserPlan;
 use crate::schema::{
     account_credits, auth_tokens, mcp_credentials, mcp_service_table, subscription_transactions,
-    user_billing_details, user_plans, user_subscriptions, users,
+    user_billing_details, user_plans, user_subscriptions, users, webhook_events,
 };
 use crate::secret::SecretText;
 
@@ -24,36 +24,40 @@ impl User {
     ///   names, password, gateway customer and last login.
     /// - Instances, credentials, tokens and billing details are deleted. The plan becomes free,
     ///   without gateway ids.
-    /// - Subscriptions lose the gateway customer, the reason and the feedback; transactions the
-    ///   gateway's answer, the method details, the description and the reason of failure; credits
-    ///   the description. Amounts, dates, statuses and the numbers of payments, orders, receipts
-    ///   and invoices stay.
-    /// - Processed and skipped webhook events that name the email address or a gateway customer
-    ///   lose their payload. This reads the whole table. Process open events first: they keep
-    ///   theirs.
+    /// - Subscriptions lose the gateway customer, the reason and the feedback; transactions the order,
+    ///   the method and its details, the gateway's status and answer, the description, and the reason
+    ///   and code of failure; credits the description.
+    /// - Webhook events that are linked with the user lose payload and error message. Those that
+    ///   are still open are skipped: process them first.
     ///
-    /// Not touched: the gateway's own records (end the subscription there first), the audit log (it
-    /// holds only keys, for 90 days), the schema `bruhmcp_archive`, and backups.
+    /// What stays:
+    /// - Amounts, dates, statuses, and the numbers of receipts and invoices: the books need them.
+    /// - The gateway's ids of payments and subscriptions: an event that arrives late or again is
+    ///   recognised by them, and not recorded twice.
+    /// - The source of a credit, which never changes: a refund is credited once per source.
+    /// - Webhook events that no worker has linked: their text names people in too many ways to be
+    ///   searched. Pass the user to [`WebhookEvent::mark_processed`], and purge closed events.
+    /// - The audit log, which holds only keys, for 90 days.
+    /// - The gateway's own records (end the subscription there first), the schema
+    ///   `bruhmcp_archive`, and backups.
     ///
-    /// Locks the plan, the user (`FOR UPDATE`) and the rows above until the transaction ends. Call
-    /// it at READ COMMITTED: at SERIALIZABLE it needs retries, because it reads all webhook events.
+    /// Locks the plan, the user (`FOR UPDATE`) and the rows above until the transaction ends. Above
+    /// READ COMMITTED it may fail beside other changes to the user's rows: retry it.
+    ///
+    /// [`WebhookEvent::mark_processed`]: crate::models::WebhookEvent::mark_processed
     pub fn anonymise(conn: &mut PgConnection, id: UserId) -> QueryResult<Option<Self>> {
         conn.transaction(|conn| {
-            lock_out_other_calls(conn)?;
-            let plan = UserPlan::lock_by_user(conn, id)?;
-            let person = users::table
+            UserPlan::lock_by_user(conn, id)?;
+            let locked = users::table
                 .find(id)
-                .select(Self::as_select())
+                .select(users::id)
                 .for_update()
-                .first(conn)
+                .first::<UserId>(conn)
                 .optional()?;
-            let Some(person) = person else {
+            if locked.is_none() {
                 return Ok(None);
-            };
-            let mut names = anonymise_money(conn, id)?;
-            names.push(person.email);
-            names.extend(person.razorpay_customer_id);
-            names.extend(plan.and_then(|plan| plan.customer_id));
+            }
+            anonymise_money(conn, id)?;
             diesel::delete(
                 user_billing_details::table.filter(user_billing_details::user_id.eq(id)),
             )
@@ -76,37 +80,14 @@ impl User {
                 ))
                 .returning(Self::as_returning())
                 .get_result(conn)?;
-            anonymise_webhooks(conn, &names)?;
+            anonymise_webhooks(conn, id)?;
             Ok(Some(user))
         })
     }
 }
 
-/// At SERIALIZABLE, makes concurrent calls run one after another: each reads and changes
-/// `webhook_events`, so of two that overlap one fails. Neither statement takes a snapshot, so the
-/// one that waits sees what the other has committed.
-fn lock_out_other_calls(conn: &mut PgConnection) -> QueryResult<()> {
-    let isolation = diesel::sql_query("SHOW transaction_isolation").get_result::<Setting>(conn)?;
-    if isolation.transaction_isolation == "serializable" {
-        // Conflicts with itself, but not with those who read or write the table.
-        conn.batch_execute("LOCK TABLE webhook_events IN SHARE UPDATE EXCLUSIVE MODE")?;
-    }
-    Ok(())
-}
-
-#[derive(QueryableByName)]
-struct Setting {
-    #[diesel(sql_type = Text)]
-    transaction_isolation: String,
-}
-
-/// Returns the gateway customers of the subscriptions.
-fn anonymise_money(conn: &mut PgConnection, user_id: UserId) -> QueryResult<Vec<String>> {
+fn anonymise_money(conn: &mut PgConnection, user_id: UserId) -> QueryResult<()> {
     let subscriptions = user_subscriptions::table.filter(user_subscriptions::user_id.eq(user_id));
-    let customers = subscriptions
-        .filter(user_subscriptions::razorpay_customer_id.is_not_null())
-        .select(user_subscriptions::razorpay_customer_id.assume_not_null())
-        .load(conn)?;
     diesel::update(subscriptions)
         .set((
             user_subscriptions::razorpay_customer_id.eq(None::<&str>),
@@ -118,16 +99,20 @@ fn anonymise_money(conn: &mut PgConnection, user_id: UserId) -> QueryResult<Vec<
         subscription_transactions::table.filter(subscription_transactions::user_id.eq(user_id));
     diesel::update(transactions)
         .set((
+            subscription_transactions::razorpay_order_id.eq(None::<&str>),
+            subscription_transactions::gateway_status.eq(None::<&str>),
+            subscription_transactions::method.eq(None::<&str>),
             subscription_transactions::method_details_json.eq(None::<Value>),
             subscription_transactions::gateway_response_json.eq(None::<Value>),
             subscription_transactions::description.eq(None::<&str>),
             subscription_transactions::failure_reason.eq(None::<&str>),
+            subscription_transactions::failure_code.eq(None::<&str>),
         ))
         .execute(conn)?;
     diesel::update(account_credits::table.filter(account_credits::user_id.eq(user_id)))
         .set(account_credits::description.eq(None::<&str>))
         .execute(conn)?;
-    Ok(customers)
+    Ok(())
 }
 
 fn delete_instances(conn: &mut PgConnection, user_id: UserId) -> QueryResult<()> {
@@ -168,29 +153,20 @@ fn reset_plan(conn: &mut PgConnection, user_id: UserId) -> QueryResult<()> {
     Ok(())
 }
 
-/// Empties the payload of each closed event in which a string is one of `names`, in any case.
-fn anonymise_webhooks(conn: &mut PgConnection, names: &[String]) -> QueryResult<()> {
-    // Not the DSL: it has no set-returning function in FROM. Locked in the order of the key,
-    // because an event can name two users who are anonymised at once.
-    diesel::sql_query(
-        r#"WITH naming AS MATERIALIZED (
-               SELECT event_id
-                 FROM webhook_events
-                WHERE processing_status IN ('processed', 'skipped')
-                  AND EXISTS (
-                          SELECT
-                            FROM jsonb_path_query(payload, 'strict $.** ? (@.type() == "string")') AS text
-                           WHERE lower(text #>> '{}') IN (SELECT lower(name) FROM unnest($1) AS name)
-                      )
-                ORDER BY event_id
-                  FOR UPDATE
-           )
-           UPDATE webhook_events
-              SET payload = '{}', error_message = NULL
-             FROM naming
-            WHERE webhook_events.event_id = naming.event_id"#,
-    )
-    .bind::<Array<Text>, _>(names)
-    .execute(conn)?;
+/// Reads only the user's events, by the index on `user_id`.
+fn anonymise_webhooks(conn: &mut PgConnection, user_id: UserId) -> QueryResult<()> {
+    let linked = webhook_events::table.filter(webhook_events::user_id.eq(user_id));
+    diesel::update(linked.filter(sql::<Bool>("processing_status IN ('pending', 'failed')")))
+        .set((
+            webhook_events::processing_status.eq(WebhookStatus::Skipped),
+            webhook_events::processed_at.eq(now),
+        ))
+        .execute(conn)?;
+    diesel::update(linked)
+        .set((
+            webhook_events::payload.eq(json!({})),
+            webhook_events::error_message.eq(None::<&str>),
+        ))
+        .execute(conn)?;
     Ok(())
 }
