@@ -1,22 +1,38 @@
 //! Reading requests, and mapping outcomes to responses.
 
-use std::io::Read;
+use std::sync::Arc;
 
+use axum::Json;
+use axum::body::Bytes;
+use axum::extract::rejection::BytesRejection;
+use axum::extract::{FromRequest, FromRequestParts, Request};
+use axum::http::header::{AUTHORIZATION, RETRY_AFTER};
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::{IntoResponse, Response};
 use bruhmcp_db::models::{
     CredentialError, InstanceError, PaymentError, PlanError, UserError, WebhookError,
 };
-use bruhmcp_db::{ConstraintKind, ConstraintViolation, crypto};
+use bruhmcp_db::{ConstraintKind, ConstraintViolation, SecretText, crypto};
 use diesel::result::Error as DieselError;
-use oxhttp::model::header::{CACHE_CONTROL, CONTENT_TYPE, RETRY_AFTER};
-use oxhttp::model::{Body, HeaderValue, Request, Response, StatusCode};
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Value, json};
 
-pub(crate) type Answer = Result<(u16, Value), Error>;
+use crate::App;
+
+pub(crate) type Answer = Result<(StatusCode, Json<Value>), Error>;
+
+/// Runs `work`, which may block, away from the threads that serve the sockets.
+pub(crate) async fn blocking(
+    app: Arc<App>,
+    work: impl FnOnce(&App) -> Answer + Send + 'static,
+) -> Answer {
+    tokio::task::spawn_blocking(move || work(&app))
+        .await
+        .unwrap_or(Err(Error::Internal("a request panicked")))
+}
 
 pub(crate) const NOT_FOUND: Error = Error::Refused(404, "not found");
-
-const MAX_BODY_LEN: u64 = 64 * 1024;
 
 /// Why a request failed.
 #[derive(Debug, thiserror::Error)]
@@ -133,21 +149,26 @@ impl From<crypto::SealError> for Error {
     }
 }
 
-/// Reads the body, if it is not longer than [`MAX_BODY_LEN`] bytes.
-pub(crate) fn body(request: &mut Request<Body>) -> Result<Vec<u8>, Error> {
-    let mut body = Vec::new();
-    let mut reader = request.body_mut().take(MAX_BODY_LEN + 1);
-    reader
-        .read_to_end(&mut body)
-        .map_err(|_| Error::Refused(400, "the body can't be read"))?;
-    if body.len() as u64 > MAX_BODY_LEN {
-        return Err(Error::Refused(413, "the body is too large"));
+/// The body of a request, from JSON.
+pub(crate) struct Payload<T>(pub(crate) T);
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Payload<T> {
+    type Rejection = Error;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Error> {
+        let body = Bytes::from_request(request, state).await?;
+        parse(&body).map(Self)
     }
-    Ok(body)
 }
 
-pub(crate) fn json<T: DeserializeOwned>(request: &mut Request<Body>) -> Result<T, Error> {
-    parse(&body(request)?)
+impl From<BytesRejection> for Error {
+    fn from(rejection: BytesRejection) -> Self {
+        if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE {
+            Self::Refused(413, "the body is too large")
+        } else {
+            Self::Refused(400, "the body can't be read")
+        }
+    }
 }
 
 pub(crate) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Error> {
@@ -164,31 +185,43 @@ pub(crate) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Error> {
     })
 }
 
-/// Returns a value of the query string. The values that this service expects need no unescaping.
-pub(crate) fn query<'a>(request: &'a Request<Body>, key: &str) -> Option<&'a str> {
-    let mut pairs = request.uri().query()?.split('&');
-    pairs.find_map(|pair| pair.strip_prefix(key)?.strip_prefix('='))
-}
+/// The token that the client presents.
+pub(crate) struct Bearer(pub(crate) SecretText);
 
-pub(crate) fn header<'a>(request: &'a Request<Body>, name: &str) -> Option<&'a str> {
-    request.headers().get(name)?.to_str().ok()
-}
+impl<S: Sync> FromRequestParts<S> for Bearer {
+    type Rejection = Error;
 
-pub(crate) fn response(answer: Answer) -> Response<Body> {
-    let (status, body) = answer.unwrap_or_else(|error| {
-        let (status, why) = error.refusal().unwrap_or_else(|| failure(&error));
-        (status, serde_json::json!({ "error": why }))
-    });
-    let mut response = Response::new(Body::from(body.to_string()));
-    let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-    *response.status_mut() = status;
-    let headers = response.headers_mut();
-    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
-    if status == StatusCode::SERVICE_UNAVAILABLE {
-        headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Error> {
+        header(&parts.headers, AUTHORIZATION.as_str())
+            .and_then(|value| value.strip_prefix("Bearer "))
+            .map(|token| Self(SecretText::from(token)))
+            .ok_or(Error::Refused(401, "log in first"))
     }
-    response
+}
+
+pub(crate) fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
+    headers.get(name)?.to_str().ok()
+}
+
+pub(crate) fn answer(status: StatusCode, body: Value) -> Answer {
+    Ok((status, Json(body)))
+}
+
+impl IntoResponse for Error {
+    fn into_response(self) -> Response {
+        let (status, why) = self.refusal().unwrap_or_else(|| failure(&self));
+        let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let body = Json(json!({ "error": why }));
+        let later = [
+            StatusCode::SERVICE_UNAVAILABLE,
+            StatusCode::TOO_MANY_REQUESTS,
+        ];
+        if later.contains(&status) {
+            (status, [(RETRY_AFTER, "1")], body).into_response()
+        } else {
+            (status, body).into_response()
+        }
+    }
 }
 
 /// Returns status and message of a failure that is not the client's fault, and logs it.

@@ -1,5 +1,9 @@
 //! Instances: create, list, call, activate and deactivate, authorize by OAuth.
 
+use std::sync::Arc;
+
+use axum::extract::{Path, Query, State};
+use axum::http::StatusCode;
 use bruhmcp_db::crypto::{SecretColumn, new_secret};
 use bruhmcp_db::enums::AuthType;
 use bruhmcp_db::ids::{InstanceId, UserId};
@@ -10,12 +14,12 @@ use bruhmcp_db::models::{
 use bruhmcp_db::{Cursor, Page, SecretText};
 use chrono::{DateTime, Datelike, TimeDelta, Utc};
 use diesel::Connection;
-use oxhttp::model::{Body, Request};
 use serde::Deserialize;
 use serde_json::json;
 
 use crate::App;
-use crate::http::{Answer, Error, NOT_FOUND, query};
+use crate::accounts::user;
+use crate::http::{Answer, Bearer, Error, NOT_FOUND, Payload, answer, blocking};
 
 #[derive(Deserialize)]
 pub(crate) struct Create {
@@ -28,7 +32,15 @@ pub(crate) struct Create {
 
 /// Creates an instance. With an API key it can be called at once; with an OAuth client, after the
 /// user has granted access at the `authorization_url`.
-pub(crate) fn create(app: &App, user_id: UserId, new: &Create) -> Answer {
+pub(crate) async fn create(
+    State(app): State<Arc<App>>,
+    bearer: Bearer,
+    Payload(new): Payload<Create>,
+) -> Answer {
+    blocking(app, move |app| create_for(app, user(app, &bearer)?, &new)).await
+}
+
+fn create_for(app: &App, user_id: UserId, new: &Create) -> Answer {
     let conn = &mut app.db()?;
     let service = McpService::find_by_name(conn, &new.service)?
         .ok_or(Error::Refused(422, "there is no such service"))?;
@@ -45,7 +57,7 @@ pub(crate) fn create(app: &App, user_id: UserId, new: &Create) -> Answer {
         (AuthType::ApiKey, Some(api_key), None, None) => {
             let credential = NewMcpCredential::api_key(&app.key_ring, api_key)?;
             let (instance, _) = McpInstance::create(conn, &instance, &credential)?;
-            Ok((201, json!({ "instance": instance })))
+            answer(StatusCode::CREATED, json!({ "instance": instance }))
         }
         (AuthType::Oauth, None, Some(client_id), Some(client_secret)) => {
             if !client_id.bytes().all(needs_no_escape) {
@@ -66,33 +78,47 @@ pub(crate) fn create(app: &App, user_id: UserId, new: &Create) -> Answer {
                 Ok::<_, Error>(instance)
             })?;
             let body = json!({ "instance": instance, "authorization_url": url.expose() });
-            Ok((201, body))
+            answer(StatusCode::CREATED, body)
         }
         (AuthType::ApiKey, ..) => Err(Error::Refused(422, "this service takes an API key")),
         (AuthType::Oauth, ..) => Err(Error::Refused(422, "this service takes an OAuth client")),
     }
 }
 
+#[derive(Deserialize)]
+pub(crate) struct Listing {
+    limit: Option<u16>,
+    after: Option<String>,
+}
+
 /// Lists a page of the user's instances, newest first. The next page is `?after=` the value of
 /// `next`.
-pub(crate) fn list(app: &App, user_id: UserId, request: &Request<Body>) -> Answer {
-    let limit = match query(request, "limit").map(str::parse) {
-        None => 20,
-        Some(Ok(limit @ 1..=100)) => limit,
-        Some(_) => return Err(Error::Refused(400, "limit is a number from 1 to 100")),
-    };
-    let after = match query(request, "after").map(place) {
-        Some(None) => return Err(Error::Refused(400, "after is not a cursor")),
-        after => after.flatten(),
-    };
-    let filter = InstanceFilter::default();
-    let page = Page { after, limit };
-    let instances = McpInstance::list_by_user(&mut *app.db()?, user_id, filter, page)?;
-    let last = instances.last().map(InstanceDetails::cursor);
-    let next = last
-        .filter(|_| instances.len() == usize::from(limit))
-        .map(|last| format!("{}_{}", last.created_at.timestamp_micros(), last.id));
-    Ok((200, json!({ "instances": instances, "next": next })))
+pub(crate) async fn list(
+    State(app): State<Arc<App>>,
+    bearer: Bearer,
+    Query(listing): Query<Listing>,
+) -> Answer {
+    blocking(app, move |app| {
+        let limit = listing.limit.unwrap_or(20);
+        if !(1..=100).contains(&limit) {
+            return Err(Error::Refused(400, "limit is a number from 1 to 100"));
+        }
+        let after = match listing.after.as_deref().map(place) {
+            Some(None) => return Err(Error::Refused(400, "after is not a cursor")),
+            after => after.flatten(),
+        };
+        let user_id = user(app, &bearer)?;
+        let filter = InstanceFilter::default();
+        let page = Page { after, limit };
+        let instances = McpInstance::list_by_user(&mut *app.db()?, user_id, filter, page)?;
+        let last = instances.last().map(InstanceDetails::cursor);
+        let next = last
+            .filter(|_| instances.len() == usize::from(limit))
+            .map(|last| format!("{}_{}", last.created_at.timestamp_micros(), last.id));
+        let body = json!({ "instances": instances, "next": next });
+        answer(StatusCode::OK, body)
+    })
+    .await
 }
 
 /// A cursor as text: microseconds since 1970, and the key.
@@ -112,30 +138,48 @@ pub(crate) struct Toggle {
     active: bool,
 }
 
-pub(crate) fn toggle(app: &App, user_id: UserId, id: &str, toggle: &Toggle) -> Answer {
-    let id = instance_id(id)?;
-    let conn = &mut app.db()?;
-    let instance = if toggle.active {
-        McpInstance::activate(conn, id, user_id)?
-    } else {
-        McpInstance::deactivate(conn, id, user_id)?.ok_or(NOT_FOUND)?
-    };
-    Ok((200, json!({ "instance": instance })))
+pub(crate) async fn toggle(
+    State(app): State<Arc<App>>,
+    bearer: Bearer,
+    Path(id): Path<String>,
+    Payload(toggle): Payload<Toggle>,
+) -> Answer {
+    blocking(app, move |app| {
+        let user_id = user(app, &bearer)?;
+        let id = instance_id(&id)?;
+        let conn = &mut app.db()?;
+        let instance = if toggle.active {
+            McpInstance::activate(conn, id, user_id)?
+        } else {
+            McpInstance::deactivate(conn, id, user_id)?.ok_or(NOT_FOUND)?
+        };
+        answer(StatusCode::OK, json!({ "instance": instance }))
+    })
+    .await
 }
 
 /// Calls the service for the user and counts the call.
-pub(crate) fn call(app: &App, user_id: UserId, service: &str, id: &str) -> Answer {
-    let id = instance_id(id)?;
-    let found = McpInstance::find_with_credentials(&mut *app.db()?, id, service, Some(user_id))?;
-    let (_, service, credential) = found.map_err(not_callable)?;
-    let column = match service.type_ {
-        AuthType::ApiKey => SecretColumn::ApiKey,
-        AuthType::Oauth => SecretColumn::AccessToken,
-    };
-    let secret = open(app, &credential, column)?;
-    McpInstance::record_call(&mut *app.db()?, id, Some(user_id))?.map_err(not_callable)?;
-    let answer = stand_in_for_calling_the_service(&service, &secret);
-    Ok((200, json!({ "answer": answer })))
+pub(crate) async fn call(
+    State(app): State<Arc<App>>,
+    bearer: Bearer,
+    Path((service, id)): Path<(String, String)>,
+) -> Answer {
+    blocking(app, move |app| {
+        let user_id = user(app, &bearer)?;
+        let id = instance_id(&id)?;
+        let found =
+            McpInstance::find_with_credentials(&mut *app.db()?, id, &service, Some(user_id))?;
+        let (_, service, credential) = found.map_err(not_callable)?;
+        let column = match service.type_ {
+            AuthType::ApiKey => SecretColumn::ApiKey,
+            AuthType::Oauth => SecretColumn::AccessToken,
+        };
+        let secret = open(app, &credential, column)?;
+        McpInstance::record_call(&mut *app.db()?, id, Some(user_id))?.map_err(not_callable)?;
+        let said = stand_in_for_calling_the_service(&service, &secret);
+        answer(StatusCode::OK, json!({ "answer": said }))
+    })
+    .await
 }
 
 fn not_callable(reason: NotCallable) -> Error {
@@ -149,36 +193,53 @@ fn not_callable(reason: NotCallable) -> Error {
     }
 }
 
-/// The provider redirects the user's browser here, with the state and a code or an error.
-pub(crate) fn oauth_callback(app: &App, request: &Request<Body>) -> Answer {
-    let state = query(request, "state").ok_or(Error::Refused(400, "the state is missing"))?;
-    // Committed at once, so that of several requests with this state only one redeems the code.
-    let credential = McpCredential::consume_state(&mut *app.db()?, &SecretText::new(state))?;
-    let id = credential.credential_id;
+#[derive(Deserialize)]
+pub(crate) struct Granting {
+    state: SecretText,
+    /// `None` if the provider refused.
+    code: Option<String>,
+}
 
-    let client_secret = open(app, &credential, SecretColumn::ClientSecret)?;
-    let granted = query(request, "code")
-        .and_then(|code| stand_in_for_the_token_endpoint(&credential, &client_secret, code));
-    let Some(granted) = granted else {
-        McpCredential::fail_oauth(&mut *app.db()?, id)?;
-        return Err(Error::Refused(409, "the authorization failed"));
-    };
-    let tokens = OauthTokens::seal(
-        &app.key_ring,
-        id,
-        &granted.access_token,
-        Some(&granted.refresh_token),
-        Some(Utc::now() + granted.lifetime),
-        None,
-    )?;
-    let completion = McpCredential::complete_oauth(&mut *app.db()?, id, &tokens)?;
-    let body = json!({
-        "instance_id": completion.credential.instance_id,
-        // False if the plan limit is reached: the tokens are stored, and the user can deactivate
-        // another instance.
-        "active": completion.instance == CompletedInstance::Active,
-    });
-    Ok((200, body))
+/// The provider redirects the user's browser to a page, which sends the state and the code here
+/// with the user's session. Without the session, one user's state and another's code would give
+/// the first one's instance the other's tokens.
+pub(crate) async fn oauth_callback(
+    State(app): State<Arc<App>>,
+    bearer: Bearer,
+    Payload(granting): Payload<Granting>,
+) -> Answer {
+    blocking(app, move |app| {
+        user(app, &bearer)?;
+        // Committed at once, so that of several requests with this state only one redeems the code.
+        let credential = McpCredential::consume_state(&mut *app.db()?, &granting.state)?;
+        let id = credential.credential_id;
+
+        let client_secret = open(app, &credential, SecretColumn::ClientSecret)?;
+        let granted = granting
+            .code
+            .and_then(|code| stand_in_for_the_token_endpoint(&credential, &client_secret, &code));
+        let Some(granted) = granted else {
+            McpCredential::fail_oauth(&mut *app.db()?, id)?;
+            return Err(Error::Refused(409, "the authorization failed"));
+        };
+        let tokens = OauthTokens::seal(
+            &app.key_ring,
+            id,
+            &granted.access_token,
+            Some(&granted.refresh_token),
+            Some(Utc::now() + granted.lifetime),
+            None,
+        )?;
+        let completion = McpCredential::complete_oauth(&mut *app.db()?, id, &tokens)?;
+        let body = json!({
+            "instance_id": completion.credential.instance_id,
+            // False if the plan limit is reached: the tokens are stored, and the user can
+            // deactivate another instance.
+            "active": completion.instance == CompletedInstance::Active,
+        });
+        answer(StatusCode::OK, body)
+    })
+    .await
 }
 
 fn open(app: &App, from: &McpCredential, column: SecretColumn) -> Result<SecretText, Error> {

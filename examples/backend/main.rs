@@ -1,41 +1,53 @@
 //! A small HTTP service to start from: accounts, instances, OAuth and the payment gateway's
 //! webhook.
 //!
-//! It has one thread per connection and a pool of database connections. It speaks plain HTTP and
-//! JSON on the loopback interface; put it behind a proxy that does TLS and limits rates. The
-//! environment configures it:
+//! It is built on [axum]. The crate's operations block, so each request does its work on one of 16
+//! threads made for that ([`http::blocking`]). Put it behind a proxy that does TLS and limits rates
+//! and connections. The environment configures it:
 //!
 //! - `DATABASE_URL`: a migrated database, with the role `app_user`
 //! - `PORT`: 0 or unset for any free port; the first line of standard output has the address
-//! - `TOKEN_KEY`: 64 hexadecimal digits, the key for digests of session tokens
+//! - `TOKEN_KEY`: 64 hexadecimal digits, the key for digests of one-time secrets
 //! - `CREDENTIAL_KEYS`: the keys that seal credentials, newest first: `2:<64 hexadecimal
 //!   digits>,1:…`
 //! - `WEBHOOK_SECRET`: the secret with which the gateway signs its webhooks
+//! - `OUTBOX`: the folder that stands for a mail server
+//!
+//! After SIGTERM or Ctrl-C it finishes the requests that it has begun.
 
 use std::env;
-use std::io;
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+use axum::Router;
+use axum::extract::DefaultBodyLimit;
+use axum::http::header::CACHE_CONTROL;
+use axum::http::{HeaderValue, StatusCode};
+use axum::routing::{delete, get, patch, post, put};
 use bruhmcp_db::crypto::{KeyRing, TokenKey};
 use bruhmcp_db::migrations;
 use bruhmcp_db::{SecretText, crypto};
+use diesel::connection::SimpleConnection;
 use diesel::pg::PgConnection;
-use diesel::r2d2::{ConnectionManager, Pool, PooledConnection};
-use oxhttp::model::{Body, Request};
-use oxhttp::{ListeningServer, Server};
+use diesel::r2d2::{self, ConnectionManager, CustomizeConnection, Pool, PooledConnection};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tower_http::set_header::SetResponseHeaderLayer;
+use tower_http::timeout::TimeoutLayer;
 
-use crate::http::{Answer, Error, NOT_FOUND, json, response};
+use crate::accounts::Guesses;
+use crate::http::{Error, NOT_FOUND};
 
 mod accounts;
 mod http;
 mod instances;
 mod webhooks;
 
-/// The state that all threads share.
+/// The state that all requests share.
 struct App {
     pool: Pool<ConnectionManager<PgConnection>>,
     token_key: TokenKey,
@@ -43,6 +55,8 @@ struct App {
     webhook_secret: SecretText,
     /// A hash to verify against if there is no such user.
     nobodys_password: SecretText,
+    guesses: Guesses,
+    outbox: PathBuf,
 }
 
 impl App {
@@ -59,14 +73,17 @@ impl App {
             pool: Pool::builder()
                 .max_size(8)
                 .connection_timeout(Duration::from_secs(2))
+                .connection_customizer(Box::new(StatementTimeout))
                 .build(ConnectionManager::new(url))
                 .map_err(|_| "the pool can't connect to the database")?,
             token_key: TokenKey::new(&token_key).map_err(|_| "TOKEN_KEY is too short")?,
             key_ring: KeyRing::new(keys.iter().map(|(id, key)| (*id, &key[..])))
                 .map_err(|_| "CREDENTIAL_KEYS needs different ids, and 32 bytes for each key")?,
-            webhook_secret: webhook_secret()?,
+            webhook_secret: variable("WEBHOOK_SECRET")?.into(),
             nobodys_password: accounts::hash(&crypto::new_secret())
                 .map_err(|_| "hashing a password failed")?,
+            guesses: Guesses::default(),
+            outbox: variable("OUTBOX")?.into(),
         })
     }
 
@@ -77,18 +94,95 @@ impl App {
     }
 }
 
+/// Ends a statement before [`REQUEST_TIMEOUT`] ends its request.
+#[derive(Debug)]
+struct StatementTimeout;
+
+impl CustomizeConnection<PgConnection, r2d2::Error> for StatementTimeout {
+    fn on_acquire(&self, conn: &mut PgConnection) -> Result<(), r2d2::Error> {
+        conn.batch_execute("SET statement_timeout = '5s'")
+            .map_err(r2d2::Error::QueryError)
+    }
+}
+
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// In bytes.
+const MAX_BODY_LEN: usize = 64 * 1024;
+
 fn main() -> ExitCode {
-    match start() {
-        Ok(server) => match server.join() {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(_) => ExitCode::FAILURE,
-        },
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
         // No message contains a value: DATABASE_URL has a password in it.
         Err(error) => {
             eprintln!("{error}");
             ExitCode::FAILURE
         }
     }
+}
+
+fn run() -> Result<(), &'static str> {
+    let app = Arc::new(App::from_env()?);
+    let port = match env::var("PORT") {
+        Ok(port) => port.parse().map_err(|_| "PORT isn't a port")?,
+        Err(_) => 0,
+    };
+    let worker = Arc::clone(&app);
+    thread::spawn(move || webhooks::work(&worker));
+    tokio::runtime::Builder::new_multi_thread()
+        // Argon2 takes 19 MiB in each.
+        .max_blocking_threads(16)
+        .enable_all()
+        .build()
+        .map_err(|_| "the threads can't be started")?
+        .block_on(serve(app, port))
+}
+
+async fn serve(app: Arc<App>, port: u16) -> Result<(), &'static str> {
+    let mut terminated = signal(SignalKind::terminate()).map_err(|_| "no signal handler")?;
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port))
+        .await
+        .map_err(|_| "the port is taken")?;
+    let address = listener.local_addr().map_err(|_| "the port is taken")?;
+    println!("http://{address}");
+    axum::serve(listener, routes(app))
+        .with_graceful_shutdown(async move {
+            tokio::select! {
+                _ = terminated.recv() => {}
+                _ = tokio::signal::ctrl_c() => {}
+            }
+        })
+        .await
+        .map_err(|_| "the server failed")
+}
+
+fn routes(app: Arc<App>) -> Router {
+    Router::new()
+        .route("/users", post(accounts::sign_up))
+        .route("/users/verification", post(accounts::verify_email))
+        .route("/users/me", get(accounts::me))
+        .route("/sessions", post(accounts::log_in))
+        .route("/sessions", put(accounts::renew))
+        .route("/sessions", delete(accounts::log_out))
+        .route("/instances", get(instances::list))
+        .route("/instances", post(instances::create))
+        .route("/instances/{id}", patch(instances::toggle))
+        .route("/call/{service}/{id}", post(instances::call))
+        .route("/oauth/callback", post(instances::oauth_callback))
+        .route("/webhooks/razorpay", post(webhooks::razorpay))
+        .fallback(async || NOT_FOUND)
+        .method_not_allowed_fallback(async || NOT_FOUND)
+        .layer(DefaultBodyLimit::max(MAX_BODY_LEN))
+        .layer(SetResponseHeaderLayer::overriding(
+            CACHE_CONTROL,
+            HeaderValue::from_static("no-store"),
+        ))
+        // Also for a client that sends its body slowly.
+        .layer(TimeoutLayer::with_status_code(
+            StatusCode::REQUEST_TIMEOUT,
+            REQUEST_TIMEOUT,
+        ))
+        .with_state(app)
 }
 
 /// Refuses to start on a database with pending migrations. The deploy runs them, once.
@@ -103,72 +197,19 @@ fn check_schema(url: &str) -> Result<(), &'static str> {
     }
 }
 
-fn start() -> Result<ListeningServer, &'static str> {
-    let app = App::from_env()?;
-    let port = match env::var("PORT") {
-        Ok(port) => port.parse().map_err(|_| "PORT isn't a port")?,
-        Err(_) => 0,
-    };
-    let port = free_port(port).map_err(|_| "the port is taken")?;
-    let app = Arc::new(app);
-    let worker = Arc::clone(&app);
-    thread::spawn(move || webhooks::work(&worker));
-    let server = Server::new(move |request| response(route(&app, request)))
-        .with_max_concurrent_connections(16)
-        .with_global_timeout(Duration::from_secs(10))
-        .bind((Ipv4Addr::LOCALHOST, port))
-        .spawn()
-        .map_err(|_| "the port is taken")?;
-    println!("http://{}:{port}", Ipv4Addr::LOCALHOST);
-    Ok(server)
-}
-
-fn route(app: &App, request: &mut Request<Body>) -> Answer {
-    let path = request.uri().path().to_owned();
-    let path: Vec<&str> = path.split('/').skip(1).collect();
-    match (request.method().as_str(), &path[..]) {
-        ("POST", ["users"]) => accounts::sign_up(app, &json(request)?),
-        ("POST", ["sessions"]) => accounts::log_in(app, &json(request)?),
-        ("PUT", ["sessions"]) => accounts::renew(app, request),
-        ("DELETE", ["sessions"]) => accounts::log_out(app, request),
-        ("GET", ["instances"]) => instances::list(app, accounts::user(app, request)?, request),
-        ("POST", ["instances"]) => {
-            instances::create(app, accounts::user(app, request)?, &json(request)?)
-        }
-        ("PATCH", ["instances", id]) => {
-            instances::toggle(app, accounts::user(app, request)?, id, &json(request)?)
-        }
-        ("POST", ["call", service, id]) => {
-            instances::call(app, accounts::user(app, request)?, service, id)
-        }
-        ("GET", ["oauth", "callback"]) => instances::oauth_callback(app, request),
-        ("POST", ["webhooks", "razorpay"]) => webhooks::razorpay(app, request),
-        _ => Err(NOT_FOUND),
-    }
-}
-
-/// Finds a free port first, because the server doesn't tell which port it got.
-fn free_port(port: u16) -> io::Result<u16> {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port))?;
-    Ok(listener.local_addr()?.port())
-}
-
+/// An empty value is none: an HMAC with an empty key, for example, can be forged by everybody.
 fn variable(name: &'static str) -> Result<String, &'static str> {
-    env::var(name).map_err(|_| match name {
+    let value = env::var(name).ok().filter(|value| !value.is_empty());
+    value.ok_or(match name {
         "DATABASE_URL" => "DATABASE_URL isn't set",
         "TOKEN_KEY" => "TOKEN_KEY isn't set",
         "CREDENTIAL_KEYS" => "CREDENTIAL_KEYS isn't set",
+        "OUTBOX" => "OUTBOX isn't set",
         _ => "WEBHOOK_SECRET isn't set",
     })
 }
 
 /// Everybody can sign with an empty secret.
-fn webhook_secret() -> Result<SecretText, &'static str> {
-    match variable("WEBHOOK_SECRET")? {
-        secret if secret.is_empty() => Err("WEBHOOK_SECRET is empty"),
-        secret => Ok(secret.into()),
-    }
-}
 
 fn credential_key(text: &str) -> Option<(u8, Vec<u8>)> {
     let (id, key) = text.split_once(':')?;
