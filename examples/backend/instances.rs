@@ -1,6 +1,6 @@
 //! Instances: create, list, call, activate and deactivate, authorize by OAuth.
 
-use bruhmcp_db::crypto::{SecretColumn, new_secret};
+use bruhmcp_db::crypto::{SecretColumn, code_challenge, new_secret};
 use bruhmcp_db::enums::{AuthType, InstanceStatus};
 use bruhmcp_db::ids::{InstanceId, UserId};
 use bruhmcp_db::models::{
@@ -56,13 +56,29 @@ pub(crate) fn create(app: &App, user_id: UserId, new: &Create) -> Answer {
             }
             let credential = NewMcpCredential::oauth(&app.key_ring, client_id, client_secret)?;
             let state = new_secret();
+            let digest = app.token_key.hash_state(&state);
+            let verifier = new_secret();
             let url = SecretText::new(format!(
-                "https://provider.example/authorize?response_type=code&client_id={client_id}&state={}",
-                state.expose()
+                "https://provider.example/authorize?response_type=code&client_id={client_id}&state={}\
+                 &code_challenge_method=S256&code_challenge={}",
+                state.expose(),
+                code_challenge(&verifier),
             ));
+            let verifier = app.key_ring.seal(
+                &verifier,
+                credential.credential_id(),
+                SecretColumn::ClientSecret,
+            )?;
             let instance = conn.transaction(|conn| {
                 let (instance, credential) = McpInstance::create(conn, &instance, &credential)?;
-                McpCredential::begin_oauth(conn, credential.credential_id, &state, &url)?;
+                McpCredential::begin_oauth(
+                    conn,
+                    credential.credential_id,
+                    &digest,
+                    McpCredential::STATE_LIFETIME,
+                    &verifier,
+                    None,
+                )?;
                 Ok::<_, Error>(instance)
             })?;
             let body = json!({ "instance": instance, "authorization_url": url.expose() });
@@ -144,16 +160,20 @@ pub(crate) fn call(app: &App, user_id: UserId, service: &str, id: &str) -> Answe
     Ok((200, json!({ "answer": answer })))
 }
 
-/// The provider redirects the user's browser here, with the state and a code or an error.
-pub(crate) fn oauth_callback(app: &App, request: &Request<Body>) -> Answer {
+/// The provider redirects the user's browser here, with the state and a code or an error. The state
+/// must be one that the user of this session began.
+pub(crate) fn oauth_callback(app: &App, user_id: UserId, request: &Request<Body>) -> Answer {
     let state = query(request, "state").ok_or(Error::Refused(400, "the state is missing"))?;
     // Committed at once, so that of several requests with this state only one redeems the code.
-    let credential = McpCredential::consume_state(&mut *app.db()?, &SecretText::new(state))?;
+    let state = app.token_key.hash_state(&SecretText::new(state));
+    let credential = McpCredential::consume_state(&mut *app.db()?, user_id, &state)?;
     let id = credential.credential_id;
 
     let client_secret = open(app, &credential, SecretColumn::ClientSecret)?;
-    let granted = query(request, "code")
-        .and_then(|code| stand_in_for_the_token_endpoint(&credential, &client_secret, code));
+    let verifier = open(app, &credential, SecretColumn::ClientSecret)?;
+    let granted = query(request, "code").and_then(|code| {
+        stand_in_for_the_token_endpoint(&credential, &client_secret, &verifier, code)
+    });
     let Some(granted) = granted else {
         McpCredential::fail_oauth(&mut *app.db()?, id)?;
         return Err(Error::Refused(409, "the authorization failed"));
@@ -203,6 +223,7 @@ struct Granted {
 fn stand_in_for_the_token_endpoint(
     _client: &McpCredential,
     _client_secret: &SecretText,
+    _code_verifier: &SecretText,
     code: &str,
 ) -> Option<Granted> {
     (code != "refused").then(|| Granted {

@@ -136,7 +136,9 @@ fn route(app: &App, request: &mut Request<Body>) -> Answer {
         ("POST", ["call", service, id]) => {
             instances::call(app, accounts::user(app, request)?, service, id)
         }
-        ("GET", ["oauth", "callback"]) => instances::oauth_callback(app, request),
+        ("GET", ["oauth", "callback"]) => {
+            instances::oauth_callback(app, accounts::user(app, request)?, request)
+        }
         ("POST", ["webhooks", "razorpay"]) => webhooks::razorpay(app, request),
         _ => Err(NOT_FOUND),
     }

@@ -160,6 +160,9 @@ pub enum InstanceError {
     /// `mcp_service_table_mcp_service_id_fkey`.
     #[error("the service does not exist")]
     UnknownService,
+    /// The client id is empty, has more than 2048 characters or a NUL.
+    #[error("a client id has 1 to 2048 characters and no NUL")]
+    InvalidClientId,
     /// The instance doesn't exist or belongs to another user.
     #[error("the user has no such instance")]
     NotFound,
@@ -199,13 +202,16 @@ impl McpInstance {
     /// One transaction. Locks the user's plan. Other users don't wait.
     ///
     /// # Errors
-    /// `LimitReached`, `PlanExpired`, `PlanMissing`, `ServiceDisabled`, `UnknownService`. The
-    /// caller's transaction survives them.
+    /// `LimitReached`, `PlanExpired`, `PlanMissing`, `ServiceDisabled`, `UnknownService`,
+    /// `InvalidClientId`. The caller's transaction survives them.
     pub fn create(
         conn: &mut PgConnection,
         new: &NewMcpInstance<'_>,
         credential: &NewMcpCredential<'_>,
     ) -> Result<(Self, McpCredential), InstanceError> {
+        if !credential.has_valid_client() {
+            return Err(InstanceError::InvalidClientId);
+        }
         conn.transaction(|conn| {
             lock_plan(conn, new.user_id)?;
             diesel::insert_into(mcp_service_table::table)

@@ -227,6 +227,11 @@ fn add_services(conn: &mut PgConnection) {
     }
 }
 
+fn state_in(url: &str) -> &str {
+    let rest = url.split_once("&state=").unwrap().1;
+    rest.split('&').next().unwrap()
+}
+
 fn payment(user: &Value) -> String {
     let entity = json!({
         "id": "pay_1", "amount": 99_900, "currency": "INR", "fee": 2_358, "tax": 360,
@@ -287,21 +292,24 @@ fn a_customer_from_sign_up_to_pro() {
     let second = text(&begun["instance"]["instance_id"]);
     expect(404, asha.call("gmail", &second));
     let url = text(&begun["authorization_url"]);
-    let state = url.split_once("&state=").unwrap().1;
+    let state = state_in(&url);
     let callback = format!("/oauth/callback?code={CODE}&state={state}");
-    let completed = expect(200, service.get(&callback));
+    // With her state and his session, her instance would run on his account.
+    expect(401, service.get(&callback));
+    expect(400, ravi.get(&callback));
+    let completed = expect(200, asha.get(&callback));
     assert_eq!(completed, json!({ "instance_id": second, "active": false }));
-    expect(400, service.get(&callback));
+    expect(400, asha.get(&callback));
     expect(403, asha.toggle(&second, true));
 
     // Refused by the provider.
     let begun = expect(201, asha.create(&gmail));
     let refused = text(&begun["instance"]["instance_id"]);
     let url = text(&begun["authorization_url"]);
-    let state = url.split_once("&state=").unwrap().1;
+    let state = state_in(&url);
     let callback = format!("/oauth/callback?error=access_denied&state={state}");
-    expect(409, service.get(&callback));
-    expect(400, service.get(&callback));
+    expect(409, asha.get(&callback));
+    expect(400, asha.get(&callback));
 
     // 32 concurrent deliveries and another event report the same payment.
     let payment = payment(&user);
@@ -463,8 +471,8 @@ fn bad_requests() {
     }
     expect(200, asha.get(&format!("/instances?after=0_{nobodys}")));
 
-    expect(400, service.get("/oauth/callback"));
-    expect(400, service.get("/oauth/callback?state=unknown&code=1"));
+    expect(400, asha.get("/oauth/callback"));
+    expect(400, asha.get("/oauth/callback?state=unknown&code=1"));
 
     let webhook = |body: &str| service.webhook("evt", body, WEBHOOK_SECRET);
     expect(400, webhook("{"));
