@@ -134,12 +134,17 @@ diesel::table! {
         /// When oauth_status left pending, whatever the outcome; NULL exactly while pending.
         oauth_completed_at -> Nullable<Timestamptz>,
         /// URL where the user grants access. Secret while pending, because it contains the state.
-        oauth_authorization_url -> Nullable<Text>,
-        /// State parameter of the pending authorization (RFC 6749, 10.12). Can be consumed once.
-        oauth_state -> Nullable<Text>,
+        oauth_authorization_url -> Nullable<Bytea>,
+        /// Keyed digest of the state of the pending authorization (RFC 6749, 10.12). Consumed once.
+        oauth_state -> Nullable<Bytea>,
+        /// When the state can no longer be consumed.
+        oauth_state_expires_at -> Nullable<Timestamptz>,
+        oauth_code_verifier -> Nullable<Bytea>,
+        /// Until then a worker refreshes the tokens, or nobody does after a failure; NULL: nobody does.
+        refresh_leased_until -> Nullable<Timestamptz>,
         created_at -> Timestamptz,
         updated_at -> Timestamptz,
-        /// Increased by a trigger with every change.
+        /// Increased by a trigger with every change, except of a lease.
         version -> Int4,
         /// When version was last increased.
         last_modified -> Timestamptz,

@@ -5,7 +5,7 @@
 
 use std::error::Error;
 
-use bruhmcp_db::crypto::{KeyRing, SecretColumn};
+use bruhmcp_db::crypto::{KeyRing, SecretColumn, TokenKey, new_secret};
 use bruhmcp_db::enums::{AuditStatus, AuthType, PaymentGateway};
 use bruhmcp_db::ids::{InstanceId, ServiceId, UserId};
 use bruhmcp_db::migrations::{self, Event};
@@ -244,16 +244,17 @@ fn connect_gmail(conn: &mut PgConnection, keys: &KeyRing, user_id: UserId) -> Re
     let (instance, credential) = McpInstance::create(conn, &new, &client)?;
     println!("  created: {:?}", instance.oauth_status);
 
-    let state = bruhmcp_db::crypto::new_secret();
-    let url = SecretText::new(format!(
-        "https://accounts.example/auth?state={}",
-        state.expose()
-    ));
-    McpCredential::begin_oauth(conn, credential.credential_id, &state, &url)?;
+    // In production, a key of 32 random bytes for the digests. The user leaves for the provider with
+    // the state and the challenge of the verifier in the URL.
+    let state = TokenKey::new(&[8; 32])?.hash_state(&new_secret());
+    let id = credential.credential_id;
+    let verifier = keys.seal(&new_secret(), id, SecretColumn::ClientSecret)?;
+    let lifetime = McpCredential::STATE_LIFETIME;
+    McpCredential::begin_oauth(conn, id, &state, lifetime, &verifier, None)?;
 
-    // The callback: a state can be used once.
-    let credential = McpCredential::consume_state(conn, &state)?;
-    if let Err(refused) = McpCredential::consume_state(conn, &state) {
+    // The callback, in the session of the user: a state can be used once.
+    let credential = McpCredential::consume_state(conn, user_id, &state)?;
+    if let Err(refused) = McpCredential::consume_state(conn, user_id, &state) {
         println!("  the same state a second time: {refused}");
     }
     // Here the backend asks the provider for the tokens.

@@ -111,7 +111,7 @@ pub use {bigdecimal, chrono, diesel, serde_json, uuid};
 
 pub use error::{ConstraintKind, ConstraintViolation};
 pub use page::{Cursor, Page};
-pub use secret::{HashedToken, Sealed, SecretText, TokenDigest};
+pub use secret::{HashedToken, Sealed, SecretText, StateDigest, TokenDigest};
 pub use transaction::{Isolation, MAX_ATTEMPTS, is_transient, retry_transaction};
 
 /// The README's example compiles.

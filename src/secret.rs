@@ -112,6 +112,26 @@ impl TokenDigest {
     }
 }
 
+/// A keyed digest of the state of an authorization: the 32 bytes in `mcp_credentials.oauth_state`.
+///
+/// `TokenKey::hash_state` (feature `crypto`) makes one from the state.
+#[derive(Clone, PartialEq, Eq, Hash, DieselNewType)]
+pub struct StateDigest(Vec<u8>);
+
+impl StateDigest {
+    /// Takes a digest that was made elsewhere.
+    #[must_use]
+    pub fn new(digest: [u8; 32]) -> Self {
+        Self(digest.to_vec())
+    }
+
+    /// The 32 bytes.
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
 /// A one-time secret as the database knows it: its type and its digest.
 ///
 /// `TokenKey::hash` (feature `crypto`) makes one from the secret.
@@ -161,7 +181,7 @@ macro_rules! silent_debug {
         }
     )*};
 }
-silent_debug!(SecretText TokenDigest Sealed);
+silent_debug!(SecretText TokenDigest StateDigest Sealed);
 
 /// Secrets have no `Serialize`, and rows and inserts have no `Deserialize`: a client's request
 /// can't make one. The first example shows that the others fail for that reason alone.

@@ -87,6 +87,9 @@ impl From<InstanceError> for Error {
             InstanceError::PlanMissing => Error::Refused(403, "there is no plan"),
             InstanceError::ServiceDisabled => Error::Refused(409, "the service is disabled"),
             InstanceError::UnknownService => Error::Refused(422, "there is no such service"),
+            InstanceError::InvalidClientId => {
+                Error::Refused(422, "the client id is empty or too long")
+            }
             InstanceError::NotFound => NOT_FOUND,
             InstanceError::InstanceExpired => Error::Refused(409, "the instance has expired"),
             InstanceError::Database(error) => error.into(),
@@ -100,6 +103,7 @@ impl From<CredentialError> for Error {
         match error {
             CredentialError::UnknownState => Error::Refused(400, "no authorization has this state"),
             CredentialError::Conflict(_) => Error::Refused(409, "the authorization isn't pending"),
+            CredentialError::Invalid(why) => Error::Refused(422, why),
             CredentialError::NotFound => Error::Refused(409, "the instance is gone"),
             CredentialError::Database(error) => error.into(),
             _ => Self::Internal("the credentials were not changed"),

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
-use bruhmcp_db::crypto::{SecretColumn, new_secret};
+use bruhmcp_db::crypto::{SecretColumn, code_challenge, new_secret};
 use bruhmcp_db::enums::AuthType;
 use bruhmcp_db::ids::{InstanceId, UserId};
 use bruhmcp_db::models::{
@@ -68,13 +68,29 @@ fn create_for(app: &App, user_id: UserId, new: &Create) -> Answer {
             }
             let credential = NewMcpCredential::oauth(&app.key_ring, client_id, client_secret)?;
             let state = new_secret();
+            let digest = app.token_key.hash_state(&state);
+            let verifier = new_secret();
             let url = SecretText::new(format!(
-                "https://provider.example/authorize?response_type=code&client_id={client_id}&state={}",
-                state.expose()
+                "https://provider.example/authorize?response_type=code&client_id={client_id}&state={}\
+                 &code_challenge_method=S256&code_challenge={}",
+                state.expose(),
+                code_challenge(&verifier),
             ));
+            let verifier = app.key_ring.seal(
+                &verifier,
+                credential.credential_id(),
+                SecretColumn::ClientSecret,
+            )?;
             let instance = conn.transaction(|conn| {
                 let (instance, credential) = McpInstance::create(conn, &instance, &credential)?;
-                McpCredential::begin_oauth(conn, credential.credential_id, &state, &url)?;
+                McpCredential::begin_oauth(
+                    conn,
+                    credential.credential_id,
+                    &digest,
+                    McpCredential::STATE_LIFETIME,
+                    &verifier,
+                    None,
+                )?;
                 Ok::<_, Error>(instance)
             })?;
             let body = json!({ "instance": instance, "authorization_url": url.expose() });
@@ -209,15 +225,17 @@ pub(crate) async fn oauth_callback(
     Payload(granting): Payload<Granting>,
 ) -> Answer {
     blocking(app, move |app| {
-        user(app, &bearer)?;
+        let user_id = user(app, &bearer)?;
         // Committed at once, so that of several requests with this state only one redeems the code.
-        let credential = McpCredential::consume_state(&mut *app.db()?, &granting.state)?;
+        let state = app.token_key.hash_state(&granting.state);
+        let credential = McpCredential::consume_state(&mut *app.db()?, user_id, &state)?;
         let id = credential.credential_id;
 
         let client_secret = open(app, &credential, SecretColumn::ClientSecret)?;
-        let granted = granting
-            .code
-            .and_then(|code| stand_in_for_the_token_endpoint(&credential, &client_secret, &code));
+        let verifier = open(app, &credential, SecretColumn::OauthCodeVerifier)?;
+        let granted = granting.code.and_then(|code| {
+            stand_in_for_the_token_endpoint(&credential, &client_secret, &verifier, &code)
+        });
         let Some(granted) = granted else {
             McpCredential::fail_oauth(&mut *app.db()?, id)?;
             return Err(Error::Refused(409, "the authorization failed"));
@@ -269,6 +287,7 @@ struct Granted {
 fn stand_in_for_the_token_endpoint(
     _client: &McpCredential,
     _client_secret: &SecretText,
+    _code_verifier: &SecretText,
     code: &str,
 ) -> Option<Granted> {
     (code != "refused").then(|| Granted {

@@ -131,8 +131,11 @@ CREATE TABLE mcp_credentials (
     token_scope             text,
     oauth_status            mcp_oauth_status NOT NULL DEFAULT 'pending',
     oauth_completed_at      timestamptz,
-    oauth_authorization_url text,
-    oauth_state             text,
+    oauth_authorization_url bytea,
+    oauth_state             bytea,
+    oauth_state_expires_at  timestamptz,
+    oauth_code_verifier     bytea,
+    refresh_leased_until    timestamptz,
     created_at              timestamptz      NOT NULL DEFAULT now(),
     updated_at              timestamptz      NOT NULL DEFAULT now(),
     CONSTRAINT mcp_credentials_pkey PRIMARY KEY (credential_id),
@@ -156,6 +159,11 @@ CREATE TABLE mcp_credentials (
         CHECK (octet_length(access_token) BETWEEN 29 AND 16384),
     CONSTRAINT mcp_credentials_refresh_token_check
         CHECK (octet_length(refresh_token) BETWEEN 29 AND 16384),
+    CONSTRAINT mcp_credentials_client_id_check CHECK (char_length(client_id) BETWEEN 1 AND 2048),
+    CONSTRAINT mcp_credentials_token_scope_check CHECK (char_length(token_scope) <= 16384),
+    CONSTRAINT mcp_credentials_oauth_state_check CHECK (octet_length(oauth_state) = 32),
+    CONSTRAINT mcp_credentials_oauth_state_expires_at_check
+        CHECK ((oauth_state IS NULL) = (oauth_state_expires_at IS NULL)),
     CONSTRAINT check_credential_type CHECK (
         (api_key IS NOT NULL AND client_id IS NULL AND client_secret IS NULL)
         OR (api_key IS NULL AND client_id IS NOT NULL AND client_secret IS NOT NULL)
@@ -167,11 +175,24 @@ CREATE TABLE mcp_credentials (
     CONSTRAINT check_oauth_status_consistency
         CHECK ((oauth_status = 'pending') = (oauth_completed_at IS NULL))
 );
-CREATE INDEX mcp_credentials_token_expires_at_idx ON mcp_credentials (token_expires_at)
+-- The refresh queue: rows without a lease first, then those whose lease ends first.
+CREATE INDEX mcp_credentials_refresh_leased_until_token_expires_at_idx
+    ON mcp_credentials (refresh_leased_until NULLS FIRST, token_expires_at)
     WHERE refresh_token IS NOT NULL AND oauth_status = 'completed';
+-- The list has every column but refresh_leased_until: a lease is not an edit.
 CREATE TRIGGER mcp_credentials_update_updated_at
     BEFORE UPDATE ON mcp_credentials
-    FOR EACH ROW WHEN (OLD.* IS DISTINCT FROM NEW.*)
+    FOR EACH ROW WHEN (
+        (OLD.credential_id, OLD.instance_id, OLD.api_key, OLD.client_id, OLD.client_secret,
+            OLD.access_token, OLD.refresh_token, OLD.token_expires_at, OLD.token_scope,
+            OLD.oauth_status, OLD.oauth_completed_at, OLD.oauth_authorization_url, OLD.oauth_state,
+            OLD.oauth_state_expires_at, OLD.oauth_code_verifier, OLD.created_at, OLD.updated_at)
+        IS DISTINCT FROM
+        (NEW.credential_id, NEW.instance_id, NEW.api_key, NEW.client_id, NEW.client_secret,
+            NEW.access_token, NEW.refresh_token, NEW.token_expires_at, NEW.token_scope,
+            NEW.oauth_status, NEW.oauth_completed_at, NEW.oauth_authorization_url, NEW.oauth_state,
+            NEW.oauth_state_expires_at, NEW.oauth_code_verifier, NEW.created_at, NEW.updated_at)
+    )
     EXECUTE FUNCTION update_updated_at_column();
 
 COMMENT ON TABLE mcp_credentials IS
@@ -191,7 +212,11 @@ COMMENT ON COLUMN mcp_credentials.oauth_completed_at IS
 COMMENT ON COLUMN mcp_credentials.oauth_authorization_url IS
     'URL where the user grants access. Secret while pending, because it contains the state.';
 COMMENT ON COLUMN mcp_credentials.oauth_state IS
-    'State parameter of the pending authorization (RFC 6749, 10.12). Can be consumed once.';
+    'Keyed digest of the state of the pending authorization (RFC 6749, 10.12). Consumed once.';
+COMMENT ON COLUMN mcp_credentials.oauth_state_expires_at IS
+    'When the state can no longer be consumed.';
+COMMENT ON COLUMN mcp_credentials.refresh_leased_until IS
+    'Until then a worker refreshes the tokens, or nobody does after a failure; NULL: nobody does.';
 
 -- Keeps the instance's copy of oauth_status. An instance without credentials is pending.
 -- Functions that run as their owner compare enums with OPERATOR(pg_catalog.…): an operator that

@@ -26,7 +26,8 @@ ALTER TABLE mcp_credentials
 COMMENT ON COLUMN mcp_service_table.version IS
     'Increased by a trigger with every change, except when a call is recorded.';
 COMMENT ON COLUMN mcp_service_table.last_modified IS 'When version was last increased.';
-COMMENT ON COLUMN mcp_credentials.version IS 'Increased by a trigger with every change.';
+COMMENT ON COLUMN mcp_credentials.version IS
+    'Increased by a trigger with every change, except of a lease.';
 COMMENT ON COLUMN mcp_credentials.last_modified IS 'When version was last increased.';
 
 CREATE FUNCTION update_version_and_timestamp() RETURNS trigger
@@ -38,8 +39,8 @@ BEGIN
 END
 $$;
 
--- The list has every column but those that recording a call writes. version and last_modified are
--- in it, so that values set by hand are overwritten.
+-- The lists have every column but those that recording a call or leasing a refresh writes. version
+-- and last_modified are in them, so that values set by hand are overwritten.
 CREATE TRIGGER mcp_service_table_update_version
     BEFORE UPDATE ON mcp_service_table
     FOR EACH ROW WHEN (
@@ -54,5 +55,17 @@ CREATE TRIGGER mcp_service_table_update_version
     EXECUTE FUNCTION update_version_and_timestamp();
 CREATE TRIGGER mcp_credentials_update_version
     BEFORE UPDATE ON mcp_credentials
-    FOR EACH ROW WHEN (OLD.* IS DISTINCT FROM NEW.*)
+    FOR EACH ROW WHEN (
+        (OLD.credential_id, OLD.instance_id, OLD.api_key, OLD.client_id, OLD.client_secret,
+            OLD.access_token, OLD.refresh_token, OLD.token_expires_at, OLD.token_scope,
+            OLD.oauth_status, OLD.oauth_completed_at, OLD.oauth_authorization_url, OLD.oauth_state,
+            OLD.oauth_state_expires_at, OLD.oauth_code_verifier, OLD.created_at, OLD.version,
+            OLD.last_modified)
+        IS DISTINCT FROM
+        (NEW.credential_id, NEW.instance_id, NEW.api_key, NEW.client_id, NEW.client_secret,
+            NEW.access_token, NEW.refresh_token, NEW.token_expires_at, NEW.token_scope,
+            NEW.oauth_status, NEW.oauth_completed_at, NEW.oauth_authorization_url, NEW.oauth_state,
+            NEW.oauth_state_expires_at, NEW.oauth_code_verifier, NEW.created_at, NEW.version,
+            NEW.last_modified)
+    )
     EXECUTE FUNCTION update_version_and_timestamp();

@@ -4,13 +4,13 @@ use std::fmt;
 
 use aes_gcm::aead::Generate;
 use hmac::{Hmac, KeyInit, Mac};
-use sha2::Sha256;
+use sha2::{Digest, Sha256};
 use zeroize::Zeroizing;
 
 use crate::crypto::KeyError;
 use crate::enums::AuthTokenType;
 use crate::ids::UserId;
-use crate::secret::{HashedToken, SecretText};
+use crate::secret::{HashedToken, SecretText, StateDigest};
 
 /// What a one-time secret is for, and for whom.
 ///
@@ -55,7 +55,7 @@ impl TokenPurpose<'_> {
 /// The key of the digests. Keep it outside the database: with a digest and the key, a six-digit
 /// code is quickly guessed.
 ///
-/// Another key invalidates all codes, links and refresh tokens. The key is wiped from memory when
+/// Another key invalidates all codes, links, refresh tokens and pending authorizations. The key is wiped from memory when
 /// it is dropped.
 ///
 /// ```
@@ -87,8 +87,7 @@ impl TokenKey {
     /// Returns the type of the token with the HMAC-SHA-256 of its purpose and secret.
     #[must_use]
     pub fn hash(&self, purpose: TokenPurpose<'_>, secret: &SecretText) -> HashedToken {
-        let mut mac =
-            Hmac::<Sha256>::new_from_slice(&self.0).expect("HMAC takes a key of any length");
+        let mut mac = self.mac();
         // No two inputs give the same bytes: the name ends with a zero, an id has 16 bytes, and a
         // length precedes the text.
         match purpose {
@@ -108,6 +107,19 @@ impl TokenKey {
         }
         mac.update(secret.expose().as_bytes());
         HashedToken::new(purpose.type_(), mac.finalize().into_bytes().into())
+    }
+
+    /// Returns the HMAC-SHA-256 of the state of an authorization, which no token has.
+    #[must_use]
+    pub fn hash_state(&self, state: &SecretText) -> StateDigest {
+        let mut mac = self.mac();
+        mac.update(b"oauth_state\0");
+        mac.update(state.expose().as_bytes());
+        StateDigest::new(mac.finalize().into_bytes().into())
+    }
+
+    fn mac(&self) -> Hmac<Sha256> {
+        Hmac::new_from_slice(&self.0).expect("HMAC takes a key of any length")
     }
 }
 
@@ -133,6 +145,24 @@ pub fn new_secret() -> SecretText {
         }
     }
     secret.into()
+}
+
+/// Returns the S256 code challenge of a verifier for PKCE (RFC 7636, 4.2). [`new_secret`] makes a
+/// verifier.
+#[must_use]
+pub fn code_challenge(verifier: &SecretText) -> String {
+    const BASE64URL: &[u8; 64] =
+        b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+    let digest = Sha256::digest(verifier.expose().as_bytes());
+    // Six bits a character; without padding, the last byte gives a part of one.
+    (0..43)
+        .map(|place| {
+            let (byte, bit) = (place * 6 / 8, place * 6 % 8);
+            let next = digest.get(byte + 1).copied().unwrap_or(0);
+            let bits = u16::from_be_bytes([digest[byte], next]) >> (10 - bit) & 63;
+            char::from(BASE64URL[usize::from(bits)])
+        })
+        .collect()
 }
 
 /// Returns a six-digit code of the operating system's generator; each code is equally likely.
@@ -213,6 +243,12 @@ mod tests {
             hex(refresh, "secret"),
             "04d29fb0afa78b2ebbfcde733dc499ead6409df0fc36f9d2e88ddf7b5cb7d426"
         );
+        let state = key().hash_state(&"secret".into());
+        let state = state.as_bytes().iter().map(|b| format!("{b:02x}"));
+        assert_eq!(
+            state.collect::<String>(),
+            "9a12deedb1465e6e9a4781ae049e8d9763dd3b7979a503c38587664ed216f977"
+        );
     }
 
     #[test]
@@ -225,6 +261,12 @@ mod tests {
         let other_key = TokenKey::new(&[7; 32]).unwrap();
         let other = other_key.hash(TokenPurpose::Refresh, &"123456".into());
         assert!(!digests.contains(&other.digest));
+        let state = key().hash_state(&"123456".into());
+        assert!(
+            digests
+                .iter()
+                .all(|digest| digest.as_bytes() != state.as_bytes())
+        );
 
         // Bytes can't move from the address to the code.
         let of = |new_email, code: &str| {
@@ -235,6 +277,16 @@ mod tests {
             )
         };
         assert_ne!(of("a@example.org1", "23456"), of("a@example.org", "123456"));
+    }
+
+    /// The example of RFC 7636, appendix B.
+    #[test]
+    fn a_code_challenge_is_that_of_the_standard() {
+        let verifier = "dBjftJeZ4CVP-mB92K27uhbUJU1p1r_wW1gFWFOEjXk".into();
+        assert_eq!(
+            code_challenge(&verifier),
+            "E9Melhoa2OwvFrEMTJguCHaoeK1t8URWbuGJSstw-cM"
+        );
     }
 
     #[test]

@@ -4,7 +4,7 @@
 mod digest;
 mod seal;
 
-pub use digest::{TokenKey, TokenPurpose, new_code, new_secret};
+pub use digest::{TokenKey, TokenPurpose, code_challenge, new_code, new_secret};
 pub use seal::{KeyRing, OpenError, SealError, SecretColumn};
 
 /// Why keys were refused.

@@ -1,7 +1,7 @@
 //! Credentials of instances: an API key, or an OAuth client with its tokens. Secrets are stored as
 //! ciphertext.
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, Datelike, Utc};
 use diesel::dsl::now;
 use diesel::pg::Pg;
 use diesel::prelude::*;
@@ -12,7 +12,7 @@ use crate::error::violates;
 use crate::ids::{CredentialId, InstanceId};
 use crate::models::McpInstance;
 use crate::schema::{mcp_credentials, mcp_service_table, users};
-use crate::secret::{Sealed, SecretText};
+use crate::secret::{Sealed, StateDigest};
 
 mod oauth;
 mod refresh;
@@ -20,6 +20,7 @@ mod refresh;
 mod sealing;
 
 pub use oauth::{CompletedInstance, OauthCompletion};
+pub use refresh::RefreshLease;
 #[cfg(feature = "crypto")]
 pub use sealing::Resealed;
 
@@ -69,13 +70,20 @@ pub struct McpCredential {
     pub oauth_completed_at: Option<DateTime<Utc>>,
     /// Where the user grants access. Contains the state.
     #[serde(skip_serializing)]
-    pub oauth_authorization_url: Option<SecretText>,
+    pub oauth_authorization_url: Option<Sealed>,
     /// Unique.
     #[serde(skip_serializing)]
-    pub oauth_state: Option<SecretText>,
+    pub oauth_state: Option<StateDigest>,
+    /// Set exactly with `oauth_state`.
+    pub oauth_state_expires_at: Option<DateTime<Utc>>,
+    /// PKCE's, until the authorization ends.
+    #[serde(skip_serializing)]
+    pub oauth_code_verifier: Option<Sealed>,
+    /// Until then another caller refreshes the tokens, or nobody does after a failure.
+    pub refresh_leased_until: Option<DateTime<Utc>>,
     pub created_at: DateTime<Utc>,
     pub updated_at: DateTime<Utc>,
-    /// Incremented by each change.
+    /// Incremented by each change but that of a lease.
     pub version: i32,
     /// When `version` was incremented.
     pub last_modified: DateTime<Utc>,
@@ -125,6 +133,10 @@ impl<'a> NewMcpCredential<'a> {
         }
     }
 
+    pub(super) fn has_valid_client(&self) -> bool {
+        self.client_id.is_none_or(is_valid_client_id)
+    }
+
     /// The key of the row.
     #[must_use]
     pub fn credential_id(&self) -> CredentialId {
@@ -155,12 +167,15 @@ pub enum CredentialError {
     /// They have another version or status. Holds the row as it is now.
     #[error("the credentials were changed in the meantime")]
     Conflict(Box<McpCredential>),
-    /// The state was used, replaced or never issued.
+    /// The state was used, replaced or never issued, has expired or is another user's.
     #[error("no pending authorization has this state")]
     UnknownState,
     /// Another authorization has the state (`mcp_credentials_oauth_state_key`).
     #[error("another authorization has this state")]
     StateTaken,
+    /// A value that is never stored; says which. The database was not asked.
+    #[error("{0}")]
+    Invalid(&'static str),
     /// Any other error.
     #[error("database error")]
     Database(#[source] diesel::result::Error),
@@ -230,23 +245,33 @@ impl McpCredential {
         })
     }
 
-    /// Replaces the secret of an OAuth client, if the row still has this version. Status and tokens
-    /// stay.
+    /// Replaces an OAuth client's secret, and its id by `client_id` or the same, if the row still
+    /// has this version. Status and tokens stay: the refresh token of another client is of no use,
+    /// so [`begin_oauth`](Self::begin_oauth) comes next.
     ///
     /// # Errors
-    /// `Conflict`, `NotFound`.
-    pub fn replace_client_secret(
+    /// `Conflict`, `NotFound`, `Invalid`.
+    pub fn replace_client(
         conn: &mut PgConnection,
         credential_id: CredentialId,
         version: i32,
+        client_id: &str,
         client_secret: &Sealed,
     ) -> Result<Self, CredentialError> {
+        if !is_valid_client_id(client_id) {
+            return Err(CredentialError::Invalid(
+                "a client id has 1 to 2048 characters and no NUL",
+            ));
+        }
         conn.transaction(|conn| {
             lock_user(conn, credential_id)?;
             let replaced = diesel::update(mcp_credentials::table.find(credential_id))
                 .filter(mcp_credentials::version.eq(version))
                 .filter(mcp_credentials::client_secret.is_not_null())
-                .set(mcp_credentials::client_secret.eq(client_secret))
+                .set((
+                    mcp_credentials::client_id.eq(client_id),
+                    mcp_credentials::client_secret.eq(client_secret),
+                ))
                 .returning(Self::as_returning())
                 .get_result(conn)
                 .optional()?;
@@ -279,6 +304,32 @@ impl McpCredential {
             .execute(conn)
             .map(drop)
     }
+}
+
+impl OauthTokens<'_> {
+    fn check(&self) -> Result<(), CredentialError> {
+        if self
+            .scope
+            .is_some_and(|scope| scope.contains('\0') || scope.chars().count() > 16384)
+        {
+            return Err(CredentialError::Invalid(
+                "a scope has at most 16384 characters and no NUL",
+            ));
+        }
+        if self
+            .expires_at
+            .is_some_and(|end| !(1970..=9999).contains(&end.year()))
+        {
+            return Err(CredentialError::Invalid(
+                "the end of an access token is in the years 1970 to 9999",
+            ));
+        }
+        Ok(())
+    }
+}
+
+fn is_valid_client_id(client_id: &str) -> bool {
+    !client_id.contains('\0') && (1..=2048).contains(&client_id.chars().count())
 }
 
 /// Locks the user of the credentials (FOR KEY SHARE), for operations that lock credentials and then

@@ -166,6 +166,9 @@ pub enum InstanceError {
     /// `mcp_service_table_mcp_service_id_fkey`.
     #[error("the service does not exist")]
     UnknownService,
+    /// The client id is empty, has more than 2048 characters or a NUL.
+    #[error("a client id has 1 to 2048 characters and no NUL")]
+    InvalidClientId,
     /// The instance doesn't exist or belongs to another user.
     #[error("the user has no such instance")]
     NotFound,
@@ -208,12 +211,15 @@ impl McpInstance {
     ///
     /// # Errors
     /// `LimitReached`, `PlanExpired`, `PlanMissing`, `UserInactive`, `ServiceDisabled`,
-    /// `UnknownService`. The caller's transaction survives them.
+    /// `UnknownService`, `InvalidClientId`. The caller's transaction survives them.
     pub fn create(
         conn: &mut PgConnection,
         new: &NewMcpInstance<'_>,
         credential: &NewMcpCredential<'_>,
     ) -> Result<(Self, McpCredential), InstanceError> {
+        if !credential.has_valid_client() {
+            return Err(InstanceError::InvalidClientId);
+        }
         conn.transaction(|conn| {
             // Not a lock only: an anonymisation with an older snapshot would miss the instance.
             let of_user = user_plans::table.filter(user_plans::user_id.eq(new.user_id));

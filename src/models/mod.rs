@@ -27,7 +27,7 @@ pub use auth_tokens::{AuthToken, CodeCheck, MAX_CODE_ATTEMPTS, Rotation, TokenEr
 pub use mcp_credentials::Resealed;
 pub use mcp_credentials::{
     CompletedInstance, CredentialError, McpCredential, NewMcpCredential, OauthCompletion,
-    OauthTokens,
+    OauthTokens, RefreshLease,
 };
 pub use mcp_service_table::{
     CredentialState, InstanceDetails, InstanceError, InstanceFilter, InstanceWithCredentials,

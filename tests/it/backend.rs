@@ -260,6 +260,11 @@ fn add_services(conn: &mut PgConnection) {
     }
 }
 
+fn state_in(url: &str) -> &str {
+    let rest = url.split_once("&state=").unwrap().1;
+    rest.split('&').next().unwrap()
+}
+
 fn payment(user: &Value) -> String {
     paid("pay_1", 99_900, "INR", user)
 }
@@ -324,8 +329,7 @@ fn a_customer_from_sign_up_to_pro() {
     let second = text(&begun["instance"]["instance_id"]);
     expect(404, asha.call("gmail", &second));
     let url = text(&begun["authorization_url"]);
-    let state = url.split_once("&state=").unwrap().1;
-    let granting = json!({ "code": CODE, "state": state });
+    let granting = json!({ "code": CODE, "state": state_in(&url) });
     let completed = expect(200, asha.post("/oauth/callback", &granting));
     assert_eq!(completed, json!({ "instance_id": second, "active": false }));
     expect(400, asha.post("/oauth/callback", &granting));
@@ -335,8 +339,7 @@ fn a_customer_from_sign_up_to_pro() {
     let begun = expect(201, asha.create(&gmail));
     let refused = text(&begun["instance"]["instance_id"]);
     let url = text(&begun["authorization_url"]);
-    let state = url.split_once("&state=").unwrap().1;
-    let refusal = json!({ "state": state });
+    let refusal = json!({ "state": state_in(&url) });
     expect(409, asha.post("/oauth/callback", &refusal));
     expect(400, asha.post("/oauth/callback", &refusal));
 
@@ -704,8 +707,7 @@ fn an_authorization_belongs_to_the_session_that_began_it() {
         json!({ "service": "gmail", "client_id": "client", "client_secret": CLIENT_SECRET });
     let begun = expect(201, asha.create(&gmail));
     let url = text(&begun["authorization_url"]);
-    let state = url.split_once("&state=").unwrap().1;
-    let granting = json!({ "code": CODE, "state": state });
+    let granting = json!({ "code": CODE, "state": state_in(&url) });
     expect(401, service.post("/oauth/callback", &granting));
     expect(400, eve.post("/oauth/callback", &granting));
     expect(200, asha.post("/oauth/callback", &granting));

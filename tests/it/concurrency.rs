@@ -11,7 +11,7 @@ use bruhmcp_db::models::{
     UserPlan,
 };
 use bruhmcp_db::{
-    ConstraintViolation, Isolation, Page, SecretText, is_transient, retry_transaction,
+    ConstraintViolation, Isolation, Page, StateDigest, is_transient, retry_transaction,
 };
 use chrono::{TimeDelta, Utc};
 use diesel::connection::SimpleConnection;
@@ -324,12 +324,15 @@ impl World {
             (10, _) => McpInstance::record_call(conn, id, None).map(drop),
             (_, None) => Ok(()),
             (11 | 12, Some(row)) => {
-                let state = SecretText::new(Uuid::new_v4());
+                let mut state = [0; 32];
+                state[..16].copy_from_slice(Uuid::new_v4().as_bytes());
                 refused(McpCredential::begin_oauth(
                     conn,
                     row.credential_id,
-                    &state,
-                    &state,
+                    &StateDigest::new(state),
+                    McpCredential::STATE_LIFETIME,
+                    &sealed(),
+                    None,
                 ))
             }
             (13, Some(row)) => {
@@ -348,10 +351,11 @@ impl World {
             }
             (_, Some(row)) => {
                 let id = row.credential_id;
-                refused(McpCredential::replace_client_secret(
+                refused(McpCredential::replace_client(
                     conn,
                     id,
                     row.version,
+                    "client",
                     &sealed(),
                 ))
             }
@@ -397,18 +401,18 @@ impl World {
     /// Refreshes tokens until the operations end.
     fn refresh(&self, conn: &mut PgConnection, dice: &mut Dice) -> QueryResult<()> {
         while self.at_work.load(Ordering::Acquire) > 0 {
-            conn.transaction(|conn| {
-                let due = Utc::now() + TimeDelta::hours(1);
-                for claimed in McpCredential::claim_due(conn, due, due, 1)? {
-                    match dice.roll(3) {
-                        0 => refused(McpCredential::refresh_refused(conn, &claimed))?,
-                        1 => McpCredential::refresh_failed(conn, &claimed, "network", None)
-                            .map(drop)?,
-                        _ => refused(McpCredential::store_refreshed(conn, &claimed, &tokens()))?,
+            let due = Utc::now() + TimeDelta::hours(1);
+            for claimed in McpCredential::claim_due(conn, due, TimeDelta::seconds(1), 1)? {
+                match dice.roll(3) {
+                    0 => refused(McpCredential::refresh_refused(conn, &claimed))?,
+                    1 => {
+                        let pause = TimeDelta::zero();
+                        McpCredential::refresh_failed(conn, &claimed, "network", None, pause)
+                            .map(drop)?;
                     }
+                    _ => refused(McpCredential::store_refreshed(conn, &claimed, &tokens()))?,
                 }
-                QueryResult::Ok(())
-            })?;
+            }
         }
         Ok(())
     }

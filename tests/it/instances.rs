@@ -7,7 +7,7 @@ use bruhmcp_db::models::{
     NewMcpService, NotCallable, Recorded, User,
 };
 use bruhmcp_db::schema::mcp_credentials;
-use bruhmcp_db::{ConstraintViolation, Page, SecretText};
+use bruhmcp_db::{ConstraintViolation, Page, StateDigest};
 use chrono::{DateTime, TimeDelta, Utc};
 use diesel::connection::SimpleConnection;
 use diesel::prelude::*;
@@ -294,8 +294,10 @@ fn an_instance_is_found_by_its_owner_only() {
     let gmail = service(conn, "gmail", 4001);
     let id = create_pending(conn, owner, gmail);
     let credential = McpCredential::find_by_instance(conn, id).unwrap().unwrap();
-    let state = SecretText::new("state-of-the-authorization");
-    McpCredential::begin_oauth(conn, credential.credential_id, &state, &state).unwrap();
+    let id_of = credential.credential_id;
+    let state = StateDigest::new([7; 32]);
+    let lifetime = McpCredential::STATE_LIFETIME;
+    McpCredential::begin_oauth(conn, id_of, &state, lifetime, &sealed(), None).unwrap();
 
     assert_eq!(McpInstance::find_by_user(conn, id, other).unwrap(), None);
     let details = McpInstance::find_by_user(conn, id, owner).unwrap().unwrap();
@@ -306,7 +308,7 @@ fn an_instance_is_found_by_its_owner_only() {
     assert_eq!(credentials.client_id.as_deref(), Some("client"));
     let json = serde_json::to_string(&details).unwrap();
     assert!(
-        !json.contains("state-of-") && !json.contains("secret"),
+        !json.contains("oauth_state") && !json.contains("secret"),
         "{json}"
     );
 

@@ -18,7 +18,7 @@ use bruhmcp_db::ids::{
     CredentialId, InstanceId, ServiceId, SubscriptionId, TransactionId, UserId, WebhookEventId,
 };
 use bruhmcp_db::models::*;
-use bruhmcp_db::{ConstraintViolation, HashedToken, Sealed, SecretText};
+use bruhmcp_db::{ConstraintViolation, HashedToken, Sealed, StateDigest};
 use chrono::{TimeDelta, Utc};
 use diesel::connection::{InstrumentationEvent, SimpleConnection};
 use diesel::pg::PgConnection;
@@ -172,12 +172,17 @@ pub(crate) static USER_WITH_ROWS: LazyLock<String> = LazyLock::new(|| {
         .unwrap();
     }
     for (instance, state, updated_at) in [
-        (PENDING, "'state'", "now()"),
-        (ABANDONED, "NULL", "now() - interval '1 day'"),
+        (
+            PENDING,
+            "decode(repeat('07', 32), 'hex'), now() + interval '1 hour'",
+            "now()",
+        ),
+        (ABANDONED, "NULL, NULL", "now() - interval '1 day'"),
     ] {
         writeln!(
             sql,
-            "INSERT INTO mcp_credentials (credential_id, instance_id, client_id, client_secret, oauth_state, updated_at)
+            "INSERT INTO mcp_credentials (credential_id, instance_id, client_id, client_secret, oauth_state,
+                 oauth_state_expires_at, updated_at)
              VALUES ('{instance}', '{instance}', 'client', '{}', {state}, {updated_at});",
             hex(sealed(instance, SecretColumn::ClientSecret)),
         )
@@ -617,14 +622,15 @@ pub(crate) static OPERATIONS: &[Operation] = &[
     }),
     // mcp_credentials
     operation("McpCredential::begin_oauth", |conn| {
-        let state = SecretText::new(Uuid::new_v4().to_string());
-        Ok(
-            McpCredential::begin_oauth(conn, of(AUTHORISED), &state, &"https://a".into())
-                .map(|_| true)?,
-        )
+        let state = StateDigest::new(random_bytes());
+        let lifetime = McpCredential::STATE_LIFETIME;
+        let verifier = sealed(AUTHORISED, SecretColumn::ClientSecret);
+        let begun =
+            McpCredential::begin_oauth(conn, of(AUTHORISED), &state, lifetime, &verifier, None);
+        Ok(begun.map(|_| true)?)
     }),
     operation("McpCredential::consume_state", |conn| {
-        Ok(McpCredential::consume_state(conn, &"state".into()).map(|_| true)?)
+        Ok(McpCredential::consume_state(conn, USER, &StateDigest::new([7; 32])).map(|_| true)?)
     }),
     operation("McpCredential::complete_oauth", |conn| {
         Ok(McpCredential::complete_oauth(conn, of(PENDING), &tokens()).map(|_| true)?)
@@ -633,31 +639,30 @@ pub(crate) static OPERATIONS: &[Operation] = &[
         Ok(McpCredential::fail_oauth(conn, of(PENDING)).map(|_| true)?)
     }),
     worker("McpCredential::claim_due, refreshed", |conn| {
-        conn.transaction(|conn| {
-            let claimed = claim_refresh(conn)?;
-            for row in &claimed {
-                McpCredential::store_refreshed(conn, row, &tokens())?;
-            }
-            Ok(!claimed.is_empty())
-        })
+        let claimed = claim_refresh(conn)?;
+        for row in &claimed {
+            McpCredential::store_refreshed(conn, row, &tokens())?;
+        }
+        Ok(!claimed.is_empty())
     }),
     worker("McpCredential::claim_due, refused", |conn| {
-        conn.transaction(|conn| {
-            let claimed = claim_refresh(conn)?;
-            for row in &claimed {
-                McpCredential::refresh_refused(conn, row)?;
-            }
-            Ok(!claimed.is_empty())
-        })
+        let claimed = claim_refresh(conn)?;
+        for row in &claimed {
+            McpCredential::refresh_refused(conn, row)?;
+        }
+        Ok(!claimed.is_empty())
     }),
     worker("McpCredential::claim_due, failed", |conn| {
-        conn.transaction(|conn| {
-            let claimed = claim_refresh(conn)?;
-            for row in &claimed {
-                McpCredential::refresh_failed(conn, row, "network", None)?;
-            }
-            Ok(!claimed.is_empty())
-        })
+        let claimed = claim_refresh(conn)?;
+        for row in &claimed {
+            McpCredential::refresh_failed(conn, row, "network", None, TimeDelta::zero())?;
+        }
+        Ok(!claimed.is_empty())
+    }),
+    operation("McpCredential::lease_refresh", |conn| {
+        let due = Utc::now() + hour();
+        let lease = McpCredential::lease_refresh(conn, of(AUTHORISED), due, TimeDelta::zero())?;
+        Ok(matches!(lease, RefreshLease::Leased(_)))
     }),
     operation("McpCredential::replace_api_key", |conn| {
         let Some(row) = McpCredential::find(conn, of(KEYED))? else {
@@ -666,15 +671,13 @@ pub(crate) static OPERATIONS: &[Operation] = &[
         let key = sealed(KEYED, SecretColumn::ApiKey);
         Ok(McpCredential::replace_api_key(conn, of(KEYED), row.version, &key).map(|_| true)?)
     }),
-    operation("McpCredential::replace_client_secret", |conn| {
+    operation("McpCredential::replace_client", |conn| {
         let Some(row) = McpCredential::find(conn, of(AUTHORISED))? else {
             return Ok(false);
         };
         let secret = sealed(AUTHORISED, SecretColumn::ClientSecret);
-        Ok(
-            McpCredential::replace_client_secret(conn, of(AUTHORISED), row.version, &secret)
-                .map(|_| true)?,
-        )
+        let (id, version) = (of(AUTHORISED), row.version);
+        Ok(McpCredential::replace_client(conn, id, version, "client", &secret).map(|_| true)?)
     }),
     operation("McpCredential::reseal", |conn| {
         Ok(McpCredential::reseal(conn, &NEW_RING, None, 10)?.resealed > 0)
@@ -692,7 +695,7 @@ pub(crate) static OPERATIONS: &[Operation] = &[
 ];
 
 fn claim_refresh(conn: &mut PgConnection) -> QueryResult<Vec<McpCredential>> {
-    McpCredential::claim_due(conn, Utc::now() + hour(), Utc::now(), 10)
+    McpCredential::claim_due(conn, Utc::now() + hour(), TimeDelta::zero(), 10)
 }
 
 fn address() -> NewUserBillingDetails<'static> {
@@ -954,7 +957,7 @@ const AGAINST_THE_ORDER: &[(&str, &str, &str)] = &[
     ),
     (
         "McpInstance::record_call",
-        "McpCredential::replace_client_secret",
+        "McpCredential::replace_client",
         "McpCredential::claim_due, refreshed",
     ),
     (
@@ -969,7 +972,7 @@ const AGAINST_THE_ORDER: &[(&str, &str, &str)] = &[
     ),
     (
         "McpInstance::rename",
-        "McpCredential::replace_client_secret",
+        "McpCredential::replace_client",
         "McpInstance::delete",
     ),
     (

@@ -5,7 +5,7 @@ use bruhmcp_db::enums::*;
 use bruhmcp_db::ids::*;
 use bruhmcp_db::models::*;
 use bruhmcp_db::schema::mcp_credentials;
-use bruhmcp_db::{ConstraintViolation, HashedToken, Page, Sealed, SecretText};
+use bruhmcp_db::{ConstraintViolation, HashedToken, Page, Sealed, SecretText, StateDigest};
 use chrono::{DateTime, DurationRound, TimeDelta, Utc};
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
@@ -279,8 +279,10 @@ fn instances_and_credentials() {
             mcp_credentials::refresh_token.eq(&whispered),
             mcp_credentials::oauth_status.eq(OauthStatus::Completed),
             mcp_credentials::oauth_completed_at.eq(in_days(0)),
-            mcp_credentials::oauth_authorization_url.eq("https://example.in/?state=whisper"),
-            mcp_credentials::oauth_state.eq("whisper"),
+            mcp_credentials::oauth_authorization_url.eq(&whispered),
+            mcp_credentials::oauth_code_verifier.eq(&whispered),
+            mcp_credentials::oauth_state.eq(StateDigest::new([7; 32])),
+            mcp_credentials::oauth_state_expires_at.eq(in_days(1)),
         ))
         .get_result(conn)
         .unwrap();
@@ -292,6 +294,7 @@ fn instances_and_credentials() {
             "access_token",
             "refresh_token",
             "oauth_authorization_url",
+            "oauth_code_verifier",
             "oauth_state",
         ],
     );

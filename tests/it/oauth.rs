@@ -1,33 +1,41 @@
 //! OAuth: authorizations, refreshes, the queue of due rows, and changes guarded by a version.
 
 use std::collections::HashSet;
+use std::sync::LazyLock;
 
-use bruhmcp_db::crypto::SecretColumn;
+use bruhmcp_db::crypto::{SecretColumn, TokenKey};
 use bruhmcp_db::enums::{AuditStatus, InstanceStatus, OauthStatus};
 use bruhmcp_db::ids::CredentialId;
 use bruhmcp_db::models::{
-    AuditFilter, CompletedInstance, CredentialError, McpCredential, McpInstance, McpService,
-    OauthTokens, TokenAudit,
+    AuditFilter, CompletedInstance, CredentialError, InstanceError, McpCredential, McpInstance,
+    McpService, NewMcpCredential, NewMcpInstance, OauthTokens, RefreshLease, TokenAudit,
 };
-use bruhmcp_db::schema::{mcp_credentials, mcp_service_table};
-use bruhmcp_db::{Isolation, Page, SecretText, is_transient, retry_transaction};
-use chrono::Utc;
+use bruhmcp_db::schema::mcp_service_table;
+use bruhmcp_db::{Isolation, Page, SecretText, StateDigest, is_transient, retry_transaction};
+use chrono::{TimeDelta, TimeZone, Utc};
 use diesel::connection::SimpleConnection;
 use diesel::prelude::*;
 
 use crate::fixtures::{
-    RING, completed, in_minutes, pending, pro_user, service, text, tokens, upgrade, user,
+    RING, completed, in_minutes, pending, pro_user, sealed, service, text, tokens, upgrade, user,
     with_api_key,
 };
 use crate::instances::delete_plan;
 use crate::support::{at_once, database};
 
-fn state(name: &str) -> SecretText {
-    SecretText::new(format!("state {name}"))
+fn state(name: &str) -> StateDigest {
+    static KEY: LazyLock<TokenKey> = LazyLock::new(|| TokenKey::new(&[1; 32]).unwrap());
+    KEY.hash_state(&name.into())
 }
 
-fn url(name: &str) -> SecretText {
-    SecretText::new(format!("https://accounts.example/authorize?state={name}"))
+/// Begins an authorization with the state `name`, a verifier and a URL.
+fn begin(
+    conn: &mut PgConnection,
+    id: CredentialId,
+    name: &str,
+) -> Result<McpCredential, CredentialError> {
+    let lifetime = McpCredential::STATE_LIFETIME;
+    McpCredential::begin_oauth(conn, id, &state(name), lifetime, &sealed(), Some(&sealed()))
 }
 
 fn find(conn: &mut PgConnection, credential: &McpCredential) -> McpCredential {
@@ -52,22 +60,23 @@ fn an_authorization_from_first_to_last() {
     let id = new.credential_id;
     assert_eq!(new.oauth_status, OauthStatus::Pending);
 
-    let begun = McpCredential::begin_oauth(conn, id, &state("a"), &url("a")).unwrap();
+    let begun = begin(conn, id, "a").unwrap();
     assert_eq!(begun.oauth_state, Some(state("a")));
-    assert_eq!(begun.oauth_authorization_url, Some(url("a")));
+    assert_eq!(begun.oauth_authorization_url, Some(sealed()));
 
-    let taken = McpCredential::consume_state(conn, &state("a")).unwrap();
+    let taken = McpCredential::consume_state(conn, user_id, &state("a")).unwrap();
     assert_eq!(taken.credential_id, id);
     assert_eq!(taken.oauth_status, OauthStatus::Pending);
-    assert_eq!(
-        (&taken.oauth_state, &taken.oauth_authorization_url),
-        (&None, &None)
-    );
+    assert_eq!(taken.oauth_state, None);
+    assert_eq!(taken.oauth_state_expires_at, None);
+    assert_eq!(taken.oauth_authorization_url, None);
+    assert_eq!(taken.oauth_code_verifier, Some(sealed()));
 
     let done = McpCredential::complete_oauth(conn, id, &tokens(id, "one")).unwrap();
     assert_eq!(done.instance, CompletedInstance::Active);
     assert_eq!(done.credential, find(conn, &new));
     assert_eq!(done.credential.oauth_status, OauthStatus::Completed);
+    assert_eq!(done.credential.oauth_code_verifier, None);
     assert_eq!(
         done.credential.token_scope.as_deref(),
         Some("mail.read mail.send")
@@ -120,7 +129,7 @@ fn an_authorization_from_first_to_last() {
     );
 
     // In a second authorization, the user refuses.
-    let again = McpCredential::begin_oauth(conn, id, &state("b"), &url("b")).unwrap();
+    let again = begin(conn, id, "b").unwrap();
     assert_eq!(again.oauth_status, OauthStatus::Pending);
     assert_eq!(again.oauth_completed_at, None);
     let failed = McpCredential::fail_oauth(conn, id).unwrap();
@@ -130,7 +139,7 @@ fn an_authorization_from_first_to_last() {
     assert_eq!(failed.oauth_authorization_url, None);
 
     // In a third, the user grants access, but there is no refresh token.
-    McpCredential::begin_oauth(conn, id, &state("c"), &url("c")).unwrap();
+    begin(conn, id, "c").unwrap();
     let other = OauthTokens {
         refresh_token: None,
         ..tokens(id, "three")
@@ -152,7 +161,7 @@ fn steps_out_of_order_are_refused() {
     let api_key = with_api_key(conn, user_id, service_id, "key").credential_id;
 
     for id in [api_key, CredentialId::new()] {
-        let begun = McpCredential::begin_oauth(conn, id, &state("x"), &url("x"));
+        let begun = begin(conn, id, "x");
         assert!(matches!(begun, Err(CredentialError::NotFound)), "{begun:?}");
         let completed = McpCredential::complete_oauth(conn, id, &tokens(id, "x"));
         assert!(
@@ -166,28 +175,27 @@ fn steps_out_of_order_are_refused() {
         );
     }
 
-    McpCredential::begin_oauth(conn, one, &state("a"), &url("a")).unwrap();
+    begin(conn, one, "a").unwrap();
     // The caller's transaction survives the refusal.
     conn.transaction(|conn| {
-        let taken = McpCredential::begin_oauth(conn, other, &state("a"), &url("a"));
+        let taken = begin(conn, other, "a");
         assert!(
             matches!(taken, Err(CredentialError::StateTaken)),
             "{taken:?}"
         );
-        assert!(!format!("{taken:?}").contains("state a"), "{taken:?}");
         McpCredential::find(conn, other)
     })
     .unwrap();
 
     // A second authorization replaces the state of the first.
-    McpCredential::begin_oauth(conn, one, &state("b"), &url("b")).unwrap();
-    let replaced = McpCredential::consume_state(conn, &state("a"));
+    begin(conn, one, "b").unwrap();
+    let replaced = McpCredential::consume_state(conn, user_id, &state("a"));
     assert!(
         matches!(replaced, Err(CredentialError::UnknownState)),
         "{replaced:?}"
     );
-    McpCredential::consume_state(conn, &state("b")).unwrap();
-    let used = McpCredential::consume_state(conn, &state("b"));
+    McpCredential::consume_state(conn, user_id, &state("b")).unwrap();
+    let used = McpCredential::consume_state(conn, user_id, &state("b"));
     assert!(
         matches!(used, Err(CredentialError::UnknownState)),
         "{used:?}"
@@ -212,10 +220,11 @@ fn a_state_is_consumed_once() {
     let user_id = user(conn);
     let service_id = service(conn, "gmail", 4001);
     let id = pending(conn, user_id, service_id).credential_id;
-    McpCredential::begin_oauth(conn, id, &state("a"), &url("a")).unwrap();
+    begin(conn, id, "a").unwrap();
 
     let taken = at_once(&database, 32, |_, conn| match McpCredential::consume_state(
         conn,
+        user_id,
         &state("a"),
     ) {
         Ok(row) => Some(row.credential_id),
@@ -224,6 +233,91 @@ fn a_state_is_consumed_once() {
     });
     let taken: Vec<_> = taken.into_iter().flatten().collect();
     assert_eq!(taken, [id]);
+}
+
+#[test]
+fn a_state_is_consumed_in_time_by_the_user_who_began() {
+    let database = database();
+    let conn = &mut database.connect();
+    let (asha, ravi) = (user(conn), user(conn));
+    let service_id = service(conn, "gmail", 4001);
+    let id = pending(conn, asha, service_id).credential_id;
+    pending(conn, ravi, service_id);
+    let consume =
+        |conn: &mut PgConnection, user_id| McpCredential::consume_state(conn, user_id, &state("a"));
+
+    for lifetime in [-1, 0, 3601].map(TimeDelta::seconds) {
+        let begun = McpCredential::begin_oauth(conn, id, &state("a"), lifetime, &sealed(), None);
+        assert!(
+            matches!(begun, Err(CredentialError::Invalid(_))),
+            "{begun:?}"
+        );
+    }
+    let begun = begin(conn, id, "a").unwrap();
+    let left = begun.oauth_state_expires_at.unwrap() - begun.last_modified;
+    assert_eq!(left, McpCredential::STATE_LIFETIME);
+
+    let of_another = consume(conn, ravi);
+    assert!(matches!(of_another, Err(CredentialError::UnknownState)));
+    let expire = |at: &str| {
+        database
+            .psql(&format!("UPDATE mcp_credentials SET oauth_state_expires_at = {at} WHERE oauth_state IS NOT NULL"))
+            .unwrap()
+    };
+    expire("now()");
+    let late = consume(conn, asha);
+    assert!(matches!(late, Err(CredentialError::UnknownState)));
+    expire("now() + interval '1 minute'");
+    assert_eq!(consume(conn, asha).unwrap().credential_id, id);
+}
+
+#[test]
+fn what_the_database_would_refuse_is_refused_before() {
+    let database = database();
+    let conn = &mut database.connect();
+    let user_id = user(conn);
+    let service_id = service(conn, "gmail", 4001);
+    let row = pending(conn, user_id, service_id);
+    let id = row.credential_id;
+    let scopes = ["mail\0".to_owned(), "x".repeat(16385)];
+    let ends = [10000, 1969].map(|year| Utc.with_ymd_and_hms(year, 6, 1, 0, 0, 0).unwrap());
+    let wrong = scopes
+        .iter()
+        .map(|scope| OauthTokens {
+            scope: Some(scope),
+            ..tokens(row.credential_id, "x")
+        })
+        .chain(ends.map(|end| OauthTokens {
+            expires_at: Some(end),
+            ..tokens(row.credential_id, "x")
+        }));
+    for wrong in wrong {
+        let completed = McpCredential::complete_oauth(conn, id, &wrong);
+        assert!(
+            matches!(completed, Err(CredentialError::Invalid(_))),
+            "{completed:?}"
+        );
+        let stored = McpCredential::store_refreshed(conn, &row, &wrong);
+        assert!(
+            matches!(stored, Err(CredentialError::Invalid(_))),
+            "{stored:?}"
+        );
+    }
+    for client_id in ["", "a\0", &"x".repeat(2049)] {
+        let replaced = McpCredential::replace_client(conn, id, row.version, client_id, &sealed());
+        assert!(
+            matches!(replaced, Err(CredentialError::Invalid(_))),
+            "{replaced:?}"
+        );
+    }
+    assert_eq!(find(conn, &row), row);
+
+    let new = NewMcpCredential::sealed_oauth(CredentialId::new(), "a\0", sealed());
+    let created = McpInstance::create(conn, &NewMcpInstance::new(user_id, service_id), &new);
+    assert!(
+        matches!(created, Err(InstanceError::InvalidClientId)),
+        "{created:?}"
+    );
 }
 
 #[test]
@@ -380,7 +474,8 @@ fn changes_are_guarded_by_the_version() {
     assert_eq!(text(&key, SecretColumn::ApiKey), "new");
     assert!(find_instance(conn, &key).credentials_updated_at.is_some());
     let secret =
-        McpCredential::replace_client_secret(conn, oauth_id, oauth.version, &new_secret).unwrap();
+        McpCredential::replace_client(conn, oauth_id, oauth.version, "other", &new_secret).unwrap();
+    assert_eq!(secret.client_id.as_deref(), Some("other"));
     assert_eq!(text(&secret, SecretColumn::ClientSecret), "new");
     assert_eq!(secret.oauth_status, OauthStatus::Completed);
 
@@ -388,7 +483,7 @@ fn changes_are_guarded_by_the_version() {
     let tokens = tokens(oauth_id, "late");
     let conflicts = [
         McpCredential::replace_api_key(conn, key_id, api_key.version, &new_key),
-        McpCredential::replace_client_secret(conn, oauth_id, oauth.version, &new_secret),
+        McpCredential::replace_client(conn, oauth_id, oauth.version, "other", &new_secret),
         McpCredential::store_refreshed(conn, &oauth, &tokens),
         McpCredential::refresh_refused(conn, &oauth),
     ];
@@ -408,7 +503,7 @@ fn changes_are_guarded_by_the_version() {
     };
     let misfits = [
         McpCredential::replace_api_key(conn, oauth_id, secret.version, &new_key),
-        McpCredential::replace_client_secret(conn, key_id, key.version, &new_secret),
+        McpCredential::replace_client(conn, key_id, key.version, "other", &new_secret),
         McpCredential::store_refreshed(conn, &key, &tokens),
         McpCredential::refresh_refused(conn, &key),
         McpCredential::replace_api_key(conn, unknown.credential_id, 1, &new_key),
@@ -474,8 +569,25 @@ fn of_10_000_guarded_updates_none_is_lost() {
     }
 }
 
+fn due(conn: &mut PgConnection) -> Vec<McpCredential> {
+    McpCredential::claim_due(conn, in_minutes(10), TimeDelta::minutes(1), 10).unwrap()
+}
+
+fn ids(rows: &[McpCredential]) -> Vec<CredentialId> {
+    rows.iter().map(|row| row.credential_id).collect()
+}
+
+/// Ends all leases and pauses.
+fn end_leases(conn: &mut PgConnection) {
+    conn.batch_execute(
+        "UPDATE mcp_credentials SET refresh_leased_until = now() - interval '1 second'
+          WHERE refresh_leased_until IS NOT NULL",
+    )
+    .unwrap();
+}
+
 #[test]
-fn a_refresh_that_failed_for_now_waits() {
+fn a_lease_keeps_others_away_until_it_ends() {
     let database = database();
     let conn = &mut database.connect();
     let user_id = pro_user(conn);
@@ -483,37 +595,175 @@ fn a_refresh_that_failed_for_now_waits() {
     let first = completed(conn, user_id, service_id, in_minutes(1));
     let second = completed(conn, user_id, service_id, in_minutes(2));
     completed(conn, user_id, service_id, in_minutes(60));
-    let due = |conn: &mut PgConnection, not_failed_since| {
-        let rows = McpCredential::claim_due(conn, in_minutes(10), not_failed_since, 10).unwrap();
-        let ids: Vec<_> = rows.iter().map(|row| row.credential_id).collect();
-        ids
-    };
-    let (past, future) = (in_minutes(-5), in_minutes(5));
-    assert_eq!(due(conn, past), [first.credential_id, second.credential_id]);
 
-    let audit = McpCredential::refresh_failed(conn, &first, "network", Some("timed out")).unwrap();
+    let leased = due(conn);
+    assert_eq!(ids(&leased), ids(&[first.clone(), second.clone()]));
+    assert_eq!(due(conn), []);
+    // A lease is no edit.
+    let unleased = McpCredential {
+        refresh_leased_until: None,
+        ..leased[0].clone()
+    };
+    assert_eq!(unleased, first);
+
+    // A worker that died costs one lease. Rows without a lease come first.
+    end_leases(conn);
+    let third = completed(conn, user_id, service_id, in_minutes(3));
+    let one = McpCredential::claim_due(conn, in_minutes(10), TimeDelta::minutes(1), 1).unwrap();
+    assert_eq!(ids(&one), [third.credential_id]);
+    let again = due(conn);
+    assert_eq!(ids(&again), ids(&[first.clone(), second.clone()]));
+
+    // A refresh that failed waits for its pause.
+    let pause = TimeDelta::minutes(5);
+    let audit = McpCredential::refresh_failed(conn, &again[0], "network", Some("timed out"), pause)
+        .unwrap();
     assert_eq!(audit.status, AuditStatus::Failure);
     assert_eq!(audit.operation, "token_refresh");
     assert_eq!(audit.error_type.as_deref(), Some("network"));
     assert_eq!(audit.error_message.as_deref(), Some("timed out"));
-    // The row is unchanged and due again later.
-    assert_eq!(find(conn, &first), first);
-    assert_eq!(due(conn, past), [second.credential_id]);
-    assert_eq!(
-        due(conn, future),
-        [first.credential_id, second.credential_id]
-    );
+    let paused = find(conn, &first);
+    let end = paused.refresh_leased_until.unwrap();
+    assert!(end > in_minutes(4), "{end}");
+    assert_eq!(paused.version, first.version);
+    // The one who failed later has no lease to replace.
+    McpCredential::refresh_failed(conn, &again[0], "network", None, TimeDelta::zero()).unwrap();
+    assert_eq!(find(conn, &first), paused);
 
-    // Refreshed and refused rows are not due.
-    let id = first.credential_id;
-    McpCredential::store_refreshed(conn, &first, &tokens(id, "new")).unwrap();
-    McpCredential::refresh_refused(conn, &second).unwrap();
-    assert_eq!(due(conn, future), []);
+    // Stored and refused tokens end the lease.
+    let tokens = tokens(first.credential_id, "new");
+    let stored = McpCredential::store_refreshed(conn, &again[0], &tokens).unwrap();
+    assert_eq!(stored.refresh_leased_until, None);
+    let refused = McpCredential::refresh_refused(conn, &again[1]).unwrap();
+    assert_eq!(refused.refresh_leased_until, None);
+    end_leases(conn);
+    assert_eq!(ids(&due(conn)), [third.credential_id]);
+
+    // Nor is a new authorization held back by an old lease.
+    let id = third.credential_id;
+    begin(conn, id, "a").unwrap();
+    let done = McpCredential::complete_oauth(conn, id, &tokens).unwrap();
+    assert_eq!(done.credential.refresh_leased_until, None);
 }
 
 #[test]
-fn eight_workers_refresh_each_row_once() {
-    const ROWS: usize = 200;
+fn one_row_is_leased_fresh_awaited_or_not_refreshable() {
+    let database = database();
+    let conn = &mut database.connect();
+    let user_id = pro_user(conn);
+    let service_id = service(conn, "gmail", 4001);
+    let row = completed(conn, user_id, service_id, in_minutes(-1));
+    let lease = |conn: &mut PgConnection, id| {
+        McpCredential::lease_refresh(conn, id, Utc::now(), TimeDelta::minutes(1))
+    };
+    let id = row.credential_id;
+
+    let Ok(RefreshLease::Leased(leased)) = lease(conn, id) else {
+        panic!("not leased");
+    };
+    let until = leased.refresh_leased_until.unwrap();
+    assert_eq!(lease(conn, id).unwrap(), RefreshLease::Wait { until });
+    assert_eq!(due(conn), []);
+    end_leases(conn);
+    assert!(matches!(lease(conn, id).unwrap(), RefreshLease::Leased(_)));
+
+    let stored = McpCredential::store_refreshed(conn, &row, &tokens(id, "new")).unwrap();
+    assert_eq!(lease(conn, id).unwrap(), RefreshLease::Fresh(stored));
+    // The service refused the token all the same.
+    let later = McpCredential::lease_refresh(conn, id, in_minutes(90), TimeDelta::minutes(1));
+    let Ok(RefreshLease::Leased(leased)) = later else {
+        panic!("{later:?}");
+    };
+    let refused = McpCredential::refresh_refused(conn, &leased).unwrap();
+    assert_eq!(
+        lease(conn, id).unwrap(),
+        RefreshLease::Unrefreshable(refused)
+    );
+
+    let pending = pending(conn, user_id, service_id);
+    let id = pending.credential_id;
+    assert_eq!(
+        lease(conn, id).unwrap(),
+        RefreshLease::Unrefreshable(pending)
+    );
+    let without = OauthTokens {
+        refresh_token: None,
+        expires_at: Some(in_minutes(-1)),
+        ..tokens(id, "x")
+    };
+    let done = McpCredential::complete_oauth(conn, id, &without)
+        .unwrap()
+        .credential;
+    assert_eq!(lease(conn, id).unwrap(), RefreshLease::Unrefreshable(done));
+
+    let api_key = with_api_key(conn, user_id, service_id, "key").credential_id;
+    for id in [api_key, CredentialId::new()] {
+        let none = lease(conn, id);
+        assert!(matches!(none, Err(CredentialError::NotFound)), "{none:?}");
+    }
+}
+
+/// All find the token expired; one asks the provider, the others take its result.
+fn of_32_callers_one_refreshes(isolation: Isolation) {
+    let database = database();
+    let conn = &mut database.connect();
+    let user_id = user(conn);
+    let service_id = service(conn, "gmail", 4001);
+    let row = completed(conn, user_id, service_id, in_minutes(-1));
+    let id = row.credential_id;
+
+    let outcomes = at_once(&database, 32, |_, conn| {
+        let mut refreshed = false;
+        loop {
+            let lease = |conn: &mut PgConnection| {
+                McpCredential::lease_refresh(conn, id, Utc::now(), TimeDelta::minutes(1))
+            };
+            match retry_transaction(conn, isolation, lease) {
+                Ok(RefreshLease::Leased(old)) => {
+                    std::thread::sleep(std::time::Duration::from_millis(20));
+                    let tokens = tokens(id, "new");
+                    let store = |conn: &mut PgConnection| {
+                        McpCredential::store_refreshed(conn, &old, &tokens)
+                    };
+                    retry_transaction(conn, isolation, store).unwrap();
+                    refreshed = true;
+                }
+                Ok(RefreshLease::Fresh(row)) => {
+                    assert_eq!(text(&row, SecretColumn::AccessToken), "access new");
+                    return refreshed;
+                }
+                Ok(RefreshLease::Wait { until }) => {
+                    assert!(until > Utc::now());
+                    std::thread::sleep(std::time::Duration::from_millis(5));
+                }
+                Ok(lost) => panic!("{lost:?}"),
+                // At SERIALIZABLE so many rivals may use up all attempts.
+                Err(error) => assert!(is_transient(&error), "{error:?}"),
+            }
+        }
+    });
+    assert_eq!(outcomes.iter().filter(|refreshed| **refreshed).count(), 1);
+    let log = TokenAudit::list_by_instance(conn, row.instance_id, Page::first(10)).unwrap();
+    assert_eq!(log.len(), 1);
+}
+
+#[test]
+fn of_32_callers_one_refreshes_at_read_committed() {
+    of_32_callers_one_refreshes(Isolation::ReadCommitted);
+}
+
+#[test]
+fn of_32_callers_one_refreshes_at_repeatable_read() {
+    of_32_callers_one_refreshes(Isolation::RepeatableRead);
+}
+
+#[test]
+fn of_32_callers_one_refreshes_at_serializable() {
+    of_32_callers_one_refreshes(Isolation::Serializable);
+}
+
+fn eight_workers_refresh_each_row_once(isolation: Isolation) {
+    const ROWS: usize = 100;
     let database = database();
     let conn = &mut database.connect();
     let user_id = pro_user(conn);
@@ -526,49 +776,59 @@ fn eight_workers_refresh_each_row_once() {
     let refreshed = at_once(&database, 8, |_, conn| {
         let mut refreshed = Vec::new();
         loop {
-            let batch = conn
-                .transaction(|conn| {
-                    let due = in_minutes(10);
-                    let taken = McpCredential::claim_due(conn, due, in_minutes(-1), 3)?;
-                    for row in &taken {
-                        let id = row.credential_id;
-                        assert_eq!(text(row, SecretColumn::RefreshToken), "refresh first");
-                        McpCredential::store_refreshed(conn, row, &tokens(id, "second"))?;
-                    }
-                    Ok::<_, CredentialError>(taken)
-                })
-                .unwrap();
-            if batch.is_empty() {
+            let claim = |conn: &mut PgConnection| {
+                McpCredential::claim_due(conn, in_minutes(10), TimeDelta::minutes(1), 3)
+            };
+            let leased = match retry_transaction(conn, isolation, claim) {
+                Ok(leased) => leased,
+                Err(error) => {
+                    assert!(is_transient(&error), "{error:?}");
+                    continue;
+                }
+            };
+            if leased.is_empty() {
                 return refreshed;
             }
-            refreshed.extend(batch.into_iter().map(|row| row.credential_id));
+            for row in leased {
+                assert_eq!(text(&row, SecretColumn::RefreshToken), "refresh first");
+                let tokens = tokens(row.credential_id, "second");
+                McpCredential::store_refreshed(conn, &row, &tokens).unwrap();
+                refreshed.push(row.credential_id);
+            }
         }
     });
     let refreshed: Vec<_> = refreshed.into_iter().flatten().collect();
     assert_eq!(refreshed.len(), ROWS);
     let distinct: HashSet<_> = refreshed.iter().collect();
     assert_eq!(distinct.len(), ROWS);
-    let left = McpCredential::claim_due(conn, in_minutes(10), Utc::now(), 1).unwrap();
-    assert_eq!(left, []);
+    assert_eq!(due(conn), []);
+}
+
+#[test]
+fn eight_workers_refresh_each_row_once_at_read_committed() {
+    eight_workers_refresh_each_row_once(Isolation::ReadCommitted);
+}
+
+#[test]
+fn eight_workers_refresh_each_row_once_at_repeatable_read() {
+    eight_workers_refresh_each_row_once(Isolation::RepeatableRead);
+}
+
+#[test]
+fn eight_workers_refresh_each_row_once_at_serializable() {
+    eight_workers_refresh_each_row_once(Isolation::Serializable);
 }
 
 /// A transaction that has locked a user may change the user's instances and credentials in any
-/// order.
+/// order. The queue waits for none of them.
 #[test]
-fn a_locked_user_is_skipped_by_the_queue_and_waited_for_by_others() {
+fn a_locked_user_is_waited_for_and_locked_credentials_are_skipped_by_the_queue() {
     let database = database();
     let conn = &mut database.connect();
     let (one, other) = (pro_user(conn), pro_user(conn));
     let service_id = service(conn, "gmail", 4001);
     let mine = completed(conn, one, service_id, in_minutes(1));
     let theirs = completed(conn, other, service_id, in_minutes(2));
-    let claim = |conn: &mut PgConnection| {
-        let claimed = McpCredential::claim_due(conn, in_minutes(10), in_minutes(-1), 10).unwrap();
-        claimed
-            .into_iter()
-            .map(|row| row.credential_id)
-            .collect::<Vec<_>>()
-    };
     let lock = |conn: &mut PgConnection| {
         conn.batch_execute(&format!("SELECT FROM users WHERE id = '{one}' FOR UPDATE"))
     };
@@ -578,13 +838,8 @@ fn a_locked_user_is_skipped_by_the_queue_and_waited_for_by_others() {
             .transaction(|conn| {
                 lock(conn)?;
                 McpInstance::deactivate(conn, mine.instance_id, one)?;
-                assert_eq!(claim(&mut database.connect()), [theirs.credential_id]);
-
-                let begin = || {
-                    let conn = &mut database.connect();
-                    McpCredential::begin_oauth(conn, mine.credential_id, &state("a"), &url("a"))
-                };
-                let waiting = scope.spawn(begin);
+                let waiting =
+                    scope.spawn(|| begin(&mut database.connect(), mine.credential_id, "a"));
                 let waits = "SELECT count(*) FROM pg_stat_activity
                               WHERE datname = current_database() AND wait_event_type = 'Lock'";
                 while database.psql(waits).unwrap() == "0\n" {
@@ -593,42 +848,21 @@ fn a_locked_user_is_skipped_by_the_queue_and_waited_for_by_others() {
                 // The other thread waits for the user and has not locked the credentials.
                 let secret = mine.client_secret.clone().unwrap();
                 let (id, version) = (mine.credential_id, mine.version);
-                McpCredential::replace_client_secret(conn, id, version, &secret)?;
+                McpCredential::replace_client(conn, id, version, "client", &secret)?;
+                assert_eq!(ids(&due(&mut database.connect())), [theirs.credential_id]);
                 Ok::<_, CredentialError>(waiting)
             })
             .unwrap();
         waiting.join().unwrap().unwrap()
     });
     assert_eq!(begun.oauth_status, OauthStatus::Pending);
-
-    // A claim blocks `lock`, but neither calls nor changes of the user's columns.
-    McpCredential::complete_oauth(
-        conn,
-        mine.credential_id,
-        &tokens(mine.credential_id, "first"),
-    )
-    .unwrap();
-    let soon = Some(in_minutes(1));
-    diesel::update(mcp_credentials::table.find(mine.credential_id))
-        .set(mcp_credentials::token_expires_at.eq(soon))
-        .execute(conn)
-        .unwrap();
-    conn.transaction(|conn| {
-        assert_eq!(claim(conn), [mine.credential_id, theirs.credential_id]);
-        let other = &mut database.connect();
-        other.batch_execute("SET lock_timeout = '50ms'")?;
-        McpInstance::record_call(other, mine.instance_id, None)?.unwrap();
-        other.batch_execute("UPDATE users SET last_login_at = now()")?;
-        assert!(lock(other).is_err());
-        QueryResult::Ok(())
-    })
-    .unwrap();
-    lock(conn).unwrap();
 }
 
-/// The plan of the operation's statement isn't accessible; the number of index scans is.
+/// Neither thousands of leased rows nor thousands whose pause has not ended are read, whatever the
+/// plan. The buffers of the operation's statement are not accessible; the entries of the index and
+/// the rows that it read are.
 #[test]
-fn the_refresh_queue_reads_its_index() {
+fn the_refresh_queue_reads_what_it_takes() {
     let database = database();
     database
         .psql(
@@ -641,25 +875,30 @@ fn the_refresh_queue_reads_its_index() {
              SELECT id, mcp_service_id FROM users, mcp_table, generate_series(1, 3000);
              INSERT INTO mcp_credentials
                  (instance_id, client_id, client_secret, access_token, refresh_token,
-                  token_expires_at, oauth_status, oauth_completed_at)
+                  token_expires_at, oauth_status, oauth_completed_at, refresh_leased_until)
              SELECT instance_id, 'client', secret, secret, secret,
-                    now() + n * interval '1 minute', 'completed', now()
+                    now() + (n - 3000) * interval '1 minute', 'completed', now(),
+                    CASE WHEN n <= 2900 THEN now() + interval '1 hour' END
                FROM (SELECT instance_id, row_number() OVER () AS n,
-                            decode(repeat('00', 40), 'hex') AS secret
+                            decode('01' || repeat('00', 39), 'hex') AS secret
                        FROM mcp_service_table) AS instances;
              ANALYZE",
         )
         .unwrap();
-    let scans = |conn: &mut PgConnection| {
+    let read = |conn: &mut PgConnection| {
         diesel::sql_query("SELECT pg_stat_force_next_flush()")
             .execute(conn)
             .unwrap();
-        database
+        let counts = database
             .psql(
-                "SELECT idx_scan FROM pg_stat_user_indexes \
-                  WHERE indexrelname = 'mcp_credentials_token_expires_at_idx'",
+                "SELECT idx_tup_read FROM pg_stat_user_indexes
+                  WHERE indexrelname = 'mcp_credentials_refresh_leased_until_token_expires_at_idx'
+                  UNION ALL
+                 SELECT seq_tup_read FROM pg_stat_user_tables WHERE relname = 'mcp_credentials'",
             )
-            .unwrap()
+            .unwrap();
+        let counts: Vec<i64> = counts.lines().map(|line| line.parse().unwrap()).collect();
+        (counts[0], counts[1])
     };
 
     let conn = &mut database.connect();
@@ -667,9 +906,16 @@ fn the_refresh_queue_reads_its_index() {
     diesel::sql_query("SET plan_cache_mode = force_generic_plan")
         .execute(conn)
         .unwrap();
-    assert_eq!(scans(conn), "0\n");
-    let rows = McpCredential::claim_due(conn, in_minutes(10), in_minutes(-1), 5).unwrap();
+    let before = read(conn);
+    let lease = TimeDelta::minutes(1);
+    let rows = McpCredential::claim_due(conn, in_minutes(10), lease, 5).unwrap();
     assert_eq!(rows.len(), 5);
     assert!(rows.is_sorted_by_key(|row| row.token_expires_at));
-    assert_eq!(scans(conn), "1\n");
+    end_leases(conn);
+    let rows = McpCredential::claim_due(conn, in_minutes(10), lease, 200).unwrap();
+    assert_eq!(rows.len(), 200);
+    let after = read(conn);
+    assert!(after.0 - before.0 < 1000, "{before:?} {after:?}");
+    // One sequential scan is that of `end_leases`.
+    assert!(after.1 - before.1 <= 3000, "{before:?} {after:?}");
 }

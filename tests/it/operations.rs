@@ -858,7 +858,10 @@ static INNER: &[Named] = &[
     }),
     ("McpCredential::refresh_failed", |conn| {
         let claimed = authorised(conn);
-        Ok(McpCredential::refresh_failed(conn, &claimed, "network", None).map(|_| true)?)
+        Ok(
+            McpCredential::refresh_failed(conn, &claimed, "a", None, TimeDelta::zero())
+                .map(|_| true)?,
+        )
     }),
     ("McpCredential::refresh_refused", |conn| {
         let claimed = authorised(conn);

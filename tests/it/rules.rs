@@ -279,7 +279,21 @@ const VIOLATIONS: &[(&str, &str)] = &[
     ("mcp_credentials_instance_id_fkey", "INSERT INTO mcp_credentials (instance_id, api_key)
         VALUES (:i9, decode(repeat('aa', 40), 'hex'))"),
     ("mcp_credentials_oauth_state_key",
-        "UPDATE mcp_credentials SET oauth_state = 'state_1' WHERE credential_id = :k1"),
+        "UPDATE mcp_credentials SET oauth_state = decode(repeat('cc', 32), 'hex'),
+        oauth_state_expires_at = now() WHERE credential_id = :k1"),
+    ("mcp_credentials_oauth_state_check",
+        "UPDATE mcp_credentials SET oauth_state = decode(repeat('cc', 31), 'hex')
+        WHERE credential_id = :k2"),
+    ("mcp_credentials_oauth_state_expires_at_check",
+        "UPDATE mcp_credentials SET oauth_state = NULL WHERE credential_id = :k2"),
+    ("mcp_credentials_oauth_state_expires_at_check",
+        "UPDATE mcp_credentials SET oauth_state_expires_at = now() WHERE credential_id = :k1"),
+    ("mcp_credentials_client_id_check",
+        "UPDATE mcp_credentials SET client_id = '' WHERE credential_id = :k2"),
+    ("mcp_credentials_client_id_check",
+        "UPDATE mcp_credentials SET client_id = repeat('x', 2049) WHERE credential_id = :k2"),
+    ("mcp_credentials_token_scope_check",
+        "UPDATE mcp_credentials SET token_scope = repeat('x', 16385) WHERE credential_id = :k2"),
     ("mcp_credentials_api_key_check",
         "UPDATE mcp_credentials SET api_key = decode(repeat('aa', 28), 'hex')
         WHERE credential_id = :k1"),

@@ -260,7 +260,7 @@ fn a_rotation_leaves_nothing_under_the_old_key() {
         .seal(&SecretText::from("fresh"), id, SecretColumn::ClientSecret)
         .unwrap();
     let at_work = |other: &mut PgConnection| {
-        McpCredential::replace_client_secret(other, id, version, &fresh)?;
+        McpCredential::replace_client(other, id, version, "client", &fresh)?;
         let batches = reseal_all(conn, &ring, 3);
         assert_eq!(batches.len(), 3);
         let resealed: usize = batches.iter().map(|batch| batch.resealed).sum();

@@ -1,8 +1,9 @@
 //! The authorization flow: `begin_oauth`, `consume_state`, then `complete_oauth` or `fail_oauth`.
 
-use chrono::{DateTime, Utc};
-use diesel::dsl::{case_when, now};
+use chrono::{DateTime, TimeDelta, Utc};
+use diesel::dsl::{case_when, exists, now, sql};
 use diesel::prelude::*;
+use diesel::sql_types::{Interval, Nullable, Timestamptz};
 
 use super::{CredentialError, McpCredential, OauthTokens, lock_user};
 use crate::enums::{InstanceStatus, OauthStatus};
@@ -11,7 +12,24 @@ use crate::ids::{CredentialId, UserId};
 use crate::models::UserPlan;
 use crate::schema::sql_types::McpInstanceStatus;
 use crate::schema::{mcp_credentials, mcp_service_table};
-use crate::secret::SecretText;
+use crate::secret::{Sealed, StateDigest};
+
+/// Clears what only an authorization under way needs.
+#[derive(AsChangeset)]
+#[diesel(table_name = mcp_credentials, treat_none_as_null = true)]
+struct UnderWay {
+    oauth_state: Option<StateDigest>,
+    oauth_state_expires_at: Option<DateTime<Utc>>,
+    oauth_code_verifier: Option<Sealed>,
+    oauth_authorization_url: Option<Sealed>,
+}
+
+const FORGOTTEN: UnderWay = UnderWay {
+    oauth_state: None,
+    oauth_state_expires_at: None,
+    oauth_code_verifier: None,
+    oauth_authorization_url: None,
+};
 
 /// A completed authorization. The tokens are stored in any case.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,20 +55,33 @@ pub enum CompletedInstance {
 }
 
 impl McpCredential {
+    /// How long a state is usually valid: the time a user takes to grant access.
+    pub const STATE_LIFETIME: TimeDelta = TimeDelta::minutes(10);
+
     /// Begins an authorization, also a second one. The credentials become pending, so the instance
     /// can't be called.
     ///
-    /// Replaces the state of an authorization that is under way. Old tokens stay until new ones are
-    /// stored. `state` must have at least 128 random bits.
+    /// Replaces state, verifier and URL of an authorization that is under way. Old tokens stay
+    /// until new ones are stored. `state` is the digest of at least 128 random bits, and is valid
+    /// for `lifetime` by the database's clock. `code_verifier` is that of PKCE (RFC 7636); the
+    /// credentials keep it until the authorization ends. Store the URL only if it is shown again.
     ///
     /// # Errors
-    /// `NotFound`, `StateTaken`.
+    /// `NotFound`, `StateTaken`; `Invalid` unless `lifetime` is positive and at most an hour.
     pub fn begin_oauth(
         conn: &mut PgConnection,
         credential_id: CredentialId,
-        state: &SecretText,
-        authorization_url: &SecretText,
+        state: &StateDigest,
+        lifetime: TimeDelta,
+        code_verifier: &Sealed,
+        authorization_url: Option<&Sealed>,
     ) -> Result<Self, CredentialError> {
+        if lifetime <= TimeDelta::zero() || lifetime > TimeDelta::hours(1) {
+            return Err(CredentialError::Invalid(
+                "a state is valid for more than nothing and at most an hour",
+            ));
+        }
+        let expires_at = sql::<Nullable<Timestamptz>>("now() + ").bind::<Interval, _>(lifetime);
         conn.transaction(|conn| {
             lock_user(conn, credential_id)?;
             diesel::update(mcp_credentials::table.find(credential_id))
@@ -58,8 +89,10 @@ impl McpCredential {
                 .set((
                     mcp_credentials::oauth_status.eq(OauthStatus::Pending),
                     mcp_credentials::oauth_completed_at.eq(None::<DateTime<Utc>>),
-                    mcp_credentials::oauth_authorization_url.eq(authorization_url),
                     mcp_credentials::oauth_state.eq(state),
+                    mcp_credentials::oauth_state_expires_at.eq(expires_at),
+                    mcp_credentials::oauth_code_verifier.eq(code_verifier),
+                    mcp_credentials::oauth_authorization_url.eq(authorization_url),
                 ))
                 .returning(Self::as_returning())
                 .get_result(conn)
@@ -68,24 +101,36 @@ impl McpCredential {
         })
     }
 
-    /// Consumes the state of a pending authorization and removes the URL. Only one caller succeeds.
+    /// Consumes the state of a pending authorization of this user and removes the URL. Only one
+    /// caller succeeds.
     ///
-    /// Commit before you ask the provider for the tokens. Then call
-    /// [`complete_oauth`](Self::complete_oauth) or [`fail_oauth`](Self::fail_oauth): the
-    /// credentials are still pending.
+    /// `user_id` is the user of the session that the provider's redirect arrives in. A state that
+    /// another user began would connect that user's instance to this user's account (RFC 6749,
+    /// 10.12).
+    ///
+    /// One statement. Commit before you ask the provider for the tokens with the code and the
+    /// verifier of the returned row. Then call [`complete_oauth`](Self::complete_oauth) or
+    /// [`fail_oauth`](Self::fail_oauth): the credentials are still pending.
     ///
     /// # Errors
     /// `UnknownState`.
     pub fn consume_state(
         conn: &mut PgConnection,
-        state: &SecretText,
+        user_id: UserId,
+        state: &StateDigest,
     ) -> Result<Self, CredentialError> {
+        let of_user = mcp_service_table::table
+            .filter(mcp_service_table::instance_id.eq(mcp_credentials::instance_id))
+            .filter(mcp_service_table::user_id.eq(user_id));
         diesel::update(mcp_credentials::table)
             .filter(mcp_credentials::oauth_state.eq(state))
+            .filter(mcp_credentials::oauth_state_expires_at.gt(now))
             .filter(mcp_credentials::oauth_status.eq(OauthStatus::Pending))
+            .filter(exists(of_user))
             .set((
-                mcp_credentials::oauth_authorization_url.eq(None::<&SecretText>),
-                mcp_credentials::oauth_state.eq(None::<&SecretText>),
+                mcp_credentials::oauth_state.eq(None::<&StateDigest>),
+                mcp_credentials::oauth_state_expires_at.eq(None::<DateTime<Utc>>),
+                mcp_credentials::oauth_authorization_url.eq(None::<&Sealed>),
             ))
             .returning(Self::as_returning())
             .get_result(conn)
@@ -102,12 +147,13 @@ impl McpCredential {
     /// defer the constraint `mcp_service_table_active_limit_update`, or a refusal fails the commit.
     ///
     /// # Errors
-    /// `NotFound`; `Conflict` if the credentials are not pending.
+    /// `NotFound`; `Conflict` if the credentials are not pending; `Invalid`.
     pub fn complete_oauth(
         conn: &mut PgConnection,
         credential_id: CredentialId,
         tokens: &OauthTokens<'_>,
     ) -> Result<OauthCompletion, CredentialError> {
+        tokens.check()?;
         conn.transaction(|conn| {
             let user_id: UserId = mcp_credentials::table
                 .inner_join(mcp_service_table::table)
@@ -180,15 +226,15 @@ impl McpCredential {
                 mcp_credentials::token_scope.eq(tokens.scope),
                 mcp_credentials::oauth_status.eq(OauthStatus::Completed),
                 mcp_credentials::oauth_completed_at.eq(now),
-                mcp_credentials::oauth_authorization_url.eq(None::<&SecretText>),
-                mcp_credentials::oauth_state.eq(None::<&SecretText>),
+                mcp_credentials::refresh_leased_until.eq(None::<DateTime<Utc>>),
+                FORGOTTEN,
             ))
             .returning(Self::as_returning())
             .get_result(conn)
     }
 
     /// Marks a pending authorization as failed, because the user or the provider refused. Removes
-    /// state and URL.
+    /// state, verifier and URL.
     ///
     /// Don't call it for a network error: the user can try again.
     ///
@@ -206,8 +252,7 @@ impl McpCredential {
                 .set((
                     mcp_credentials::oauth_status.eq(OauthStatus::Failed),
                     mcp_credentials::oauth_completed_at.eq(now),
-                    mcp_credentials::oauth_authorization_url.eq(None::<&SecretText>),
-                    mcp_credentials::oauth_state.eq(None::<&SecretText>),
+                    FORGOTTEN,
                 ))
                 .returning(Self::as_returning())
                 .get_result(conn)
