@@ -151,14 +151,32 @@ CREATE TABLE mcp_credentials (
         FOREIGN KEY (instance_id) REFERENCES mcp_service_table (instance_id) ON DELETE CASCADE,
     CONSTRAINT mcp_credentials_instance_id_key UNIQUE (instance_id),
     CONSTRAINT mcp_credentials_oauth_state_key UNIQUE (oauth_state),
-    -- The shortest possible ciphertext has 29 bytes: a nonce of 12, a tag of 16, one of text.
-    CONSTRAINT mcp_credentials_api_key_check CHECK (octet_length(api_key) BETWEEN 29 AND 16384),
-    CONSTRAINT mcp_credentials_client_secret_check
-        CHECK (octet_length(client_secret) BETWEEN 29 AND 16384),
-    CONSTRAINT mcp_credentials_access_token_check
-        CHECK (octet_length(access_token) BETWEEN 29 AND 16384),
-    CONSTRAINT mcp_credentials_refresh_token_check
-        CHECK (octet_length(refresh_token) BETWEEN 29 AND 16384),
+    -- A sealed value begins with its format. The shortest one, of format 1, has 30 bytes: format,
+    -- key id, a nonce of 12 and a tag of 16.
+    CONSTRAINT mcp_credentials_api_key_check CHECK (
+        octet_length(api_key) BETWEEN 30 AND 16384
+        AND substr(api_key, 1, 1) IN ('\x01', '\x02')
+    ),
+    CONSTRAINT mcp_credentials_client_secret_check CHECK (
+        octet_length(client_secret) BETWEEN 30 AND 16384
+        AND substr(client_secret, 1, 1) IN ('\x01', '\x02')
+    ),
+    CONSTRAINT mcp_credentials_access_token_check CHECK (
+        octet_length(access_token) BETWEEN 30 AND 16384
+        AND substr(access_token, 1, 1) IN ('\x01', '\x02')
+    ),
+    CONSTRAINT mcp_credentials_refresh_token_check CHECK (
+        octet_length(refresh_token) BETWEEN 30 AND 16384
+        AND substr(refresh_token, 1, 1) IN ('\x01', '\x02')
+    ),
+    CONSTRAINT mcp_credentials_oauth_authorization_url_check CHECK (
+        octet_length(oauth_authorization_url) BETWEEN 30 AND 16384
+        AND substr(oauth_authorization_url, 1, 1) IN ('\x01', '\x02')
+    ),
+    CONSTRAINT mcp_credentials_oauth_code_verifier_check CHECK (
+        octet_length(oauth_code_verifier) BETWEEN 30 AND 16384
+        AND substr(oauth_code_verifier, 1, 1) IN ('\x01', '\x02')
+    ),
     CONSTRAINT mcp_credentials_client_id_check CHECK (char_length(client_id) BETWEEN 1 AND 2048),
     CONSTRAINT mcp_credentials_token_scope_check CHECK (char_length(token_scope) <= 16384),
     CONSTRAINT mcp_credentials_oauth_state_check CHECK (octet_length(oauth_state) = 32),
@@ -195,12 +213,20 @@ CREATE TRIGGER mcp_credentials_update_updated_at
     )
     EXECUTE FUNCTION update_updated_at_column();
 
+CREATE TRIGGER mcp_credentials_fixed
+    BEFORE UPDATE OF instance_id ON mcp_credentials
+    FOR EACH ROW WHEN (OLD.instance_id <> NEW.instance_id)
+    EXECUTE FUNCTION refuse_change(
+        'mcp_credentials_fixed', 'credentials keep their instance',
+        'Insert credentials for the other instance.'
+    );
+
 COMMENT ON TABLE mcp_credentials IS
     'Credentials of an instance: an API key, or an OAuth client with its tokens.';
-COMMENT ON COLUMN mcp_credentials.api_key IS 'Encrypted by the application.';
-COMMENT ON COLUMN mcp_credentials.client_secret IS 'Encrypted by the application.';
-COMMENT ON COLUMN mcp_credentials.access_token IS 'Encrypted by the application.';
-COMMENT ON COLUMN mcp_credentials.refresh_token IS 'Encrypted by the application.';
+COMMENT ON COLUMN mcp_credentials.api_key IS 'Sealed by the application.';
+COMMENT ON COLUMN mcp_credentials.client_secret IS 'Sealed by the application.';
+COMMENT ON COLUMN mcp_credentials.access_token IS 'Sealed by the application.';
+COMMENT ON COLUMN mcp_credentials.refresh_token IS 'Sealed by the application.';
 COMMENT ON COLUMN mcp_credentials.token_expires_at IS
     'When access_token expires; NULL: unknown or never.';
 COMMENT ON COLUMN mcp_credentials.token_scope IS
@@ -210,7 +236,9 @@ COMMENT ON COLUMN mcp_credentials.oauth_status IS
 COMMENT ON COLUMN mcp_credentials.oauth_completed_at IS
     'When oauth_status left pending, whatever the outcome; NULL exactly while pending.';
 COMMENT ON COLUMN mcp_credentials.oauth_authorization_url IS
-    'URL where the user grants access. Secret while pending, because it contains the state.';
+    'URL where the user grants access, sealed by the application: it contains the state.';
+COMMENT ON COLUMN mcp_credentials.oauth_code_verifier IS
+    'PKCE verifier of the pending authorization (RFC 7636), sealed by the application.';
 COMMENT ON COLUMN mcp_credentials.oauth_state IS
     'Keyed digest of the state of the pending authorization (RFC 6749, 10.12). Consumed once.';
 COMMENT ON COLUMN mcp_credentials.oauth_state_expires_at IS
@@ -224,14 +252,13 @@ COMMENT ON COLUMN mcp_credentials.refresh_leased_until IS
 CREATE FUNCTION mcp_credentials_sync_oauth_status() RETURNS trigger
 LANGUAGE plpgsql AS $$
 BEGIN
-    IF TG_OP <> 'INSERT' AND (TG_OP = 'DELETE' OR OLD.instance_id <> NEW.instance_id) THEN
+    IF TG_OP = 'DELETE' THEN
         UPDATE mcp_service_table
            SET oauth_status = 'pending'
          WHERE instance_id = OLD.instance_id AND oauth_status OPERATOR(pg_catalog.<>) 'pending';
-    END IF;
-    -- An insert updates an equal copy too. It may be equal only in an older snapshot, from before other
-    -- credentials of the instance were deleted; then the update fails.
-    IF TG_OP <> 'DELETE' THEN
+    ELSE
+        -- An insert updates an equal copy too. It may be equal only in an older snapshot, from
+        -- before other credentials of the instance were deleted; then the update fails.
         UPDATE mcp_service_table
            SET oauth_status = NEW.oauth_status
          WHERE instance_id = NEW.instance_id
@@ -241,7 +268,7 @@ BEGIN
 END
 $$;
 CREATE TRIGGER mcp_credentials_sync_oauth_status
-    AFTER INSERT OR DELETE OR UPDATE OF oauth_status, instance_id ON mcp_credentials
+    AFTER INSERT OR DELETE OR UPDATE OF oauth_status ON mcp_credentials
     FOR EACH ROW EXECUTE FUNCTION mcp_credentials_sync_oauth_status();
 
 -- Only the function above, at a depth of one, writes the instance's copy. The rule needs no look at

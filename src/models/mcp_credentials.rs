@@ -94,6 +94,7 @@ pub struct McpCredential {
 #[diesel(table_name = mcp_credentials, treat_none_as_default_value = false, check_for_backend(Pg))]
 pub struct NewMcpCredential<'a> {
     credential_id: CredentialId,
+    pub(crate) instance_id: InstanceId,
     api_key: Option<Sealed>,
     client_id: Option<&'a str>,
     client_secret: Option<Sealed>,
@@ -102,11 +103,12 @@ pub struct NewMcpCredential<'a> {
 }
 
 impl<'a> NewMcpCredential<'a> {
-    /// An API key, sealed for `credential_id`; completed, now by this machine's clock.
+    /// An API key, sealed for this instance; completed, now by this machine's clock.
     #[must_use]
-    pub fn sealed_api_key(credential_id: CredentialId, api_key: Sealed) -> Self {
+    pub fn sealed_api_key(instance_id: InstanceId, api_key: Sealed) -> Self {
         Self {
-            credential_id,
+            credential_id: CredentialId::new(),
+            instance_id,
             api_key: Some(api_key),
             client_id: None,
             client_secret: None,
@@ -115,16 +117,17 @@ impl<'a> NewMcpCredential<'a> {
         }
     }
 
-    /// An OAuth client with a secret sealed for `credential_id`; pending.
+    /// An OAuth client with a secret sealed for this instance; pending.
     /// [`McpCredential::begin_oauth`] comes next.
     #[must_use]
     pub fn sealed_oauth(
-        credential_id: CredentialId,
+        instance_id: InstanceId,
         client_id: &'a str,
         client_secret: Sealed,
     ) -> Self {
         Self {
-            credential_id,
+            credential_id: CredentialId::new(),
+            instance_id,
             api_key: None,
             client_id: Some(client_id),
             client_secret: Some(client_secret),
@@ -144,7 +147,7 @@ impl<'a> NewMcpCredential<'a> {
     }
 }
 
-/// The answer of a token endpoint, sealed for one row.
+/// The answer of a token endpoint, sealed for one instance.
 #[derive(Debug, Clone)]
 #[expect(missing_docs, reason = "the other fields need no more than their name")]
 pub struct OauthTokens<'a> {

@@ -169,6 +169,9 @@ pub enum InstanceError {
     /// The client id is empty, has more than 2048 characters or a NUL.
     #[error("a client id has 1 to 2048 characters and no NUL")]
     InvalidClientId,
+    /// The credentials were made for another instance.
+    #[error("the credentials belong to another instance")]
+    OtherCredential,
     /// The instance doesn't exist or belongs to another user.
     #[error("the user has no such instance")]
     NotFound,
@@ -211,12 +214,16 @@ impl McpInstance {
     ///
     /// # Errors
     /// `LimitReached`, `PlanExpired`, `PlanMissing`, `UserInactive`, `ServiceDisabled`,
-    /// `UnknownService`, `InvalidClientId`. The caller's transaction survives them.
+    /// `UnknownService`, `InvalidClientId`, `OtherCredential`. The caller's transaction survives
+    /// them.
     pub fn create(
         conn: &mut PgConnection,
         new: &NewMcpInstance<'_>,
         credential: &NewMcpCredential<'_>,
     ) -> Result<(Self, McpCredential), InstanceError> {
+        if credential.instance_id != new.instance_id {
+            return Err(InstanceError::OtherCredential);
+        }
         if !credential.has_valid_client() {
             return Err(InstanceError::InvalidClientId);
         }
@@ -233,7 +240,7 @@ impl McpInstance {
                 .values(new)
                 .execute(conn)?;
             let credential = diesel::insert_into(mcp_credentials::table)
-                .values((mcp_credentials::instance_id.eq(new.instance_id), credential))
+                .values(credential)
                 .returning(McpCredential::as_returning())
                 .get_result(conn)?;
             // Not RETURNING of the insert: the credentials have changed the row since.

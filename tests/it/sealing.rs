@@ -2,21 +2,24 @@
 
 use std::error::Error;
 
+use aes_gcm::Aes256Gcm;
 use aes_gcm::aead::{Aead, KeyInit, Payload};
-use aes_gcm::{Aes256Gcm, Nonce};
 use bruhmcp_db::crypto::{KeyError, KeyRing, OpenError, SealError, SecretColumn};
 use bruhmcp_db::enums::OauthStatus;
-use bruhmcp_db::ids::CredentialId;
+use bruhmcp_db::ids::{CredentialId, InstanceId};
 use bruhmcp_db::models::{
-    CredentialError, InstanceFilter, McpCredential, McpInstance, NewMcpCredential, NewMcpInstance,
+    CredentialError, InstanceError, InstanceFilter, McpCredential, McpInstance, NewMcpCredential, NewMcpInstance,
     OauthTokens, Resealed,
 };
 use bruhmcp_db::schema::mcp_credentials;
 use bruhmcp_db::{ConstraintViolation, Page, Sealed, SecretText};
+use chacha20poly1305::XChaCha20Poly1305;
 use chrono::Utc;
 use diesel::prelude::*;
 use diesel::result::Error::DatabaseError;
+use hmac::{Hmac, Mac};
 use proptest::prelude::*;
+use sha2::Sha256;
 use uuid::Uuid;
 
 use crate::fixtures::{RING, completed, pro_user, service, text, with_api_key};
@@ -32,22 +35,22 @@ fn any_column() -> impl Strategy<Value = SecretColumn> {
     proptest::sample::select(SecretColumn::ALL.to_vec())
 }
 
-fn any_row() -> impl Strategy<Value = CredentialId> {
-    any::<u128>().prop_map(|id| CredentialId(Uuid::from_u128(id)))
+fn any_instance() -> impl Strategy<Value = InstanceId> {
+    any::<u128>().prop_map(|id| InstanceId(Uuid::from_u128(id)))
 }
 
 proptest! {
     #[test]
     fn a_sealed_value_opens_in_its_place_only(
         secret in ".{0,200}",
-        row in any_row(),
-        other_row in any_row(),
+        row in any_instance(),
+        other_row in any_instance(),
         column in any_column(),
         other_column in any_column(),
     ) {
         let ring = ring(7, &[3, 2]);
         let sealed = ring.seal(&SecretText::from(secret.as_str()), row, column).unwrap();
-        prop_assert_eq!(sealed.as_ciphertext().len(), secret.len() + 30);
+        prop_assert_eq!(sealed.as_ciphertext().len(), secret.len() + 42);
         let opened = ring.open(&sealed, row, column).unwrap();
         prop_assert_eq!(opened.expose(), &secret);
 
@@ -69,13 +72,13 @@ proptest! {
         let opened = rotated.open(&sealed, row, column).unwrap();
         prop_assert_eq!(opened.expose(), &secret);
         let again = ring.seal(&SecretText::from(secret), row, column).unwrap();
-        prop_assert_ne!(&again.as_ciphertext()[2..14], &sealed.as_ciphertext()[2..14]);
+        prop_assert_ne!(&again.as_ciphertext()[2..26], &sealed.as_ciphertext()[2..26]);
     }
 
     #[test]
     fn an_altered_value_does_not_open(
         secret in ".{0,50}",
-        row in any_row(),
+        row in any_instance(),
         column in any_column(),
         bit in any::<proptest::sample::Index>(),
         more in any::<u8>(),
@@ -100,14 +103,14 @@ proptest! {
         prop_assert_eq!(open(flipped), expected);
 
         for length in 0..sealed.len() {
-            let expected = if length < 30 { OpenError::Truncated } else { OpenError::Altered };
+            let expected = if length < 42 { OpenError::Truncated } else { OpenError::Altered };
             prop_assert_eq!(open(sealed[..length].to_vec()), expected);
         }
         prop_assert_eq!(open([sealed, &[more]].concat()), OpenError::Altered);
     }
 
     #[test]
-    fn nothing_shows_a_secret(secret in "[a-z]{12,40}", row in any_row(), column in any_column()) {
+    fn nothing_shows_a_secret(secret in "[a-z]{12,40}", row in any_instance(), column in any_column()) {
         let ring = ring(7, &[3]);
         let sealed = ring.seal(&SecretText::from(secret.as_str()), row, column).unwrap();
         let mut parts = sealed.as_ciphertext().windows(secret.len());
@@ -120,33 +123,106 @@ proptest! {
     }
 }
 
-/// A value that was made without the crate, by the documented format.
+/// Values that were made without the crate, by the documented formats.
 #[test]
-fn the_format_is_as_documented() {
-    let row = CredentialId(Uuid::from_u128(5));
-    let seal = |text: &[u8]| {
-        let aad = [
-            &[1, 9],
-            &row.0.as_bytes()[..],
-            b"mcp_credentials.refresh_token",
-        ]
-        .concat();
-        let nonce = [4; 12];
-        let encrypted = Aes256Gcm::new(&[7; 32].into())
-            .encrypt(
-                &Nonce::from(nonce),
-                Payload {
-                    msg: text,
-                    aad: &aad,
-                },
-            )
-            .unwrap();
-        Sealed::from_ciphertext([&[1, 9], &nonce[..], &encrypted].concat())
-    };
+fn the_formats_are_as_documented() {
+    let instance = InstanceId(Uuid::from_u128(5));
     let ring = KeyRing::new([(9, &[7; 32][..])]).unwrap();
-    let open = |sealed| ring.open(&sealed, row, SecretColumn::RefreshToken);
-    assert_eq!(open(seal(b"1//abc")).unwrap().expose(), "1//abc");
-    assert_eq!(open(seal(b"\xff\xfe")).unwrap_err(), OpenError::NotText);
+    for format in [1, 2] {
+        let open = |text| {
+            let sealed = sealed_by_hand(format, instance, "refresh_token", text);
+            ring.open(&sealed, instance, SecretColumn::RefreshToken)
+        };
+        assert_eq!(open(b"1//abc").unwrap().expose(), "1//abc");
+        assert_eq!(open(b"\xff\xfe").unwrap_err(), OpenError::NotText);
+    }
+    let sealed = ring
+        .seal(&"1//abc".into(), instance, SecretColumn::RefreshToken)
+        .unwrap();
+    assert_eq!(sealed.as_ciphertext()[..2], [2, 9]);
+}
+
+/// Sealed under the key `[7; 32]` with the id 9.
+fn sealed_by_hand(format: u8, instance: InstanceId, column: &str, text: &[u8]) -> Sealed {
+    let header = [format, 9];
+    let place = format!("mcp_credentials.{column}");
+    let aad = [&header[..], instance.0.as_bytes(), place.as_bytes()].concat();
+    let (msg, aad) = (text, &aad[..]);
+    let nonce = [4; 24];
+    let (nonce, encrypted) = if format == 1 {
+        let nonce: [u8; 12] = nonce[..12].try_into().unwrap();
+        let cipher = Aes256Gcm::new(&[7; 32].into());
+        let encrypted = cipher.encrypt(&nonce.into(), Payload { msg, aad });
+        (nonce.to_vec(), encrypted.unwrap())
+    } else {
+        let mut derived = <Hmac<Sha256> as hmac::KeyInit>::new_from_slice(&[7; 32]).unwrap();
+        derived.update(b"bruhmcp-db: sealed values, format 2");
+        let derived: [u8; 32] = derived.finalize().into_bytes().into();
+        let cipher = XChaCha20Poly1305::new(&derived.into());
+        let encrypted = cipher.encrypt(&nonce.into(), Payload { msg, aad });
+        (nonce.to_vec(), encrypted.unwrap())
+    };
+    Sealed::from_ciphertext([&header[..], &nonce, &encrypted].concat())
+}
+
+/// Values of format 1 under the newest key become format 2, and values of neither are refused.
+#[test]
+fn format_1_is_resealed_as_format_2() {
+    let database = database();
+    let conn = &mut database.connect();
+    let (user_id, service_id) = (pro_user(conn), service(conn, "gmail", 4001));
+    let new = NewMcpInstance::new(user_id, service_id);
+    let old = sealed_by_hand(1, new.instance_id, "api_key", b"figd_old");
+    let credential = NewMcpCredential::sealed_api_key(new.instance_id, old);
+    let (_, row) = McpInstance::create(conn, &new, &credential).unwrap();
+
+    let ring = KeyRing::new([(9, &[7; 32][..])]).unwrap();
+    assert_eq!(McpCredential::count_to_reseal(conn, &ring).unwrap(), 1);
+    let batch = McpCredential::reseal(conn, &ring, None, 10).unwrap();
+    assert_eq!((batch.resealed, &batch.unopened[..]), (1, &[][..]));
+    assert_eq!(McpCredential::count_to_reseal(conn, &ring).unwrap(), 0);
+    let row = McpCredential::find(conn, row.credential_id).unwrap().unwrap();
+    assert_eq!(row.api_key.as_ref().unwrap().as_ciphertext()[0], 2);
+    let opened = row.open(&ring, SecretColumn::ApiKey).unwrap().unwrap();
+    assert_eq!(opened.expose(), "figd_old");
+
+    for column in ["api_key", "oauth_authorization_url", "oauth_code_verifier"] {
+        for value in ["'figd_0123456789012345678901234567890'", "'\\x0102'", "''"] {
+            let error = diesel::sql_query(format!("UPDATE mcp_credentials SET {column} = {value}"))
+                .execute(conn)
+                .unwrap_err();
+            let violation = ConstraintViolation::of(&error).unwrap();
+            assert_eq!(violation.constraint, format!("mcp_credentials_{column}_check"));
+        }
+    }
+}
+
+/// Credentials that an attacker moves to another instance neither move nor open.
+#[test]
+fn credentials_keep_their_instance() {
+    let database = database();
+    let conn = &mut database.connect();
+    let (user_id, service_id) = (pro_user(conn), service(conn, "gmail", 4001));
+    let row = with_api_key(conn, user_id, service_id, "victim's");
+    let other = with_api_key(conn, user_id, service_id, "attacker's").instance_id;
+    diesel::delete(mcp_credentials::table.filter(mcp_credentials::instance_id.eq(other)))
+        .execute(conn)
+        .unwrap();
+    let error = diesel::update(&row)
+        .set(mcp_credentials::instance_id.eq(other))
+        .execute(conn)
+        .unwrap_err();
+    let violation = ConstraintViolation::of(&error).unwrap();
+    assert_eq!(violation.constraint, "mcp_credentials_fixed");
+
+    let moved = McpCredential { instance_id: other, ..row.clone() };
+    let opened = moved.open(&RING, SecretColumn::ApiKey);
+    assert_eq!(opened.unwrap_err(), OpenError::Altered);
+
+    let new = NewMcpInstance::new(user_id, service_id);
+    let credential = NewMcpCredential::api_key(&RING, other, &"key".into()).unwrap();
+    let error = McpInstance::create(conn, &new, &credential).unwrap_err();
+    assert!(matches!(error, InstanceError::OtherCredential), "{error:?}");
 }
 
 #[test]
@@ -177,12 +253,12 @@ fn the_longest_and_the_shortest_secret_fit_the_database() {
         assert_eq!(instance.oauth_status, OauthStatus::Completed);
     }
     let too_long = SecretText::from("k".repeat(KeyRing::MAX_LEN + 1));
-    let id = CredentialId::new();
+    let id = InstanceId::new();
     assert_eq!(
         RING.seal(&too_long, id, SecretColumn::ApiKey).unwrap_err(),
         SealError::TooLong
     );
-    let new = NewMcpCredential::oauth(&RING, "client", &too_long);
+    let new = NewMcpCredential::oauth(&RING, id, "client", &too_long);
     assert_eq!(new.unwrap_err(), SealError::TooLong);
 }
 
@@ -244,10 +320,16 @@ fn a_rotation_leaves_nothing_under_the_old_key() {
     }
     let oauth = completed(conn, user_id, service_id, Utc::now());
     let broken = {
+        let new = NewMcpInstance::new(user_id, service_id);
+        let sealed = Sealed::from_ciphertext(vec![1; 42]);
+        let key = NewMcpCredential::sealed_api_key(new.instance_id, sealed);
+        let (_, row) = McpInstance::create(conn, &new, &key).unwrap();
         // The smallest key, so that it would block all others.
         let id = CredentialId(Uuid::from_u128(1));
-        let key = NewMcpCredential::sealed_api_key(id, Sealed::from_ciphertext(vec![1; 40]));
-        McpInstance::create(conn, &NewMcpInstance::new(user_id, service_id), &key).unwrap();
+        diesel::update(&row)
+            .set(mcp_credentials::credential_id.eq(id))
+            .execute(conn)
+            .unwrap();
         id
     };
     let ring = rotated();
@@ -257,7 +339,7 @@ fn a_rotation_leaves_nothing_under_the_old_key() {
     // Another transaction changes one of them.
     let (id, version) = (oauth.credential_id, oauth.version);
     let fresh = RING
-        .seal(&SecretText::from("fresh"), id, SecretColumn::ClientSecret)
+        .seal(&"fresh".into(), oauth.instance_id, SecretColumn::ClientSecret)
         .unwrap();
     let at_work = |other: &mut PgConnection| {
         McpCredential::replace_client(other, id, version, "client", &fresh)?;
@@ -293,7 +375,9 @@ fn a_rotation_leaves_nothing_under_the_old_key() {
             None,
             Some("fresh".to_owned()),
             Some("access first".to_owned()),
-            Some("refresh first".to_owned())
+            Some("refresh first".to_owned()),
+            None,
+            None
         ]
     );
     let instances =
@@ -337,7 +421,7 @@ fn resealing_loses_no_change() {
                 let count = row.open(&ring, SecretColumn::ApiKey).unwrap().unwrap();
                 let count: usize = count.expose().parse().unwrap();
                 let next = SecretText::from((count + 1).to_string());
-                let next = ring.seal(&next, id, SecretColumn::ApiKey).unwrap();
+                let next = ring.seal(&next, row.instance_id, SecretColumn::ApiKey).unwrap();
                 match McpCredential::replace_api_key(conn, id, row.version, &next) {
                     Ok(_) => break,
                     Err(CredentialError::Conflict(current)) => row = *current,

@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use super::{McpCredential, NewMcpCredential, OauthTokens};
 use crate::crypto::{KeyRing, OpenError, SealError, SecretColumn};
-use crate::ids::CredentialId;
+use crate::ids::{CredentialId, InstanceId};
 use crate::schema::mcp_credentials;
 use crate::secret::{Sealed, SecretText};
 
@@ -19,45 +19,48 @@ extern "SQL" {
 }
 
 impl<'a> NewMcpCredential<'a> {
-    /// An API key. It is completed, now by this machine's clock.
+    /// An API key of this instance. It is completed, now by this machine's clock.
     ///
     /// # Errors
     /// `TooLong`.
-    pub fn api_key(ring: &KeyRing, api_key: &SecretText) -> Result<Self, SealError> {
-        let id = CredentialId::new();
-        let api_key = ring.seal(api_key, id, SecretColumn::ApiKey)?;
-        Ok(Self::sealed_api_key(id, api_key))
+    pub fn api_key(
+        ring: &KeyRing,
+        instance_id: InstanceId,
+        api_key: &SecretText,
+    ) -> Result<Self, SealError> {
+        let api_key = ring.seal(api_key, instance_id, SecretColumn::ApiKey)?;
+        Ok(Self::sealed_api_key(instance_id, api_key))
     }
 
-    /// An OAuth client. It is pending; [`McpCredential::begin_oauth`] comes next.
+    /// An OAuth client of this instance. It is pending; [`McpCredential::begin_oauth`] comes next.
     ///
     /// # Errors
     /// `TooLong`.
     pub fn oauth(
         ring: &KeyRing,
+        instance_id: InstanceId,
         client_id: &'a str,
         client_secret: &SecretText,
     ) -> Result<Self, SealError> {
-        let id = CredentialId::new();
-        let client_secret = ring.seal(client_secret, id, SecretColumn::ClientSecret)?;
-        Ok(Self::sealed_oauth(id, client_id, client_secret))
+        let client_secret = ring.seal(client_secret, instance_id, SecretColumn::ClientSecret)?;
+        Ok(Self::sealed_oauth(instance_id, client_id, client_secret))
     }
 }
 
 impl<'a> OauthTokens<'a> {
-    /// Seals tokens for the row `credential_id`.
+    /// Seals tokens of this instance.
     ///
     /// # Errors
     /// `TooLong`.
     pub fn seal(
         ring: &KeyRing,
-        credential_id: CredentialId,
+        instance_id: InstanceId,
         access_token: &SecretText,
         refresh_token: Option<&SecretText>,
         expires_at: Option<DateTime<Utc>>,
         scope: Option<&'a str>,
     ) -> Result<Self, SealError> {
-        let seal = |token, column| ring.seal(token, credential_id, column);
+        let seal = |token, column| ring.seal(token, instance_id, column);
         Ok(Self {
             access_token: seal(access_token, SecretColumn::AccessToken)?,
             refresh_token: refresh_token
@@ -92,11 +95,11 @@ impl McpCredential {
         column: SecretColumn,
     ) -> Result<Option<SecretText>, OpenError> {
         self.sealed(column)
-            .map(|sealed| ring.open(sealed, self.credential_id, column))
+            .map(|sealed| ring.open(sealed, self.instance_id, column))
             .transpose()
     }
 
-    /// Seals old values again under the newest key: up to `limit` rows in the order of their keys,
+    /// Seals old values again in the newest format, under the newest key: up to `limit` rows in the order of their keys,
     /// after the row `after`. Increments `version`, but leaves `credentials_updated_at`.
     ///
     /// One transaction. Skips rows that others have locked, so no change is lost, and a pass may
@@ -156,10 +159,10 @@ impl McpCredential {
                     if ring.is_newest(sealed) {
                         continue;
                     }
-                    match ring.open(sealed, row.credential_id, column) {
+                    match ring.open(sealed, row.instance_id, column) {
                         Ok(secret) => {
                             let sealed = ring
-                                .seal(&secret, row.credential_id, column)
+                                .seal(&secret, row.instance_id, column)
                                 .map_err(|error| SerializationError(Box::new(error)))?;
                             *changes.column(column) = Some(sealed);
                             changed = true;
@@ -184,7 +187,7 @@ impl McpCredential {
         })
     }
 
-    /// Counts the rows with a value that isn't sealed under the newest key, including values that
+    /// Counts the rows with a value of another format or under another key than the newest, including values that
     /// don't open.
     ///
     /// Reads the whole table.
@@ -201,6 +204,8 @@ impl McpCredential {
             SecretColumn::ClientSecret => self.client_secret.as_ref(),
             SecretColumn::AccessToken => self.access_token.as_ref(),
             SecretColumn::RefreshToken => self.refresh_token.as_ref(),
+            SecretColumn::OauthAuthorizationUrl => self.oauth_authorization_url.as_ref(),
+            SecretColumn::OauthCodeVerifier => self.oauth_code_verifier.as_ref(),
         }
     }
 }
@@ -213,6 +218,8 @@ struct NewlySealed {
     client_secret: Option<Sealed>,
     access_token: Option<Sealed>,
     refresh_token: Option<Sealed>,
+    oauth_authorization_url: Option<Sealed>,
+    oauth_code_verifier: Option<Sealed>,
 }
 
 impl NewlySealed {
@@ -222,6 +229,8 @@ impl NewlySealed {
             SecretColumn::ClientSecret => &mut self.client_secret,
             SecretColumn::AccessToken => &mut self.access_token,
             SecretColumn::RefreshToken => &mut self.refresh_token,
+            SecretColumn::OauthAuthorizationUrl => &mut self.oauth_authorization_url,
+            SecretColumn::OauthCodeVerifier => &mut self.oauth_code_verifier,
         }
     }
 }
@@ -230,12 +239,14 @@ impl NewlySealed {
 fn sealed_otherwise(
     ring: &KeyRing,
 ) -> Box<dyn BoxableExpression<mcp_credentials::table, Pg, SqlType = Nullable<Bool>>> {
-    let newest = ring.newest_header().to_vec();
+    let newest = ring.newest_header();
     Box::new(
         substr(mcp_credentials::api_key, 1, 2)
-            .ne(newest.clone())
-            .or(substr(mcp_credentials::client_secret, 1, 2).ne(newest.clone()))
-            .or(substr(mcp_credentials::access_token, 1, 2).ne(newest.clone()))
-            .or(substr(mcp_credentials::refresh_token, 1, 2).ne(newest)),
+            .ne(newest.to_vec())
+            .or(substr(mcp_credentials::client_secret, 1, 2).ne(newest.to_vec()))
+            .or(substr(mcp_credentials::access_token, 1, 2).ne(newest.to_vec()))
+            .or(substr(mcp_credentials::refresh_token, 1, 2).ne(newest.to_vec()))
+            .or(substr(mcp_credentials::oauth_authorization_url, 1, 2).ne(newest.to_vec()))
+            .or(substr(mcp_credentials::oauth_code_verifier, 1, 2).ne(newest.to_vec()))
     )
 }
