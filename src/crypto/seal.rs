@@ -163,7 +163,10 @@ struct RingKey {
 impl RingKey {
     fn new(id: u8, key: &[u8; 32]) -> Self {
         // Not the key itself: format 1 uses that.
-        let mut mac = <Hmac<Sha256> as hmac::KeyInit>::new(key.into());
+        // HMAC pads a key with zeros to the length of a block.
+        let mut block = Zeroizing::new([0; 64]);
+        block[..32].copy_from_slice(key);
+        let mut mac = <Hmac<Sha256> as hmac::KeyInit>::new((&*block).into());
         mac.update(b"bruhmcp-db: sealed values, format 2");
         let derived = Zeroizing::new(<[u8; 32]>::from(mac.finalize().into_bytes()));
         Self {
