@@ -613,6 +613,7 @@ fn a_locked_user_is_skipped_by_the_queue_and_waited_for_by_others() {
         .set(mcp_credentials::token_expires_at.eq(soon))
         .execute(conn)
         .unwrap();
+    McpInstance::activate(conn, mine.instance_id, one).unwrap();
     conn.transaction(|conn| {
         assert_eq!(claim(conn), [mine.credential_id, theirs.credential_id]);
         let other = &mut database.connect();
