@@ -15,7 +15,8 @@ use diesel::prelude::*;
 use diesel::result::Error;
 use serde::Serialize;
 
-use email::{ANONYMISED_DOMAIN, anonymised_email, new_email};
+pub(in crate::models) use email::anonymised_email;
+use email::{ANONYMISED_DOMAIN, new_email};
 pub use email::{InvalidEmail, canonical_email};
 pub use password::ResetError;
 use password::is_hash;

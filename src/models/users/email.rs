@@ -107,7 +107,7 @@ pub(super) fn new_email(email: &str) -> Result<String, InvalidEmail> {
     Ok(email)
 }
 
-pub(super) fn anonymised_email(id: UserId) -> String {
+pub(in crate::models) fn anonymised_email(id: UserId) -> String {
     format!("{id}{ANONYMISED_DOMAIN}")
 }
 
