@@ -154,12 +154,13 @@ impl HashedToken {
     }
 }
 
-/// Ciphertext in `mcp_credentials`: 29 to 16384 bytes.
+/// Ciphertext in `mcp_credentials`: 30 to 16384 bytes, of which the first is the format.
 #[derive(Clone, PartialEq, Eq, DieselNewType)]
 pub struct Sealed(Vec<u8>);
 
 impl Sealed {
-    /// Wraps ciphertext. The database refuses less than 29 and more than 16384 bytes.
+    /// Wraps ciphertext. The database refuses less than 30 and more than 16384 bytes, and an
+    /// unknown format.
     #[must_use]
     pub fn from_ciphertext(ciphertext: Vec<u8>) -> Self {
         Self(ciphertext)

@@ -101,8 +101,8 @@ pub enum OpenError {
         /// The id in the value.
         key_id: u8,
     },
-    /// It was altered, cut, copied from another instance or column, or sealed with another key of the
-    /// same id.
+    /// It was altered, cut, copied from another instance or column, or sealed with another key of
+    /// the same id.
     #[error("the sealed value was altered or copied from elsewhere")]
     Altered,
     /// The opened value is not UTF-8.
@@ -305,7 +305,10 @@ fn decrypt<C: AeadInOut>(
     tag: [u8; TAG_LEN],
 ) -> Result<(), OpenError> {
     let nonce = nonce.try_into().map_err(|_| OpenError::Truncated)?;
-    let tag: &Tag<C> = tag.as_slice().try_into().map_err(|_| OpenError::Truncated)?;
+    let tag: &Tag<C> = tag
+        .as_slice()
+        .try_into()
+        .map_err(|_| OpenError::Truncated)?;
     cipher
         .decrypt_inout_detached(nonce, data, text.into(), tag)
         .map_err(|_| OpenError::Altered)

@@ -8,8 +8,8 @@ use bruhmcp_db::crypto::{KeyError, KeyRing, OpenError, SealError, SecretColumn};
 use bruhmcp_db::enums::OauthStatus;
 use bruhmcp_db::ids::{CredentialId, InstanceId};
 use bruhmcp_db::models::{
-    CredentialError, InstanceError, InstanceFilter, McpCredential, McpInstance, NewMcpCredential, NewMcpInstance,
-    OauthTokens, Resealed,
+    CredentialError, InstanceError, InstanceFilter, McpCredential, McpInstance, NewMcpCredential,
+    NewMcpInstance, OauthTokens, Resealed,
 };
 use bruhmcp_db::schema::mcp_credentials;
 use bruhmcp_db::{ConstraintViolation, Page, Sealed, SecretText};
@@ -181,7 +181,9 @@ fn format_1_is_resealed_as_format_2() {
     let batch = McpCredential::reseal(conn, &ring, None, 10).unwrap();
     assert_eq!((batch.resealed, &batch.unopened[..]), (1, &[][..]));
     assert_eq!(McpCredential::count_to_reseal(conn, &ring).unwrap(), 0);
-    let row = McpCredential::find(conn, row.credential_id).unwrap().unwrap();
+    let row = McpCredential::find(conn, row.credential_id)
+        .unwrap()
+        .unwrap();
     assert_eq!(row.api_key.as_ref().unwrap().as_ciphertext()[0], 2);
     let opened = row.open(&ring, SecretColumn::ApiKey).unwrap().unwrap();
     assert_eq!(opened.expose(), "figd_old");
@@ -192,7 +194,10 @@ fn format_1_is_resealed_as_format_2() {
                 .execute(conn)
                 .unwrap_err();
             let violation = ConstraintViolation::of(&error).unwrap();
-            assert_eq!(violation.constraint, format!("mcp_credentials_{column}_check"));
+            assert_eq!(
+                violation.constraint,
+                format!("mcp_credentials_{column}_check")
+            );
         }
     }
 }
@@ -215,7 +220,10 @@ fn credentials_keep_their_instance() {
     let violation = ConstraintViolation::of(&error).unwrap();
     assert_eq!(violation.constraint, "mcp_credentials_fixed");
 
-    let moved = McpCredential { instance_id: other, ..row.clone() };
+    let moved = McpCredential {
+        instance_id: other,
+        ..row.clone()
+    };
     let opened = moved.open(&RING, SecretColumn::ApiKey);
     assert_eq!(opened.unwrap_err(), OpenError::Altered);
 
@@ -339,7 +347,11 @@ fn a_rotation_leaves_nothing_under_the_old_key() {
     // Another transaction changes one of them.
     let (id, version) = (oauth.credential_id, oauth.version);
     let fresh = RING
-        .seal(&"fresh".into(), oauth.instance_id, SecretColumn::ClientSecret)
+        .seal(
+            &"fresh".into(),
+            oauth.instance_id,
+            SecretColumn::ClientSecret,
+        )
         .unwrap();
     let at_work = |other: &mut PgConnection| {
         McpCredential::replace_client(other, id, version, "client", &fresh)?;
@@ -421,7 +433,9 @@ fn resealing_loses_no_change() {
                 let count = row.open(&ring, SecretColumn::ApiKey).unwrap().unwrap();
                 let count: usize = count.expose().parse().unwrap();
                 let next = SecretText::from((count + 1).to_string());
-                let next = ring.seal(&next, row.instance_id, SecretColumn::ApiKey).unwrap();
+                let next = ring
+                    .seal(&next, row.instance_id, SecretColumn::ApiKey)
+                    .unwrap();
                 match McpCredential::replace_api_key(conn, id, row.version, &next) {
                     Ok(_) => break,
                     Err(CredentialError::Conflict(current)) => row = *current,

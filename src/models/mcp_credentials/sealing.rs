@@ -247,6 +247,6 @@ fn sealed_otherwise(
             .or(substr(mcp_credentials::access_token, 1, 2).ne(newest.to_vec()))
             .or(substr(mcp_credentials::refresh_token, 1, 2).ne(newest.to_vec()))
             .or(substr(mcp_credentials::oauth_authorization_url, 1, 2).ne(newest.to_vec()))
-            .or(substr(mcp_credentials::oauth_code_verifier, 1, 2).ne(newest.to_vec()))
+            .or(substr(mcp_credentials::oauth_code_verifier, 1, 2).ne(newest.to_vec())),
     )
 }
