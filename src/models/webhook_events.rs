@@ -41,8 +41,7 @@ use crate::schema::{users, webhook_events};
 ///         match done {
 ///             // Another worker has the event; what this one did is rolled back.
 ///             Ok(()) | Err(WebhookError::LeaseLost) => {}
-///             Err(WebhookError::Database(error)) => return Err(error.into()),
-///             Err(_) => WebhookEvent::mark_failed(conn, event, user_id, "refused")?,
+///             Err(_) => WebhookEvent::mark_failed(conn, event, user_id, "not processed")?,
 ///         }
 ///     }
 ///     Ok(claimed.len())
