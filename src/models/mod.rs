@@ -41,7 +41,8 @@ pub use token_audit_log::{NewTokenAudit, TokenAudit};
 pub use user_billing_details::{BillingError, Card, NewUserBillingDetails, UserBillingDetails};
 pub use user_plans::{Downgrade, PlanError, ProPlan, UserPlan};
 pub use user_subscriptions::{
-    NewUserSubscription, SubscriptionError, UserSubscription, UserSubscriptionChangeset,
+    Applied, GatewayChange, GatewayError, GatewayEvent, GatewayPayment, GatewayPeriod,
+    NewUserSubscription, SubscriptionError, Swept, UserSubscription, UserSubscriptionChangeset,
 };
 pub use users::{InvalidEmail, NewUser, User, UserChangeset, UserError, canonical_email};
 pub use webhook_events::{NewWebhookEvent, WebhookEvent};

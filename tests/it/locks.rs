@@ -196,6 +196,17 @@ pub(crate) const SERVICES: &str = "
 /// The plan has ended: [`UserPlan::expire_due`] has something to do.
 const PLAN_ENDED: &str = "UPDATE user_plans SET expires_at = now() - interval '1 second'";
 
+/// The plan follows the subscription, which has a period.
+const SUBSCRIPTION_PAID: &str = "UPDATE user_subscriptions
+    SET current_period_start = now() - interval '1 day';
+    UPDATE user_plans SET subscription_id = 'sub_1'";
+
+/// The subscription ends the plan: [`UserSubscription::sweep`] has something to do.
+const SUBSCRIPTION_ENDED: &str = "UPDATE user_subscriptions
+    SET cancel_at_period_end = true, current_period_start = now() - interval '30 days',
+        current_period_end = now() - interval '1 day';
+    UPDATE user_plans SET subscription_id = 'sub_1'";
+
 const fn operation(name: &'static str, run: fn(&mut PgConnection) -> Outcome) -> Operation {
     Operation {
         name,
@@ -302,6 +313,50 @@ pub(crate) static OPERATIONS: &[Operation] = &[
         })
     },
     // user_subscriptions
+    Operation {
+        arrange: SUBSCRIPTION_PAID,
+        ..operation("UserSubscription::apply", |conn| {
+            let start = Utc::now() + TimeDelta::days(1);
+            let end = start + TimeDelta::days(30);
+            let event = GatewayEvent {
+                razorpay_subscription_id: "sub_1",
+                at: start,
+                change: GatewayChange::Renewed {
+                    period: GatewayPeriod { start, end },
+                    payment: GatewayPayment {
+                        razorpay_payment_id: "pay_4",
+                        amount: 100,
+                        fee_amount: 2,
+                        currency: "INR",
+                        at: start,
+                        method: None,
+                        failure_reason: None,
+                    },
+                },
+            };
+            let applied = UserSubscription::apply(conn, &event)?;
+            Ok(applied.plan.expires_at > Some(end))
+        })
+    },
+    Operation {
+        arrange: SUBSCRIPTION_PAID,
+        ..operation("UserSubscription::apply, halted", |conn| {
+            let event = GatewayEvent {
+                razorpay_subscription_id: "sub_1",
+                at: Utc::now(),
+                change: GatewayChange::Halted,
+            };
+            let applied = UserSubscription::apply(conn, &event)?;
+            Ok(!applied.switched_off.is_empty())
+        })
+    },
+    Operation {
+        arrange: SUBSCRIPTION_ENDED,
+        ..worker("UserSubscription::sweep", |conn| {
+            let swept = UserSubscription::sweep(conn)?;
+            Ok(swept.is_some_and(|swept| !swept.switched_off.is_empty()))
+        })
+    },
     operation("UserSubscription::start", |conn| {
         let new = NewUserSubscription::new(USER);
         Ok(UserSubscription::start(conn, &new, SubscriptionStatus::Created).map(|_| true)?)

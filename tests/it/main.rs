@@ -19,6 +19,7 @@ mod enums;
 #[cfg(all(feature = "cli", target_os = "linux"))]
 mod faults;
 mod fixtures;
+mod gateway;
 mod instances;
 #[cfg(feature = "cli")]
 mod json;

@@ -1,0 +1,134 @@
+//! The sweep: subscriptions that are over although no event of the gateway says so.
+
+use chrono::{DateTime, Utc};
+use diesel::dsl::{now, sql};
+use diesel::expression::SqlLiteral;
+use diesel::prelude::*;
+use diesel::sql_types::{Bool, Timestamptz};
+use serde::Serialize;
+
+use super::UserSubscription;
+use crate::enums::SubscriptionStatus;
+use crate::models::{McpInstance, UserPlan};
+use crate::schema::{user_plans, user_subscriptions, users};
+
+/// A subscription that [`UserSubscription::sweep`] has changed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Swept {
+    /// The new row.
+    pub subscription: UserSubscription,
+    /// The user's plan.
+    pub plan: UserPlan,
+    /// The instances that were switched off, newest first.
+    pub switched_off: Vec<McpInstance>,
+}
+
+/// Why a subscription is over.
+#[derive(Clone, Copy)]
+enum Over {
+    Cancelled,
+    PastDue,
+    Paused,
+    Unpaid,
+}
+
+impl Over {
+    const ALL: [Self; 4] = [Self::Cancelled, Self::PastDue, Self::Paused, Self::Unpaid];
+
+    /// Begins with the predicate of the index: the planner can't match bind parameters with it.
+    fn is_due(self) -> SqlLiteral<Bool> {
+        sql(match self {
+            Self::Cancelled => {
+                "user_subscriptions.cancel_at_period_end
+                 AND user_subscriptions.status IN ('active', 'past_due', 'paused')
+                 AND user_subscriptions.current_period_end <= now()"
+            }
+            // The second condition on the period is for the index.
+            Self::PastDue => {
+                "user_subscriptions.status = 'past_due'
+                 AND now() - user_subscriptions.current_period_end
+                     >= user_subscriptions.grace_period_days * interval '1 day'
+                 AND user_subscriptions.current_period_end <= now()"
+            }
+            Self::Paused => {
+                "user_subscriptions.status = 'paused' AND user_subscriptions.resume_at <= now()"
+            }
+            Self::Unpaid => {
+                "user_subscriptions.status = 'created'
+                 AND user_subscriptions.created_at <= now() - interval '30 days'"
+            }
+        })
+    }
+}
+
+impl UserSubscription {
+    /// Changes one subscription that is over, and the user's plan with it. Returns `None` if none
+    /// is or other workers have locked all that are. Call it until then.
+    ///
+    /// | what is over | becomes |
+    /// | --- | --- |
+    /// | its period, and it was to end with it | cancelled |
+    /// | the grace period of one that is past due | halted |
+    /// | its pause | active, as of `resume_at` |
+    /// | 30 days since it was created, and it was never confirmed or paid | cancelled |
+    ///
+    /// The gateway is not asked. An [event](Self::apply) that comes later still counts, unless the
+    /// subscription is cancelled. What is cancelled but paid ends with its plan: see
+    /// [`UserPlan::expire_due`].
+    ///
+    /// One subscription per call, because one user's instances are switched off at a time. It waits
+    /// for nobody until its plan and subscription are locked.
+    pub fn sweep(conn: &mut PgConnection) -> QueryResult<Option<Swept>> {
+        conn.transaction(|conn| {
+            for over in Over::ALL {
+                let due = user_subscriptions::table
+                    .inner_join(users::table.inner_join(user_plans::table))
+                    .filter(over.is_due())
+                    .select((
+                        Self::as_select(),
+                        UserPlan::as_select(),
+                        now.into_sql::<Timestamptz>(),
+                    ))
+                    .limit(1)
+                    .for_no_key_update()
+                    .skip_locked()
+                    .first::<(Self, UserPlan, DateTime<Utc>)>(conn)
+                    .optional()?;
+                if let Some((row, plan, clock)) = due {
+                    let subscription = row.end(conn, over)?;
+                    let payments = subscription.payments(conn)?;
+                    let (plan, switched_off) =
+                        subscription.carry_to_plan(conn, plan, payments.refunded, clock)?;
+                    return Ok(Some(Swept {
+                        subscription,
+                        plan,
+                        switched_off,
+                    }));
+                }
+            }
+            Ok(None)
+        })
+    }
+
+    fn end(&self, conn: &mut PgConnection, over: Over) -> QueryResult<Self> {
+        let status = match over {
+            Over::Cancelled | Over::Unpaid => SubscriptionStatus::Cancelled,
+            Over::PastDue => SubscriptionStatus::Halted,
+            Over::Paused => SubscriptionStatus::Active,
+        };
+        let cancelled = status == SubscriptionStatus::Cancelled;
+        // Else a repeated event would begin the pause again.
+        let resumed = matches!(over, Over::Paused);
+        diesel::update(user_subscriptions::table.find(self.id))
+            .set((
+                user_subscriptions::status.eq(status),
+                cancelled.then(|| user_subscriptions::cancelled_at.eq(now)),
+                resumed
+                    .then(|| user_subscriptions::status_event_at.eq(user_subscriptions::resume_at)),
+                user_subscriptions::paused_at.eq(None::<DateTime<Utc>>),
+                user_subscriptions::resume_at.eq(None::<DateTime<Utc>>),
+            ))
+            .returning(Self::as_returning())
+            .get_result(conn)
+    }
+}
