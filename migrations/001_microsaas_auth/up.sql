@@ -261,7 +261,7 @@ CREATE TRIGGER user_subscriptions_status_final
     )
     EXECUTE FUNCTION refuse_change(
         'user_subscriptions_status_final',
-        'a subscription that is completed, upgraded or replaced stays so',
+        'a subscription that is completed, replaced or upgraded stays so',
         'Start a new subscription.'
     );
 
