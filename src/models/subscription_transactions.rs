@@ -388,8 +388,8 @@ impl SubscriptionTransaction {
     /// It waits for a transaction that records the same payment.
     ///
     /// # Errors
-    /// [`PaymentError::NotAPayment`]; [`PaymentError::CardSecret`]; [`PaymentError::Differs`]. Violated constraints, such as a
-    /// taken receipt number, are [`PaymentError::Database`].
+    /// [`PaymentError::NotAPayment`]; [`PaymentError::CardSecret`]; [`PaymentError::Differs`].
+    /// Violated constraints, such as a taken receipt number, are [`PaymentError::Database`].
     pub fn record_payment(
         conn: &mut PgConnection,
         new: &NewSubscriptionTransaction<'_>,
