@@ -182,11 +182,7 @@ fn a_function_that_runs_as_its_owner_is_never_open() {
             ))
             .unwrap();
         let path = path.trim_end();
-<<<<<<< HEAD
-        assert_eq!(pinned, format!("7|{path}|{path}\n"));
-=======
-        assert_eq!(pinned, format!("9|{path}|{path}\n"));
->>>>>>> money
+        assert_eq!(pinned, format!("8|{path}|{path}\n"));
     }
 }
 
