@@ -385,15 +385,15 @@ diesel::table! {
 }
 
 diesel::table! {
-    /// User accounts. A user with financial rows can't be deleted, only anonymised.
+    /// User accounts. A user with financial rows can't be deleted, only anonymised, for good.
     users (id) {
         id -> Uuid,
         first_name -> Text,
         /// May be empty: not everyone has a last name.
         last_name -> Text,
-        /// Canonical form: lowercase, without white space, exactly one @.
+        /// Canonical form: lowercase, exactly one @, no white space or control character, the domain in ASCII.
         email -> Text,
-        /// Password hash in PHC or crypt format (starts with $), never the password itself. NULL: the user signs in another way.
+        /// Password hash in PHC or crypt form ($id$…$hash, at most 512 characters), never the password itself. NULL: the user signs in another way.
         password -> Nullable<Text>,
         /// True once the user has proved that mail arrives at email.
         email_verified -> Bool,
