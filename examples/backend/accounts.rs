@@ -17,6 +17,8 @@ use crate::App;
 use crate::http::{Answer, Error, header};
 
 const SESSION: TimeDelta = TimeDelta::days(30);
+/// A session that is renewed ends too.
+const LONGEST_SESSION: TimeDelta = TimeDelta::days(180);
 const ENDED: Error = Error::Refused(401, "the session has ended");
 const WRONG: Error = Error::Refused(401, "unknown address or wrong password");
 
@@ -61,21 +63,21 @@ pub(crate) fn log_in(app: &App, login: &LogIn) -> Answer {
     let hashed = app.token_key.hash(TokenPurpose::Refresh, &token);
     let issued = app.db()?.transaction(|conn| {
         User::record_login(conn, user.id)?;
-        AuthToken::issue(conn, user.id, &hashed, SESSION)
+        AuthToken::begin_session(conn, user.id, &hashed, SESSION, LONGEST_SESSION)
     })?;
     // `None` if the user was deactivated in the meantime.
     issued.map(|issued| session(&token, &issued)).ok_or(WRONG)
 }
 
-/// Replaces the presented token with a new one. A token that is presented twice may be stolen: all
-/// sessions of the user end.
+/// Replaces the presented token with a new one. A token that is presented again later may be stolen:
+/// the session ends.
 pub(crate) fn renew(app: &App, request: &Request<Body>) -> Answer {
     let presented = presented(app, request)?;
     let token = new_secret();
     let successor = app.token_key.hash(TokenPurpose::Refresh, &token);
     match AuthToken::rotate(&mut *app.db()?, &presented, &successor, SESSION)? {
         Rotation::Rotated(issued) => Ok(session(&token, &issued)),
-        Rotation::Reused(_) | Rotation::Expired | Rotation::NotFound => Err(ENDED),
+        Rotation::Reused { .. } | Rotation::Expired | Rotation::NotFound => Err(ENDED),
     }
 }
 
