@@ -10,6 +10,7 @@ use diesel::sql_types::{BigInt, Interval, Nullable, SmallInt, Timestamptz};
 use serde::Serialize;
 
 use crate::enums::AuthTokenType;
+use crate::error::NegativeSpan;
 use crate::ids::{AuthTokenId, FamilyId, UserId};
 use crate::models::User;
 use crate::page::{Cursor, Page, newest_first};
@@ -439,9 +440,14 @@ impl AuthToken {
     /// Deletes up to `limit` tokens that expired at least `keep` ago, oldest first, and returns how
     /// many. Call it until that is less than `limit`.
     ///
-    /// `keep` must be at least the period of [`count_issued_since`](Self::count_issued_since).
+    /// `keep` must be at least [`CODE_WINDOW`], or wrong guesses are forgotten, and at least the period
+    /// of [`count_issued_since`](Self::count_issued_since).
     /// Several workers can run it: locked rows are skipped.
+    ///
+    /// # Errors
+    /// [`NegativeSpan`].
     pub fn purge(conn: &mut PgConnection, keep: TimeDelta, limit: u16) -> QueryResult<usize> {
+        NegativeSpan::check(keep)?;
         // Not the DSL: only a materialized CTE is evaluated exactly once.
         diesel::sql_query(
             "WITH old AS MATERIALIZED (

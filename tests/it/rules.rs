@@ -425,9 +425,13 @@ fn names(sql: &str) -> BTreeSet<String> {
     names.into_iter().map(|row| row.name).collect()
 }
 
-/// The constraints that triggers raise. Their names are in the functions.
+/// The constraints that triggers raise. Their names are in the functions, or arguments of
+/// `refuse_change`.
 const RAISED: &str = "SELECT (regexp_matches(prosrc, 'CONSTRAINT = ''(\\w+)''', 'g'))[1] AS name
-    FROM pg_proc WHERE pronamespace = 'public'::regnamespace";
+    FROM pg_proc WHERE pronamespace = 'public'::regnamespace
+      UNION
+    SELECT split_part(encode(tgargs, 'escape'), '\\000', 1)
+      FROM pg_trigger WHERE tgfoid = 'public.refuse_change'::regproc";
 
 /// The constraints and unique indexes of the schema.
 const DECLARED: &str = "SELECT conname::text AS name FROM pg_constraint

@@ -7,7 +7,7 @@ use bruhmcp_db::ids::{FamilyId, UserId};
 use bruhmcp_db::models::{
     AuthToken, CodeCheck, MAX_CODE_ATTEMPTS, MAX_SESSIONS, Rotation, TokenError, User,
 };
-use bruhmcp_db::{HashedToken, Isolation, Page, retry_transaction};
+use bruhmcp_db::{HashedToken, Isolation, NegativeSpan, Page, retry_transaction};
 use chrono::{TimeDelta, Utc};
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
@@ -592,6 +592,10 @@ fn purge_deletes_what_expired_long_enough_ago() {
     }
     rotate(conn, 0, 40);
     assert_eq!(AuthToken::purge(conn, TimeDelta::zero(), 100).unwrap(), 0);
+    let days = TimeDelta::days(-60);
+    let refused = AuthToken::purge(conn, days, 100).unwrap_err();
+    assert_eq!(NegativeSpan::of(&refused), Some(NegativeSpan(days)));
+    assert_eq!(live(conn, ada, Refresh).len(), 40);
     // All expired one hour ago.
     let_two_hours_pass(&database);
     issue(conn, ada, Refresh, 50);
