@@ -105,6 +105,12 @@ diesel::table! {
         attempts -> Int2,
         created_at -> Timestamptz,
         updated_at -> Timestamptz,
+        /// When it was consumed, replaced or revoked.
+        used_at -> Nullable<Timestamptz>,
+        /// The session of a refresh token: the tokens that descend from one sign-in.
+        family_id -> Nullable<Uuid>,
+        /// When the session ends, however often its token is replaced; at most 365 days after sign-in.
+        session_expires_at -> Nullable<Timestamptz>,
     }
 }
 

@@ -1,5 +1,7 @@
-//! The constraint that a failed statement violated.
+//! The constraint that a failed statement violated, and spans that are refused before one.
 
+use chrono::TimeDelta;
+use diesel::prelude::QueryResult;
 use diesel::result::{DatabaseErrorKind, Error};
 
 /// The kind of a violated constraint.
@@ -83,4 +85,30 @@ impl ConstraintViolation {
 /// Whether `error` reports a violation of this constraint.
 pub(crate) fn violates(error: &Error, constraint: &str) -> bool {
     matches!(error, Error::DatabaseError(_, info) if info.constraint_name() == Some(constraint))
+}
+/// A span of time was negative. It would point to the future, and a purge would delete live rows.
+///
+/// Operations with such an argument return it within [`Error::QueryBuilderError`], before they run a
+/// statement.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the span {0} is negative; nothing was changed: pass zero or more")]
+pub struct NegativeSpan(pub TimeDelta);
+
+impl NegativeSpan {
+    /// Returns the refused span, or `None` if the error has another cause.
+    #[must_use]
+    pub fn of(error: &Error) -> Option<Self> {
+        match error {
+            Error::QueryBuilderError(cause) => cause.downcast_ref().copied(),
+            _ => None,
+        }
+    }
+
+    /// Refuses a negative span.
+    pub(crate) fn check(span: TimeDelta) -> QueryResult<()> {
+        if span < TimeDelta::zero() {
+            return Err(Error::QueryBuilderError(Box::new(Self(span))));
+        }
+        Ok(())
+    }
 }

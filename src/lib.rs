@@ -109,7 +109,7 @@ pub mod views;
 /// Crates whose types appear in this crate's API.
 pub use {bigdecimal, chrono, diesel, serde_json, uuid};
 
-pub use error::{ConstraintKind, ConstraintViolation};
+pub use error::{ConstraintKind, ConstraintViolation, NegativeSpan};
 pub use page::{Cursor, Page};
 pub use secret::{HashedToken, Sealed, SecretText, StateDigest, TokenDigest};
 pub use transaction::{Isolation, MAX_ATTEMPTS, is_transient, retry_transaction};

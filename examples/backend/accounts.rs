@@ -29,6 +29,8 @@ use crate::http::{Answer, Bearer, Error, Payload, answer, blocking};
 
 const SESSION: TimeDelta = TimeDelta::days(30);
 const LINK: TimeDelta = TimeDelta::days(1);
+/// A session that is renewed ends too.
+const LONGEST_SESSION: TimeDelta = TimeDelta::days(180);
 const ENDED: Error = Error::Refused(401, "the session has ended");
 const WRONG: Error = Error::Refused(401, "unknown address or wrong password");
 
@@ -159,7 +161,7 @@ pub(crate) async fn log_in(State(app): State<Arc<App>>, Payload(login): Payload<
         let hashed = app.token_key.hash(TokenPurpose::Refresh, &token);
         let issued = app.db()?.transaction(|conn| {
             User::record_login(conn, user.id)?;
-            AuthToken::issue(conn, user.id, &hashed, SESSION)
+            AuthToken::begin_session(conn, user.id, &hashed, SESSION, LONGEST_SESSION)
         })?;
         // `None` if the user was deactivated in the meantime.
         session(&token, &issued.ok_or(WRONG)?)
@@ -167,8 +169,8 @@ pub(crate) async fn log_in(State(app): State<Arc<App>>, Payload(login): Payload<
     .await
 }
 
-/// Replaces the presented token with a new one. A token that is presented twice may be stolen: all
-/// sessions of the user end.
+/// Replaces the presented token with a new one. A token that is presented again later may be stolen:
+/// the session ends.
 pub(crate) async fn renew(State(app): State<Arc<App>>, bearer: Bearer) -> Answer {
     blocking(app, move |app| {
         let token = new_secret();
@@ -180,7 +182,7 @@ pub(crate) async fn renew(State(app): State<Arc<App>>, bearer: Bearer) -> Answer
             SESSION,
         )? {
             Rotation::Rotated(issued) => session(&token, &issued),
-            Rotation::Reused(_) | Rotation::Expired | Rotation::NotFound => Err(ENDED),
+            Rotation::Reused { .. } | Rotation::Expired | Rotation::NotFound => Err(ENDED),
         }
     })
     .await

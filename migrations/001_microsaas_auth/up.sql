@@ -145,6 +145,9 @@ CREATE TABLE auth_tokens (
     attempts   smallint        NOT NULL DEFAULT 0,
     created_at timestamptz     NOT NULL DEFAULT now(),
     updated_at timestamptz     NOT NULL DEFAULT now(),
+    used_at    timestamptz,
+    family_id  uuid,
+    session_expires_at timestamptz,
     CONSTRAINT auth_tokens_pkey PRIMARY KEY (id),
     CONSTRAINT auth_tokens_timestamps_check CHECK (
         GREATEST(expires_at, created_at, updated_at) AT TIME ZONE 'UTC' < '10000-01-01'
@@ -154,7 +157,22 @@ CREATE TABLE auth_tokens (
         FOREIGN KEY (user_id) REFERENCES users (id) ON DELETE CASCADE,
     CONSTRAINT auth_tokens_token_check CHECK (octet_length(token) = 32),
     CONSTRAINT auth_tokens_expires_at_check CHECK (expires_at > created_at),
-    CONSTRAINT auth_tokens_attempts_check CHECK (attempts >= 0)
+    CONSTRAINT auth_tokens_attempts_check CHECK (attempts >= 0),
+    CONSTRAINT auth_tokens_used_at_check CHECK (is_used = (used_at IS NOT NULL)),
+    CONSTRAINT auth_tokens_family_id_check CHECK ((type = 'refresh') = (family_id IS NOT NULL)),
+    CONSTRAINT auth_tokens_session_expires_at_check CHECK (
+        (type = 'refresh') = (session_expires_at IS NOT NULL) AND expires_at <= session_expires_at
+    ),
+    -- Differences: adding an interval to a timestamp depends on the session's time zone.
+    CONSTRAINT auth_tokens_lifetime CHECK (
+        CASE
+            WHEN type IN ('email_otp', 'email_change_pending')
+                THEN expires_at - created_at <= interval '1 hour'
+            WHEN type IN ('password_reset', 'email_verification')
+                THEN expires_at - created_at <= interval '7 days'
+            ELSE session_expires_at - created_at <= interval '365 days'
+        END
+    )
 );
 -- For long random secrets only: the digest of a six-digit code may repeat.
 CREATE UNIQUE INDEX auth_tokens_token_key ON auth_tokens (token)
@@ -163,6 +181,26 @@ CREATE UNIQUE INDEX auth_tokens_one_live_per_type ON auth_tokens (user_id, type)
     WHERE type <> 'refresh' AND NOT is_used;
 CREATE INDEX auth_tokens_user_id_type_created_at_idx ON auth_tokens (user_id, type, created_at);
 CREATE INDEX auth_tokens_expires_at_idx ON auth_tokens (expires_at);
+CREATE INDEX auth_tokens_family_id_idx ON auth_tokens (family_id);
+CREATE TRIGGER auth_tokens_fixed
+    BEFORE UPDATE OF user_id, token, type, family_id, session_expires_at, is_used, used_at, attempts
+    ON auth_tokens
+    FOR EACH ROW WHEN (
+        OLD.user_id <> NEW.user_id
+        OR OLD.token <> NEW.token
+        OR OLD.type <> NEW.type
+        OR OLD.family_id IS DISTINCT FROM NEW.family_id
+        OR OLD.session_expires_at IS DISTINCT FROM NEW.session_expires_at
+        OR OLD.is_used AND NOT NEW.is_used
+        OR OLD.is_used AND OLD.used_at IS DISTINCT FROM NEW.used_at
+        OR OLD.attempts > NEW.attempts
+    )
+    EXECUTE FUNCTION refuse_change(
+        'auth_tokens_fixed',
+        'its user, token, type, family and session''s end never change, a used token stays used, '
+        'and attempts only grow',
+        'Issue a new token.'
+    );
 CREATE TRIGGER auth_tokens_update_updated_at
     BEFORE UPDATE ON auth_tokens
     FOR EACH ROW WHEN (OLD.* IS DISTINCT FROM NEW.*)
@@ -173,6 +211,11 @@ COMMENT ON COLUMN auth_tokens.token IS
     'Keyed digest of the secret, 32 bytes; never the secret itself.';
 COMMENT ON COLUMN auth_tokens.is_used IS 'True once the token is consumed, replaced or revoked.';
 COMMENT ON COLUMN auth_tokens.attempts IS 'Number of wrong guesses so far.';
+COMMENT ON COLUMN auth_tokens.used_at IS 'When it was consumed, replaced or revoked.';
+COMMENT ON COLUMN auth_tokens.family_id IS
+    'The session of a refresh token: the tokens that descend from one sign-in.';
+COMMENT ON COLUMN auth_tokens.session_expires_at IS
+    'When the session ends, however often its token is replaced; at most 365 days after sign-in.';
 
 CREATE TABLE user_subscriptions (
     id                       uuid                NOT NULL DEFAULT gen_random_uuid(),

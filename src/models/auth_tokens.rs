@@ -1,19 +1,25 @@
 //! Auth tokens: one-time codes, links and refresh tokens, stored as digests.
 
 use chrono::{DateTime, TimeDelta, Utc};
-use diesel::dsl::{case_when, exists, not, now, sql};
+use diesel::connection::{AnsiTransactionManager, TransactionManager};
+use diesel::dsl::{case_when, not, now, sql, sum};
 use diesel::pg::Pg;
 use diesel::prelude::*;
 use diesel::result::Error;
-use diesel::sql_types::{BigInt, Interval, SmallInt, Timestamptz};
+use diesel::sql_types::{BigInt, Interval, Nullable, SmallInt, Timestamptz};
 use serde::Serialize;
 
 use crate::enums::AuthTokenType;
-use crate::ids::{AuthTokenId, UserId};
+use crate::error::NegativeSpan;
+use crate::ids::{AuthTokenId, FamilyId, UserId};
 use crate::models::User;
 use crate::page::{Cursor, Page, newest_first};
 use crate::schema::{auth_tokens, users};
 use crate::secret::{HashedToken, TokenDigest};
+
+mod sessions;
+
+pub use sessions::{MAX_SESSIONS, REUSE_LEEWAY, Rotation, Session};
 
 /// A row of `auth_tokens`.
 #[derive(
@@ -36,10 +42,18 @@ pub struct AuthToken {
     pub attempts: i16,
     pub created_at: DateTime<Utc>,
     pub updated_at: DateTime<Utc>,
+    pub used_at: Option<DateTime<Utc>>,
+    /// The session of a refresh token; other types have none.
+    pub family_id: Option<FamilyId>,
+    /// When the session ends; other types have none.
+    pub session_expires_at: Option<DateTime<Utc>>,
 }
 
-/// The number of wrong guesses after which even the right code is rejected.
+/// The number of wrong guesses within [`CODE_WINDOW`] after which even the right code is rejected.
 pub const MAX_CODE_ATTEMPTS: i16 = 5;
+
+/// Wrong guesses at all codes of a user and type that were issued within this time count together.
+pub const CODE_WINDOW: TimeDelta = TimeDelta::hours(1);
 
 /// Why a link's token was not consumed.
 #[derive(Debug, thiserror::Error)]
@@ -68,7 +82,7 @@ pub enum CodeCheck {
         /// How many guesses are left.
         attempts_left: i16,
     },
-    /// After [`MAX_CODE_ATTEMPTS`] wrong guesses this one was not compared.
+    /// After [`MAX_CODE_ATTEMPTS`] wrong guesses, also at earlier codes, this one was not compared.
     TooManyAttempts,
     /// The newest code has expired.
     Expired,
@@ -76,24 +90,6 @@ pub enum CodeCheck {
     Used,
     /// The user has no code, or is not active.
     NotFound,
-}
-
-/// The outcome of [`AuthToken::rotate`].
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Rotation {
-    /// This is the successor.
-    Rotated(AuthToken),
-    /// The token was used before: all refresh tokens of this user are revoked.
-    Reused(UserId),
-    /// The token has expired or was revoked.
-    Expired,
-    /// There is no such refresh token, or its user is not active.
-    NotFound,
-}
-
-diesel::define_sql_function! {
-    /// Unlike `now()`, it advances within a transaction.
-    fn clock_timestamp() -> Timestamptz;
 }
 
 // Diesel can't tell a table from itself in a subquery.
@@ -169,18 +165,24 @@ impl AuthToken {
     /// Issues a token that expires after `lifetime`, by the database's clock; returns `None` if
     /// there is no such active user.
     ///
-    /// It replaces the user's live token of its type, which counts as used then. Only refresh
-    /// tokens replace none.
+    /// It replaces the user's live token of its type, which counts as used then. A refresh token
+    /// replaces none: it begins a session that ends with it, see
+    /// [`begin_session`](Self::begin_session) for one that is renewed.
     ///
     /// # Errors
-    /// `auth_tokens_expires_at_check` if `lifetime` is not positive. `auth_tokens_token_key` if the
-    /// digest of a link or refresh token exists: its secret was not random.
+    /// `auth_tokens_expires_at_check` if `lifetime` is not positive, and `auth_tokens_lifetime` if
+    /// it is over 1 hour for a code, 7 days for a link, or 365 days for a refresh token.
+    /// `auth_tokens_token_key` if the digest of a link or refresh token exists: its secret was not
+    /// random.
     pub fn issue(
         conn: &mut PgConnection,
         user_id: UserId,
         token: &HashedToken,
         lifetime: TimeDelta,
     ) -> QueryResult<Option<Self>> {
+        if token.type_ == AuthTokenType::Refresh {
+            return Self::begin_session(conn, user_id, token, lifetime, lifetime);
+        }
         conn.transaction(|conn| {
             let active = users::table
                 .find(user_id)
@@ -190,25 +192,31 @@ impl AuthToken {
             if active.first::<UserId>(conn).optional()?.is_none() {
                 return Ok(None);
             }
-            if token.type_ != AuthTokenType::Refresh {
-                diesel::update(auth_tokens::table)
-                    .filter(auth_tokens::user_id.eq(user_id))
-                    .filter(auth_tokens::type_.eq(token.type_))
-                    .filter(not(auth_tokens::is_used))
-                    .set(auth_tokens::is_used.eq(true))
-                    .execute(conn)?;
-            }
-            Self::insert_live(conn, user_id, token, lifetime).map(Some)
+            diesel::update(auth_tokens::table)
+                .filter(auth_tokens::user_id.eq(user_id))
+                .filter(auth_tokens::type_.eq(token.type_))
+                .filter(not(auth_tokens::is_used))
+                .set((auth_tokens::is_used.eq(true), auth_tokens::used_at.eq(now)))
+                .execute(conn)?;
+            Self::insert_live(conn, user_id, token, lifetime, None).map(Some)
         })
     }
 
+    /// Inserts a token; one of a session expires with it at the latest.
     fn insert_live(
         conn: &mut PgConnection,
         user_id: UserId,
         token: &HashedToken,
         lifetime: TimeDelta,
+        session: Option<(FamilyId, DateTime<Utc>)>,
     ) -> QueryResult<Self> {
-        let expires_at = sql::<Timestamptz>("now() + ").bind::<Interval, _>(lifetime);
+        let (family_id, session_expires_at) = session.unzip();
+        // LEAST ignores NULL.
+        let expires_at = sql::<Timestamptz>("LEAST(now() + ")
+            .bind::<Interval, _>(lifetime)
+            .sql(", ")
+            .bind::<Nullable<Timestamptz>, _>(session_expires_at)
+            .sql(")");
         diesel::insert_into(auth_tokens::table)
             .values((
                 auth_tokens::id.eq(AuthTokenId::new()),
@@ -216,6 +224,8 @@ impl AuthToken {
                 auth_tokens::type_.eq(token.type_),
                 auth_tokens::token.eq(&token.digest),
                 auth_tokens::expires_at.eq(expires_at),
+                auth_tokens::family_id.eq(family_id),
+                auth_tokens::session_expires_at.eq(session_expires_at),
             ))
             .returning(Self::as_returning())
             .get_result(conn)
@@ -266,148 +276,124 @@ impl AuthToken {
                     .nullable()
                     .eq(lock_owner(token).single_value()),
             )
-            .set(auth_tokens::is_used.eq(true))
+            .set((auth_tokens::is_used.eq(true), auth_tokens::used_at.eq(now)))
             .returning(Self::as_returning())
             .get_result(conn)
             .optional()
     }
 
     /// Compares a guess with the user's live code (`email_otp` or `email_change_pending`; other
-    /// types are not found). At most [`MAX_CODE_ATTEMPTS`] guesses are compared, also concurrent
-    /// ones.
+    /// types are not found). At most [`MAX_CODE_ATTEMPTS`] guesses within [`CODE_WINDOW`] are
+    /// compared, also concurrent ones and those at replaced codes.
     ///
-    /// **Commit after a wrong guess**: a rollback takes back the count. This is why outcomes are
-    /// not errors. One statement; a second one finds the reason of a refusal.
+    /// A transaction of its own, because a rollback would take back the count. If no account has
+    /// the email address, answer as for [`CodeCheck::Wrong`].
     ///
-    /// Limit new codes by [`count_issued_since`](Self::count_issued_since): each has new attempts.
-    /// If no account has the email address, answer as for [`CodeCheck::Wrong`].
+    /// # Errors
+    /// [`Error::AlreadyInTransaction`] inside a transaction of Diesel's; nothing was compared. One
+    /// that was opened by the statement `BEGIN` can't be seen: don't.
     pub fn check_code(
         conn: &mut PgConnection,
         user_id: UserId,
         guess: &HashedToken,
     ) -> QueryResult<CodeCheck> {
         use AuthTokenType::{EmailChangePending, EmailOtp};
+        if AnsiTransactionManager::transaction_manager_status_mut(conn)
+            .transaction_depth()?
+            .is_some()
+        {
+            return Err(Error::AlreadyInTransaction);
+        }
         if !matches!(guess.type_, EmailOtp | EmailChangePending) {
             return Ok(CodeCheck::NotFound);
         }
-        let active = users::table
-            .find(user_id)
-            .filter(users::is_active)
-            .select(users::id)
-            .for_no_key_update();
+        conn.transaction(|conn| {
+            let active = users::table
+                .find(user_id)
+                .filter(users::is_active)
+                .select(users::id)
+                .for_no_key_update();
+            if active.first::<UserId>(conn).optional()?.is_none() {
+                return Ok(CodeCheck::NotFound);
+            }
+            let window_start = sql::<Timestamptz>("now() - ").bind::<Interval, _>(CODE_WINDOW);
+            let guessed = auth_tokens::table
+                .filter(auth_tokens::user_id.eq(user_id))
+                .filter(auth_tokens::type_.eq(guess.type_))
+                .filter(auth_tokens::created_at.gt(window_start))
+                .select(sum(auth_tokens::attempts))
+                .first::<Option<i64>>(conn)?
+                .unwrap_or(0);
+            let left = i64::from(MAX_CODE_ATTEMPTS) - guessed;
+            if left > 0
+                && let Some(token) = Self::compare(conn, user_id, guess)?
+            {
+                return Ok(if token.is_used {
+                    CodeCheck::Right(token)
+                } else {
+                    CodeCheck::Wrong {
+                        attempts_left: i16::try_from(left - 1).unwrap_or_default(),
+                    }
+                });
+            }
+            let newest = auth_tokens::table
+                .filter(auth_tokens::user_id.eq(user_id))
+                .filter(auth_tokens::type_.eq(guess.type_))
+                .order((auth_tokens::is_used, auth_tokens::created_at.desc()))
+                .select((auth_tokens::is_used, auth_tokens::expires_at.le(now)))
+                .first(conn)
+                .optional()?;
+            Ok(match newest {
+                Some((true, _)) => CodeCheck::Used,
+                Some((false, true)) => CodeCheck::Expired,
+                Some((false, false)) => CodeCheck::TooManyAttempts,
+                None => CodeCheck::NotFound,
+            })
+        })
+    }
+
+    /// Consumes the live code if the guess is right, and counts a wrong one.
+    fn compare(
+        conn: &mut PgConnection,
+        user_id: UserId,
+        guess: &HashedToken,
+    ) -> QueryResult<Option<Self>> {
         let right = || auth_tokens::token.eq(&guess.digest);
         let wrong = case_when(right(), 0_i16.into_sql::<SmallInt>())
             .otherwise(1_i16.into_sql::<SmallInt>());
-        let compared = diesel::update(auth_tokens::table)
-            .filter(auth_tokens::user_id.nullable().eq(active.single_value()))
+        diesel::update(auth_tokens::table)
+            .filter(auth_tokens::user_id.eq(user_id))
             .filter(auth_tokens::type_.eq(guess.type_))
             .filter(not(auth_tokens::is_used))
             .filter(auth_tokens::expires_at.gt(now))
-            .filter(auth_tokens::attempts.lt(MAX_CODE_ATTEMPTS))
             .set((
                 auth_tokens::is_used.eq(right()),
+                auth_tokens::used_at.eq(case_when(right(), now.into_sql::<Timestamptz>())),
                 auth_tokens::attempts.eq(auth_tokens::attempts + wrong),
             ))
             .returning(Self::as_returning())
             .get_result(conn)
-            .optional()?;
-        if let Some(token) = compared {
-            return Ok(if token.is_used {
-                CodeCheck::Right(token)
-            } else {
-                CodeCheck::Wrong {
-                    attempts_left: MAX_CODE_ATTEMPTS - token.attempts,
-                }
-            });
-        }
-        let newest = auth_tokens::table
-            .filter(auth_tokens::user_id.eq(user_id))
-            .filter(auth_tokens::type_.eq(guess.type_))
-            .inner_join(users::table)
-            .filter(users::is_active)
-            .order((auth_tokens::is_used, auth_tokens::created_at.desc()))
-            .select((
-                auth_tokens::is_used,
-                auth_tokens::expires_at.le(now),
-                auth_tokens::attempts.ge(MAX_CODE_ATTEMPTS),
-            ))
-            .first(conn)
-            .optional()?;
-        Ok(match newest {
-            Some((true, _, _)) => CodeCheck::Used,
-            Some((_, true, _)) => CodeCheck::Expired,
-            Some((_, _, true)) => CodeCheck::TooManyAttempts,
-            // Live: issued since.
-            Some((false, false, false)) | None => CodeCheck::NotFound,
-        })
+            .optional()
     }
 
-    /// Replaces the presented refresh token by `successor`, which expires after `lifetime`. Tokens
-    /// of other types are not found.
-    ///
-    /// A token that is presented a second time counts as stolen: all refresh tokens of the user are
-    /// revoked, and each device must sign in again. After that the token counts as expired. This
-    /// includes concurrent calls, so a client must not repeat a refresh whose response was lost,
-    /// and browser tabs must share one.
-    ///
-    /// **Commit after [`Rotation::Reused`]**: a rollback takes back the revocation. This is why it
-    /// is not an error.
-    ///
-    /// # Errors
-    /// Those of [`issue`](Self::issue), about the successor.
-    pub fn rotate(
-        conn: &mut PgConnection,
-        presented: &HashedToken,
-        successor: &HashedToken,
-        lifetime: TimeDelta,
-    ) -> QueryResult<Rotation> {
-        use AuthTokenType::Refresh;
-        if [presented, successor]
-            .iter()
-            .any(|token| token.type_ != Refresh)
-        {
-            return Ok(Rotation::NotFound);
+    /// Revokes a live token of an active user; of a refresh token its session, as
+    /// [`end_session`](Self::end_session) does, also if it was replaced since. Returns whether there
+    /// was one.
+    pub fn revoke(conn: &mut PgConnection, token: &HashedToken) -> QueryResult<bool> {
+        if token.type_ != AuthTokenType::Refresh {
+            return Ok(Self::use_up(conn, token)?.is_some());
         }
         conn.transaction(|conn| {
-            let Some(user_id) = lock_owner(presented).first(conn).optional()? else {
-                return Ok(Rotation::NotFound);
-            };
-            if Self::use_up(conn, presented)?.is_some() {
-                return Self::insert_live(conn, user_id, successor, lifetime)
-                    .map(Rotation::Rotated);
+            let owner = lock_owner(token).first::<UserId>(conn).optional()?;
+            let family = auth_tokens::table
+                .filter(auth_tokens::type_.eq(token.type_))
+                .filter(auth_tokens::token.eq(&token.digest))
+                .select(auth_tokens::family_id.assume_not_null());
+            match (owner, family.first(conn).optional()?) {
+                (Some(_), Some(family)) => Ok(Self::end_families(conn, &[family])? > 0),
+                _ => Ok(false),
             }
-            let alive = auth_tokens::table
-                .filter(auth_tokens::type_.eq(Refresh))
-                .filter(auth_tokens::token.eq(&presented.digest))
-                // The `now` of a transaction that waited for a revocation is before it.
-                .filter(auth_tokens::expires_at.gt(clock_timestamp()));
-            if !diesel::select(exists(alive)).get_result(conn)? {
-                return Ok(Rotation::Expired);
-            }
-            Self::revoke_all(conn, user_id, Some(&[Refresh]))?;
-            Ok(Rotation::Reused(user_id))
         })
-    }
-
-    /// Revokes a live token of an active user, for example when a device signs out; returns whether
-    /// there was one. Presenting it later is not a reuse. One statement.
-    pub fn revoke(conn: &mut PgConnection, token: &HashedToken) -> QueryResult<bool> {
-        diesel::update(auth_tokens::table)
-            .filter(auth_tokens::type_.eq(token.type_))
-            .filter(auth_tokens::token.eq(&token.digest))
-            .filter(not(auth_tokens::is_used))
-            .filter(auth_tokens::expires_at.gt(now))
-            .filter(
-                auth_tokens::user_id
-                    .nullable()
-                    .eq(lock_owner(token).single_value()),
-            )
-            .set((
-                auth_tokens::is_used.eq(true),
-                auth_tokens::expires_at.eq(clock_timestamp()),
-            ))
-            .execute(conn)
-            .map(|revoked| revoked == 1)
     }
 
     /// Revokes the user's tokens of the types in `only` (`None`: all types). Presenting a refresh
@@ -422,11 +408,8 @@ impl AuthToken {
             user.for_no_key_update().execute(conn)?;
             let mut update = diesel::update(auth_tokens::table)
                 .filter(auth_tokens::user_id.eq(user_id))
-                .filter(auth_tokens::expires_at.gt(now))
-                .set((
-                    auth_tokens::is_used.eq(true),
-                    auth_tokens::expires_at.eq(clock_timestamp()),
-                ))
+                .filter(not(auth_tokens::is_used))
+                .set((auth_tokens::is_used.eq(true), auth_tokens::used_at.eq(now)))
                 .into_boxed();
             if let Some(types) = only {
                 update = update.filter(auth_tokens::type_.eq_any(types));
@@ -457,9 +440,14 @@ impl AuthToken {
     /// Deletes up to `limit` tokens that expired at least `keep` ago, oldest first, and returns how
     /// many. Call it until that is less than `limit`.
     ///
-    /// `keep` must be at least the period of [`count_issued_since`](Self::count_issued_since).
+    /// `keep` must be at least [`CODE_WINDOW`], or wrong guesses are forgotten, and at least the period
+    /// of [`count_issued_since`](Self::count_issued_since).
     /// Several workers can run it: locked rows are skipped.
+    ///
+    /// # Errors
+    /// [`NegativeSpan`].
     pub fn purge(conn: &mut PgConnection, keep: TimeDelta, limit: u16) -> QueryResult<usize> {
+        NegativeSpan::check(keep)?;
         // Not the DSL: only a materialized CTE is evaluated exactly once.
         diesel::sql_query(
             "WITH old AS MATERIALIZED (

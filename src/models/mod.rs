@@ -2,7 +2,7 @@
 //! operations.
 //!
 //! All operations take the connection first and work inside a transaction of the caller's as well
-//! as alone.
+//! as alone, except [`AuthToken::check_code`].
 
 use diesel::prelude::*;
 
@@ -22,7 +22,10 @@ mod users;
 mod webhook_events;
 
 pub use account_credits::{AccountCredit, CreditError, NewAccountCredit, Spent};
-pub use auth_tokens::{AuthToken, CodeCheck, MAX_CODE_ATTEMPTS, Rotation, TokenError};
+pub use auth_tokens::{
+    AuthToken, CODE_WINDOW, CodeCheck, MAX_CODE_ATTEMPTS, MAX_SESSIONS, REUSE_LEEWAY, Rotation,
+    Session, TokenError,
+};
 #[cfg(feature = "crypto")]
 pub use mcp_credentials::Resealed;
 pub use mcp_credentials::{

@@ -23,7 +23,9 @@ const TRIGGERS: &str = "pg_trigger JOIN pg_class ON pg_class.oid = tgrelid
     WHERE relnamespace = 'public'::regnamespace AND NOT tgisinternal";
 
 /// Names of constraints that callers match on and that don't follow the pattern of the others.
-const NAMED: [&str; 11] = [
+const NAMED: [&str; 13] = [
+    "auth_tokens_fixed",
+    "auth_tokens_lifetime",
     "check_credential_type",
     "check_max_instances_for_plan",
     "check_oauth_status_consistency",

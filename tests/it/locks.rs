@@ -115,12 +115,16 @@ pub(crate) static USER_WITH_ROWS: LazyLock<String> = LazyLock::new(|| {
         VALUES ('{USER}', 'Asha', 'Rao', 'asha@example.in', 'cust_1');
         UPDATE user_plans
            SET plan_type = 'pro', max_instances = NULL, customer_id = 'cust_1', payment_status = 'active';
-        INSERT INTO auth_tokens (user_id, token, type, created_at, expires_at, is_used)
-        SELECT '{USER}', decode(repeat(byte, 32), 'hex'), type::auth_token_type,
-               now() - interval '2 hours', now() + lifetime::interval, used
-          FROM (VALUES ('01', 'password_reset', '1 hour', false), ('02', 'email_otp', '1 hour', false),
-                       ('03', 'refresh', '1 hour', false), ('04', 'refresh', '1 hour', true),
-                       ('05', 'refresh', '-1 hour', false)) AS token (byte, type, lifetime, used);
+        INSERT INTO auth_tokens (user_id, token, type, created_at, expires_at)
+        VALUES ('{USER}', decode(repeat('01', 32), 'hex'), 'password_reset', now(), now() + interval '1 hour'),
+               ('{USER}', decode(repeat('02', 32), 'hex'), 'email_otp', now(), now() + interval '1 hour');
+        INSERT INTO auth_tokens
+            (user_id, token, type, created_at, expires_at, used_at, is_used, family_id, session_expires_at)
+        SELECT '{USER}', decode(repeat(byte, 32), 'hex'), 'refresh', now() - interval '2 hours',
+               now() + lifetime::interval, used_at, used_at IS NOT NULL,
+               '00000000-0000-4000-8000-0000000000f1', now() + interval '1 day'
+          FROM (VALUES ('03', '1 hour', NULL), ('04', '1 hour', now() - interval '1 hour'),
+                       ('05', '-1 hour', NULL)) AS token (byte, lifetime, used_at);
         INSERT INTO user_billing_details
             (user_id, address_line1, city, state, country, zip_code, cards)
         VALUES ('{USER}', '1 MG Road', 'Bengaluru', 'Karnataka', 'India', '560001', '[{{"id": "card_1",
@@ -237,7 +241,8 @@ const fn operation(name: &'static str, run: fn(&mut PgConnection) -> Outcome) ->
     }
 }
 
-/// An operation that takes its rows from a queue of all users, or works on no user's rows.
+/// An operation that takes its rows from a queue of all users, works on no user's rows, or needs a
+/// transaction of its own.
 const fn worker(name: &'static str, run: fn(&mut PgConnection) -> Outcome) -> Operation {
     Operation {
         composes: false,
@@ -301,11 +306,11 @@ pub(crate) static OPERATIONS: &[Operation] = &[
     operation("AuthToken::consume", |conn| {
         Ok(AuthToken::consume(conn, &token(PasswordReset, 1)).map(|_| true)?)
     }),
-    operation("AuthToken::check_code, right", |conn| {
+    worker("AuthToken::check_code, right", |conn| {
         let check = AuthToken::check_code(conn, USER, &token(EmailOtp, 2))?;
         Ok(matches!(check, CodeCheck::Right(_)))
     }),
-    operation("AuthToken::check_code, wrong", |conn| {
+    worker("AuthToken::check_code, wrong", |conn| {
         let check = AuthToken::check_code(conn, USER, &token(EmailOtp, 9))?;
         Ok(matches!(check, CodeCheck::Wrong { .. }))
     }),
@@ -317,10 +322,18 @@ pub(crate) static OPERATIONS: &[Operation] = &[
     operation("AuthToken::rotate, reused", |conn| {
         let successor = HashedToken::new(Refresh, random_bytes());
         let rotation = AuthToken::rotate(conn, &token(Refresh, 4), &successor, hour())?;
-        Ok(matches!(rotation, Rotation::Reused(_)))
+        Ok(matches!(rotation, Rotation::Reused { .. }))
     }),
     operation("AuthToken::revoke", |conn| {
         Ok(AuthToken::revoke(conn, &token(Refresh, 3))?)
+    }),
+    operation("AuthToken::begin_session", |conn| {
+        let random = HashedToken::new(Refresh, random_bytes());
+        Ok(AuthToken::begin_session(conn, USER, &random, hour(), hour())?.is_some())
+    }),
+    operation("AuthToken::end_session", |conn| {
+        let family = "00000000-0000-4000-8000-0000000000f1".parse()?;
+        Ok(AuthToken::end_session(conn, USER, family)?)
     }),
     operation("AuthToken::revoke_all", |conn| {
         AuthToken::revoke_all(conn, USER, None)?;

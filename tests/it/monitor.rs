@@ -154,6 +154,10 @@ fn abandoned_instances_are_listed_and_removed() {
     all_idle(&database);
     let fresh = create_pending(conn, user, gmail);
 
+    let refused = McpInstance::list_abandoned(conn, -IDLE, 10).unwrap_err();
+    assert!(bruhmcp_db::NegativeSpan::of(&refused).is_some());
+    let refused = McpInstance::purge_abandoned(conn, &[], -IDLE).unwrap_err();
+    assert!(bruhmcp_db::NegativeSpan::of(&refused).is_some());
     let listed = McpInstance::list_abandoned(conn, IDLE, 10).unwrap();
     let in_order: Vec<_> = listed.iter().map(|row| row.instance_id).collect();
     assert_eq!(in_order, [pending, failed], "oldest first");

@@ -739,6 +739,9 @@ static READS: &[Named] = &[
                 .is_empty(),
         )
     }),
+    ("AuthToken::list_sessions", |conn| {
+        Ok(!AuthToken::list_sessions(conn, USER)?.is_empty())
+    }),
     ("AuthToken::count_issued_since", |conn| {
         let since = Utc::now() - TimeDelta::days(1);
         Ok(AuthToken::count_issued_since(conn, USER, AuthTokenType::Refresh, since)? > 0)

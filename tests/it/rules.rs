@@ -83,20 +83,59 @@ const VIOLATIONS: &[(&str, &str)] = &[
          UPDATE users SET is_active = true WHERE id = :u1"),
 
     ("auth_tokens_pkey", "INSERT INTO auth_tokens (id, user_id, token, type, expires_at)
-        VALUES (:t1, :u2, decode(repeat('09', 32), 'hex'), 'refresh', now() + interval '1 day')"),
+        VALUES (:t1, :u2, decode(repeat('09', 32), 'hex'), 'password_reset', now() + interval '1 day')"),
     ("auth_tokens_user_id_fkey", "INSERT INTO auth_tokens (user_id, token, type, expires_at)
-        VALUES (:u9, decode(repeat('09', 32), 'hex'), 'refresh', now() + interval '1 day')"),
+        VALUES (:u9, decode(repeat('09', 32), 'hex'), 'password_reset', now() + interval '1 day')"),
     ("auth_tokens_token_key", "INSERT INTO auth_tokens (user_id, token, type, expires_at)
-        VALUES (:u2, decode(repeat('01', 32), 'hex'), 'refresh', now() + interval '1 day')"),
-    ("auth_tokens_token_check",
-        "UPDATE auth_tokens SET token = decode(repeat('01', 31), 'hex') WHERE id = :t1"),
-    ("auth_tokens_token_check",
-        "UPDATE auth_tokens SET token = decode(repeat('01', 33), 'hex') WHERE id = :t1"),
+        VALUES (:u2, decode(repeat('01', 32), 'hex'), 'password_reset', now() + interval '1 day')"),
+    ("auth_tokens_token_check", "INSERT INTO auth_tokens (user_id, token, type, expires_at)
+        VALUES (:u2, decode(repeat('09', 31), 'hex'), 'password_reset', now() + interval '1 day')"),
+    ("auth_tokens_token_check", "INSERT INTO auth_tokens (user_id, token, type, expires_at)
+        VALUES (:u2, decode(repeat('09', 33), 'hex'), 'password_reset', now() + interval '1 day')"),
     ("auth_tokens_expires_at_check",
         "UPDATE auth_tokens SET expires_at = created_at WHERE id = :t1"),
-    ("auth_tokens_attempts_check", "UPDATE auth_tokens SET attempts = -1 WHERE id = :t1"),
+    ("auth_tokens_attempts_check", "INSERT INTO auth_tokens (user_id, token, type, expires_at, attempts)
+        VALUES (:u2, decode(repeat('09', 32), 'hex'), 'password_reset', now() + interval '1 day', -1)"),
     ("auth_tokens_one_live_per_type", "INSERT INTO auth_tokens (user_id, token, type, expires_at)
-        VALUES (:u1, decode(repeat('09', 32), 'hex'), 'email_otp', now() + interval '1 day')"),
+        VALUES (:u1, decode(repeat('09', 32), 'hex'), 'email_otp', now() + interval '1 hour')"),
+    ("auth_tokens_used_at_check", "UPDATE auth_tokens SET is_used = true WHERE id = :t1"),
+    ("auth_tokens_used_at_check", "UPDATE auth_tokens SET used_at = now() WHERE id = :t1"),
+    ("auth_tokens_family_id_check", "INSERT INTO auth_tokens
+            (user_id, token, type, expires_at, session_expires_at)
+        VALUES (:u2, decode(repeat('09', 32), 'hex'), 'refresh', now() + interval '1 day', now() + interval '1 day')"),
+    ("auth_tokens_family_id_check", "INSERT INTO auth_tokens
+            (user_id, token, type, expires_at, family_id)
+        VALUES (:u2, decode(repeat('09', 32), 'hex'), 'password_reset', now() + interval '1 day', :f1)"),
+    ("auth_tokens_session_expires_at_check", "INSERT INTO auth_tokens
+            (user_id, token, type, expires_at, family_id)
+        VALUES (:u2, decode(repeat('09', 32), 'hex'), 'refresh', now() + interval '1 day', :f1)"),
+    ("auth_tokens_session_expires_at_check", "INSERT INTO auth_tokens
+            (user_id, token, type, expires_at, session_expires_at)
+        VALUES (:u2, decode(repeat('09', 32), 'hex'), 'password_reset', now() + interval '1 day',
+            now() + interval '1 day')"),
+    ("auth_tokens_session_expires_at_check",
+        "UPDATE auth_tokens SET expires_at = session_expires_at + interval '1 second' WHERE id = :t1"),
+    ("auth_tokens_lifetime",
+        "UPDATE auth_tokens SET expires_at = created_at + interval '61 minutes' WHERE id = :t2"),
+    ("auth_tokens_lifetime", "INSERT INTO auth_tokens (user_id, token, type, expires_at)
+        VALUES (:u2, decode(repeat('09', 32), 'hex'), 'email_verification', now() + interval '169 hours')"),
+    ("auth_tokens_lifetime", "INSERT INTO auth_tokens
+            (user_id, token, type, expires_at, family_id, session_expires_at)
+        VALUES (:u2, decode(repeat('09', 32), 'hex'), 'refresh', now() + interval '1 day', :f1,
+            now() + interval '366 days')"),
+    ("auth_tokens_fixed", "UPDATE auth_tokens SET user_id = :u2 WHERE id = :t1"),
+    ("auth_tokens_fixed",
+        "UPDATE auth_tokens SET token = decode(repeat('09', 32), 'hex') WHERE id = :t1"),
+    ("auth_tokens_fixed", "UPDATE auth_tokens SET type = 'email_change_pending' WHERE id = :t2"),
+    ("auth_tokens_fixed", "UPDATE auth_tokens SET family_id = :f2 WHERE id = :t1"),
+    ("auth_tokens_fixed",
+        "UPDATE auth_tokens SET session_expires_at = session_expires_at + interval '1 day' WHERE id = :t1"),
+    ("auth_tokens_fixed", "UPDATE auth_tokens SET is_used = true, used_at = now() WHERE id = :t1;
+        UPDATE auth_tokens SET is_used = false, used_at = NULL WHERE id = :t1"),
+    ("auth_tokens_fixed", "UPDATE auth_tokens SET is_used = true, used_at = now() WHERE id = :t1;
+        UPDATE auth_tokens SET used_at = now() + interval '1 second' WHERE id = :t1"),
+    ("auth_tokens_fixed", "UPDATE auth_tokens SET attempts = 2 WHERE id = :t2;
+        UPDATE auth_tokens SET attempts = 1 WHERE id = :t2"),
 
     ("user_subscriptions_pkey", "INSERT INTO user_subscriptions (id, user_id) VALUES (:s1, :u2)"),
     ("user_subscriptions_user_id_fkey", "INSERT INTO user_subscriptions (user_id) VALUES (:u9)"),
@@ -545,14 +584,15 @@ fn what_is_allowed_is_allowed() {
         "UPDATE users SET last_name = '', password = '$2b$10$' || repeat('x', 53),
             email = 'é''+%s@example.in' WHERE id = :u1",
         "DELETE FROM users WHERE id = :u2",
-        "INSERT INTO auth_tokens (user_id, token, type, expires_at)
-         SELECT :u1, decode(repeat(n, 32), 'hex'), 'refresh', now() + interval '1 day'
+        "INSERT INTO auth_tokens (user_id, token, type, expires_at, family_id, session_expires_at)
+         SELECT :u1, decode(repeat(n, 32), 'hex'), 'refresh', now() + interval '1 day', :f1,
+                now() + interval '365 days'
              FROM unnest('{07,08}'::text[]) n",
         "INSERT INTO auth_tokens (user_id, token, type, expires_at)
-         VALUES (:u2, decode(repeat('02', 32), 'hex'), 'email_otp', now() + interval '1 day')",
-        "UPDATE auth_tokens SET is_used = true;
+         VALUES (:u2, decode(repeat('02', 32), 'hex'), 'email_otp', now() + interval '1 hour')",
+        "UPDATE auth_tokens SET is_used = true, used_at = now();
          INSERT INTO auth_tokens (user_id, token, type, expires_at)
-         VALUES (:u1, decode(repeat('02', 32), 'hex'), 'email_otp', now() + interval '1 day')",
+         VALUES (:u1, decode(repeat('02', 32), 'hex'), 'email_otp', now() + interval '1 hour')",
         "INSERT INTO user_subscriptions (user_id, status) VALUES (:u1, 'completed'),
             (:u1, 'halted')",
         "UPDATE user_subscriptions

@@ -3,9 +3,11 @@
 use bruhmcp_db::enums::AuthTokenType::{
     self, EmailChangePending, EmailOtp, EmailVerification, PasswordReset, Refresh,
 };
-use bruhmcp_db::ids::UserId;
-use bruhmcp_db::models::{AuthToken, CodeCheck, MAX_CODE_ATTEMPTS, Rotation, TokenError, User};
-use bruhmcp_db::{HashedToken, Page};
+use bruhmcp_db::ids::{FamilyId, UserId};
+use bruhmcp_db::models::{
+    AuthToken, CodeCheck, MAX_CODE_ATTEMPTS, MAX_SESSIONS, Rotation, TokenError, User,
+};
+use bruhmcp_db::{HashedToken, Isolation, NegativeSpan, Page, retry_transaction};
 use chrono::{TimeDelta, Utc};
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
@@ -29,11 +31,21 @@ fn issue(conn: &mut PgConnection, user: UserId, type_: AuthTokenType, number: us
         .unwrap()
 }
 
-/// Moves all tokens two hours into the past.
+/// Moves all tokens into the past.
+fn let_pass(database: &TestDatabase, time: &str) {
+    let sql = format!(
+        "ALTER TABLE auth_tokens DISABLE TRIGGER USER;
+         UPDATE auth_tokens
+            SET created_at = created_at - interval '{time}', expires_at = expires_at - interval '{time}',
+                used_at = used_at - interval '{time}',
+                session_expires_at = session_expires_at - interval '{time}';
+         ALTER TABLE auth_tokens ENABLE TRIGGER USER"
+    );
+    database.psql(&sql).unwrap();
+}
+
 fn let_two_hours_pass(database: &TestDatabase) {
-    let sql = "UPDATE auth_tokens
-                  SET created_at = created_at - interval '2 hours', expires_at = expires_at - interval '2 hours'";
-    database.psql(sql).unwrap();
+    let_pass(database, "2 hours");
 }
 
 fn live(conn: &mut PgConnection, user: UserId, type_: AuthTokenType) -> Vec<AuthToken> {
@@ -256,15 +268,22 @@ fn a_code_survives_a_few_wrong_guesses() {
         check(ada, EmailChangePending, 1),
         CodeCheck::TooManyAttempts
     );
-    // A new code has new attempts; the replaced one is not compared.
+    // A new code has no new attempts.
     issue(EmailChangePending, 3);
+    assert_eq!(
+        check(ada, EmailChangePending, 3),
+        CodeCheck::TooManyAttempts
+    );
+    // It has them an hour later; the replaced code is not compared.
+    let_pass(&database, "61 minutes");
+    issue(EmailChangePending, 6);
     let attempts_left = MAX_CODE_ATTEMPTS - 1;
     assert_eq!(
-        check(ada, EmailChangePending, 1),
+        check(ada, EmailChangePending, 3),
         CodeCheck::Wrong { attempts_left }
     );
     let_two_hours_pass(&database);
-    assert_eq!(check(ada, EmailChangePending, 3), CodeCheck::Expired);
+    assert_eq!(check(ada, EmailChangePending, 6), CodeCheck::Expired);
 
     // Links and refresh tokens are refused.
     issue(Refresh, 4);
@@ -322,95 +341,206 @@ fn rotate(conn: &mut PgConnection, presented: usize, successor: usize) -> Rotati
 }
 
 #[test]
-fn a_refresh_token_has_one_successor() {
+fn a_wrong_guess_is_not_lost_in_a_transaction() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let ada = user(conn, "ada@example.org");
+    issue(conn, ada, EmailOtp, 1);
+    let refused = conn.transaction(|conn| AuthToken::check_code(conn, ada, &hashed(EmailOtp, 1)));
+    assert_eq!(refused, Err(diesel::result::Error::AlreadyInTransaction));
+    let check = AuthToken::check_code(conn, ada, &hashed(EmailOtp, 2)).unwrap();
+    assert!(matches!(check, CodeCheck::Wrong { .. }));
+}
+
+fn begin(conn: &mut PgConnection, user: UserId, number: usize, days: i64) -> FamilyId {
+    let session = TimeDelta::days(days);
+    let token = hashed(Refresh, number);
+    let token = AuthToken::begin_session(conn, user, &token, hour(), session).unwrap();
+    token.unwrap().family_id.unwrap()
+}
+
+fn families(conn: &mut PgConnection, user: UserId) -> Vec<FamilyId> {
+    let sessions = AuthToken::list_sessions(conn, user).unwrap();
+    sessions.iter().map(|session| session.family_id).collect()
+}
+
+#[test]
+fn a_refresh_token_has_successors_until_its_session_ends() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let ada = user(conn, "ada@example.org");
+    let family = begin(conn, ada, 1, 1);
+    issue(conn, ada, PasswordReset, 30);
+    let lifetime = TimeDelta::hours(20);
+    let mut rotate = |presented, successor| {
+        let (presented, successor) = (hashed(Refresh, presented), hashed(Refresh, successor));
+        AuthToken::rotate(conn, &presented, &successor, lifetime).unwrap()
+    };
+    let Rotation::Rotated(second) = rotate(1, 2) else {
+        panic!("a live token was refused")
+    };
+    assert_eq!((second.user_id, second.family_id), (ada, Some(family)));
+    assert_eq!(second.expires_at - second.created_at, lifetime);
+    let_pass(&database, "10 hours");
+    let Rotation::Rotated(third) = rotate(2, 3) else {
+        panic!("a live token was refused")
+    };
+    assert_eq!(Some(third.expires_at), third.session_expires_at);
+
+    assert_eq!(rotate(99, 7), Rotation::NotFound);
+    assert_eq!(rotate(30, 7), Rotation::NotFound, "not a refresh token");
+    let_pass(&database, "15 hours");
+    assert_eq!(rotate(3, 7), Rotation::Expired);
+    assert_eq!(rotate(1, 7), Rotation::Expired);
+    issue(&mut database.connect(), ada, Refresh, 8);
+    database.psql("UPDATE users SET is_active = false").unwrap();
+    assert_eq!(rotate(8, 9), Rotation::NotFound);
+}
+
+#[test]
+fn a_token_presented_again_ends_its_session_after_ten_seconds() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let ada = user(conn, "ada@example.org");
+    let family_id = begin(conn, ada, 1, 30);
+    let other = begin(conn, ada, 10, 30);
+    let reused = Rotation::Reused {
+        user_id: ada,
+        family_id,
+    };
+    for successor in 2..4 {
+        let Rotation::Rotated(token) = rotate(conn, 1, successor) else {
+            panic!("the answer was lost")
+        };
+        assert_eq!(token.family_id, Some(family_id));
+    }
+    let_pass(&database, "11 seconds");
+    assert!(matches!(rotate(conn, 2, 4), Rotation::Rotated(_)));
+    assert_eq!(rotate(conn, 1, 5), reused);
+    assert_eq!(families(conn, ada), [other]);
+    // All of them, also within ten seconds of a use.
+    for presented in 1..=4 {
+        assert_eq!(rotate(conn, presented, 5), Rotation::Expired);
+    }
+    assert!(matches!(rotate(conn, 10, 11), Rotation::Rotated(_)));
+}
+
+const LEVELS: [Isolation; 3] = [
+    Isolation::ReadCommitted,
+    Isolation::RepeatableRead,
+    Isolation::Serializable,
+];
+
+/// Retries until the operation succeeds, with a snapshot that is older than its locks.
+fn with_old_snapshot<T>(
+    conn: &mut PgConnection,
+    isolation: Isolation,
+    work: impl Fn(&mut PgConnection) -> QueryResult<T>,
+) -> T {
+    loop {
+        let result = retry_transaction(conn, isolation, |conn| {
+            diesel::sql_query("SELECT 1 FROM auth_tokens LIMIT 1").execute(conn)?;
+            work(conn)
+        });
+        match result {
+            Ok(outcome) => return outcome,
+            Err(error) if bruhmcp_db::is_transient(&error) => {}
+            Err(error) => panic!("{error:?}"),
+        }
+    }
+}
+
+#[test]
+fn sixteen_who_present_a_refresh_token_share_its_session() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let ada = user(conn, "ada@example.org");
+    for (round, isolation) in (1..).zip(LEVELS) {
+        let first = round * 1000;
+        for old in [false, true] {
+            let first = first + usize::from(old) * 100;
+            let family_id = begin(conn, ada, first, 30);
+            rotate(conn, first, first + 50);
+            if old {
+                let_pass(&database, "11 seconds");
+            }
+            let outcomes = support::at_once(&database, 16, |thread, conn| {
+                with_old_snapshot(conn, isolation, |conn| {
+                    let (presented, next) = (first, first + thread + 1);
+                    let (presented, next) = (hashed(Refresh, presented), hashed(Refresh, next));
+                    AuthToken::rotate(conn, &presented, &next, hour())
+                })
+            });
+            let count = |is: fn(&Rotation) -> bool| outcomes.iter().filter(|one| is(one)).count();
+            let rotated = count(|one| matches!(one, Rotation::Rotated(_)));
+            let reused = count(|one| matches!(one, Rotation::Reused { .. }));
+            let live = families(conn, ada).contains(&family_id);
+            if old {
+                assert_eq!((rotated, reused, live), (0, 1, false), "{isolation:?}");
+            } else {
+                assert_eq!((rotated, reused, live), (16, 0, true), "{isolation:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn no_token_survives_the_end_of_its_session() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let ada = user(conn, "ada@example.org");
+    for (round, isolation) in (0..30).zip(LEVELS.into_iter().cycle()) {
+        let first = round * 100;
+        let family_id = begin(conn, ada, first, 30);
+        rotate(conn, first, first + 1);
+        support::at_once(&database, 4, |thread, conn| {
+            with_old_snapshot(conn, isolation, |conn| match thread {
+                0 => AuthToken::end_session(conn, ada, family_id).map(|_| ()),
+                // A sibling, or a successor.
+                _ => AuthToken::rotate(
+                    conn,
+                    &hashed(Refresh, first + thread % 2),
+                    &hashed(Refresh, first + 10 + thread),
+                    hour(),
+                )
+                .map(|_| ()),
+            });
+        });
+        assert!(!families(conn, ada).contains(&family_id), "{isolation:?}");
+    }
+}
+
+#[test]
+fn sessions_are_listed_and_ended_one_by_one() {
     let database = support::database();
     let conn = &mut database.connect();
     let ada = user(conn, "ada@example.org");
     let grace = user(conn, "grace@example.org");
-    issue(conn, ada, Refresh, 1);
-    issue(conn, ada, Refresh, 10);
-    issue(conn, grace, Refresh, 20);
-    issue(conn, ada, PasswordReset, 30);
+    let first = begin(conn, ada, 1, 30);
+    let second = begin(conn, ada, 2, 30);
+    assert_eq!(families(conn, ada), [second, first]);
+    rotate(conn, 1, 3);
+    rotate(conn, 1, 4);
+    assert_eq!(families(conn, ada), [first, second], "one row a session");
 
-    let Rotation::Rotated(successor) = rotate(conn, 1, 2) else {
-        panic!("a live token was refused")
-    };
-    assert_eq!(
-        (successor.user_id, &successor.token),
-        (ada, &hashed(Refresh, 2).digest)
-    );
-    assert!(matches!(rotate(conn, 2, 3), Rotation::Rotated(_)));
-    assert_eq!(live(conn, ada, Refresh).len(), 2);
-
-    // A copy of the first one turns up: all devices sign in again; nobody else, and nothing but
-    // refresh tokens.
-    assert_eq!(rotate(conn, 1, 4), Rotation::Reused(ada));
-    assert!(live(conn, ada, Refresh).is_empty());
-    assert_eq!(live(conn, grace, Refresh).len(), 1);
-    assert_eq!(live(conn, ada, PasswordReset).len(), 1);
-    for presented in [3, 10] {
+    assert!(!AuthToken::end_session(conn, grace, first).unwrap());
+    assert!(AuthToken::end_session(conn, ada, first).unwrap());
+    assert!(!AuthToken::end_session(conn, ada, first).unwrap());
+    assert_eq!(families(conn, ada), [second]);
+    for presented in [1, 3, 4] {
         assert_eq!(rotate(conn, presented, 5), Rotation::Expired);
     }
 
-    // Old copies don't revoke later tokens.
-    issue(conn, ada, Refresh, 6);
-    for presented in [1, 2] {
-        assert_eq!(rotate(conn, presented, 7), Rotation::Expired);
-    }
-    assert_eq!(live(conn, ada, Refresh).len(), 1);
+    // A replaced token signs out too.
+    rotate(conn, 2, 6);
+    assert!(AuthToken::revoke(conn, &hashed(Refresh, 2)).unwrap());
+    assert_eq!(families(conn, ada), []);
 
-    assert_eq!(rotate(conn, 99, 7), Rotation::NotFound);
-    // Not a refresh token.
-    assert_eq!(rotate(conn, 30, 7), Rotation::NotFound);
-    let_two_hours_pass(&database);
-    assert_eq!(rotate(conn, 6, 7), Rotation::Expired);
-    issue(conn, ada, Refresh, 8);
-    database.psql("UPDATE users SET is_active = false").unwrap();
-    assert_eq!(rotate(conn, 8, 9), Rotation::NotFound);
-}
-
-#[test]
-fn of_two_who_present_a_refresh_token_the_second_revokes_it_all() {
-    let database = support::database();
-    let conn = &mut database.connect();
-    let ada = user(conn, "ada@example.org");
-    for threads in [2, 32] {
-        issue(conn, ada, Refresh, threads * 1000);
-        let outcomes = support::at_once(&database, threads, |thread, conn| {
-            rotate(conn, threads * 1000, threads * 1000 + thread + 1)
-        });
-        let rotated = |outcome: &&_| matches!(outcome, Rotation::Rotated(_));
-        assert_eq!(outcomes.iter().filter(rotated).count(), 1);
-        let reused = |outcome: &&_| **outcome == Rotation::Reused(ada);
-        assert_eq!(outcomes.iter().filter(reused).count(), 1);
-        let expired = |outcome: &&_| **outcome == Rotation::Expired;
-        assert_eq!(outcomes.iter().filter(expired).count(), threads - 2);
-        assert!(live(conn, ada, Refresh).is_empty());
+    for number in 0..=MAX_SESSIONS {
+        begin(conn, ada, 100 + number, 30);
     }
-}
-
-/// The thief keeps rotating while the user presents the used token.
-#[test]
-fn no_successor_survives_a_reuse() {
-    let database = support::database();
-    let conn = &mut database.connect();
-    let ada = user(conn, "ada@example.org");
-    for round in 0..10 {
-        let first = round * 100;
-        issue(conn, ada, Refresh, first);
-        rotate(conn, first, first + 1);
-        support::at_once(&database, 2, |thread, conn| {
-            if thread == 0 {
-                assert_eq!(rotate(conn, first, first + 99), Rotation::Reused(ada));
-            } else {
-                let mut next = first + 1;
-                while let Rotation::Rotated(_) = rotate(conn, next, next + 1) {
-                    next += 1;
-                }
-            }
-        });
-        assert!(live(conn, ada, Refresh).is_empty());
-    }
+    assert_eq!(families(conn, ada).len(), MAX_SESSIONS);
+    assert_eq!(rotate(conn, 100, 7), Rotation::Expired, "the oldest ended");
 }
 
 #[test]
@@ -462,6 +592,10 @@ fn purge_deletes_what_expired_long_enough_ago() {
     }
     rotate(conn, 0, 40);
     assert_eq!(AuthToken::purge(conn, TimeDelta::zero(), 100).unwrap(), 0);
+    let days = TimeDelta::days(-60);
+    let refused = AuthToken::purge(conn, days, 100).unwrap_err();
+    assert_eq!(NegativeSpan::of(&refused), Some(NegativeSpan(days)));
+    assert_eq!(live(conn, ada, Refresh).len(), 40);
     // All expired one hour ago.
     let_two_hours_pass(&database);
     issue(conn, ada, Refresh, 50);

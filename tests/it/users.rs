@@ -790,8 +790,9 @@ const MARIE: &str = r#"
        SET plan_type = 'pro', max_instances = NULL, customer_id = 'cus_stripe_Marie', subscription_id = 'sub_Marie',
            payment_status = 'active', features = '{"beta": "Marie"}', expires_at = now() + interval '1 day'
      WHERE user_id = :marie;
-    INSERT INTO auth_tokens (user_id, token, type, expires_at)
-    VALUES (:marie, decode(repeat('ab', 32), 'hex'), 'refresh', now() + interval '1 day');
+    INSERT INTO auth_tokens (user_id, token, type, expires_at, family_id, session_expires_at)
+    VALUES (:marie, decode(repeat('ab', 32), 'hex'), 'refresh', now() + interval '1 day', gen_random_uuid(),
+            now() + interval '1 day');
     INSERT INTO mcp_table (mcp_service_name, display_name, port, type)
     VALUES ('gmail', 'Gmail', 49296, 'oauth'), ('figma', 'Figma', 49280, 'api_key');
     INSERT INTO mcp_service_table (user_id, mcp_service_id, custom_name)

@@ -10,6 +10,7 @@ use diesel::prelude::*;
 use diesel::sql_types::{BigInt, Bool, Interval};
 
 use super::McpInstance;
+use crate::error::NegativeSpan;
 use crate::ids::InstanceId;
 use crate::schema::{mcp_credentials, mcp_service_table};
 
@@ -54,11 +55,15 @@ impl McpInstance {
     /// without an access token, and with credentials that didn't change for `idle`.
     ///
     /// An instance that waits for a second authorization has a token and is not listed.
+    ///
+    /// # Errors
+    /// [`NegativeSpan`].
     pub fn list_abandoned(
         conn: &mut PgConnection,
         idle: TimeDelta,
         limit: u16,
     ) -> QueryResult<Vec<Self>> {
+        NegativeSpan::check(idle)?;
         mcp_service_table::table
             .inner_join(mcp_credentials::table)
             .filter(unauthorized())
@@ -78,11 +83,15 @@ impl McpInstance {
     ///
     /// One transaction. Skips instances whose row or credentials are locked, for example by an
     /// authorization that is being completed.
+    ///
+    /// # Errors
+    /// [`NegativeSpan`].
     pub fn purge_abandoned(
         conn: &mut PgConnection,
         instance_ids: &[InstanceId],
         idle: TimeDelta,
     ) -> QueryResult<Vec<Self>> {
+        NegativeSpan::check(idle)?;
         conn.transaction(|conn| {
             let abandoned = mcp_credentials::table
                 .inner_join(mcp_service_table::table)
