@@ -88,7 +88,7 @@ fn calls(server: &Server, name: &str, index: Option<&str>) -> Result<i64> {
          INSERT INTO mcp_service_table (user_id, mcp_service_id)
          SELECT id, mcp_service_id FROM mcp_table, users, generate_series(1, {INSTANCES} / {USERS});
          INSERT INTO mcp_credentials (instance_id, api_key, oauth_status, oauth_completed_at)
-         SELECT instance_id, decode(repeat('aa', 40), 'hex'), 'completed', now() FROM mcp_service_table;"
+         SELECT instance_id, decode(repeat('01', 40), 'hex'), 'completed', now() FROM mcp_service_table;"
     ))?;
     // The credentials have updated each instance.
     conn.batch_execute("VACUUM FULL mcp_service_table")?;

@@ -142,7 +142,7 @@ fn connect_figma(conn: &mut PgConnection, keys: &KeyRing, user_id: UserId) -> Re
     heading("Connect Figma with an API key");
     let new = new_instance(user_id, service_id(conn, "figma")?);
     let api_key = SecretText::from("figd_a_secret");
-    let credential = NewMcpCredential::api_key(keys, &api_key)?;
+    let credential = NewMcpCredential::api_key(keys, new.instance_id, &api_key)?;
     let (instance, credential) = McpInstance::create(conn, &new, &credential)?;
     println!(
         "  instance {:?}, credentials {:?}",
@@ -176,7 +176,7 @@ fn call(conn: &mut PgConnection, instance_id: InstanceId) -> Result {
 fn reach_the_limit(conn: &mut PgConnection, keys: &KeyRing, user_id: UserId) -> Result {
     heading("Activate a second instance on the free plan");
     let new = new_instance(user_id, service_id(conn, "airtable")?);
-    let credential = NewMcpCredential::api_key(keys, &"pat_a_secret".into())?;
+    let credential = NewMcpCredential::api_key(keys, new.instance_id, &"pat_a_secret".into())?;
     match McpInstance::create(conn, &new, &credential) {
         Err(refused @ InstanceError::LimitReached) => println!("  refused: {refused}"),
         Err(other) => return Err(other.into()),
@@ -240,7 +240,8 @@ fn upgrade_once(conn: &mut PgConnection, user_id: UserId) -> Result {
 fn connect_gmail(conn: &mut PgConnection, keys: &KeyRing, user_id: UserId) -> Result<InstanceId> {
     heading("Connect Gmail with OAuth");
     let new = new_instance(user_id, service_id(conn, "gmail")?);
-    let client = NewMcpCredential::oauth(keys, "client-1", &"client_secret".into())?;
+    let client =
+        NewMcpCredential::oauth(keys, new.instance_id, "client-1", &"client_secret".into())?;
     let (instance, credential) = McpInstance::create(conn, &new, &client)?;
     println!("  created: {:?}", instance.oauth_status);
 
@@ -248,7 +249,11 @@ fn connect_gmail(conn: &mut PgConnection, keys: &KeyRing, user_id: UserId) -> Re
     // the state and the challenge of the verifier in the URL.
     let state = TokenKey::new(&[8; 32])?.hash_state(&new_secret());
     let id = credential.credential_id;
-    let verifier = keys.seal(&new_secret(), id, SecretColumn::ClientSecret)?;
+    let verifier = keys.seal(
+        &new_secret(),
+        new.instance_id,
+        SecretColumn::OauthCodeVerifier,
+    )?;
     let lifetime = McpCredential::STATE_LIFETIME;
     McpCredential::begin_oauth(conn, id, &state, lifetime, &verifier, None)?;
 
@@ -261,7 +266,7 @@ fn connect_gmail(conn: &mut PgConnection, keys: &KeyRing, user_id: UserId) -> Re
     let tokens = |number: u32| {
         OauthTokens::seal(
             keys,
-            credential.credential_id,
+            credential.instance_id,
             &format!("access_secret_{number}").into(),
             Some(&format!("refresh_secret_{number}").into()),
             Some(Utc::now() + TimeDelta::hours(1)),

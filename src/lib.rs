@@ -24,9 +24,10 @@
 //!
 //! // 32 random bytes from your secret store; their id is stored with each sealed value.
 //! let keys = KeyRing::new([(1, &[7; 32][..])])?;
-//! let credential = NewMcpCredential::api_key(&keys, &SecretText::from("figd_…"))?;
 //! let figma = McpService::find_by_name(conn, "figma")?.ok_or("not registered")?;
 //! let new = NewMcpInstance::new(user.id, figma.mcp_service_id);
+//! let api_key = SecretText::from("figd_…");
+//! let credential = NewMcpCredential::api_key(&keys, new.instance_id, &api_key)?;
 //! // `InstanceError::LimitReached` if the plan allows no further active instance.
 //! let (instance, _) = McpInstance::create(conn, &new, &credential)?;
 //!

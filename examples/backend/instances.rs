@@ -55,7 +55,8 @@ fn create_for(app: &App, user_id: UserId, new: &Create) -> Answer {
         &new.client_secret,
     ) {
         (AuthType::ApiKey, Some(api_key), None, None) => {
-            let credential = NewMcpCredential::api_key(&app.key_ring, api_key)?;
+            let credential =
+                NewMcpCredential::api_key(&app.key_ring, instance.instance_id, api_key)?;
             let (instance, _) = McpInstance::create(conn, &instance, &credential)?;
             answer(StatusCode::CREATED, json!({ "instance": instance }))
         }
@@ -66,7 +67,8 @@ fn create_for(app: &App, user_id: UserId, new: &Create) -> Answer {
                     "the client id has characters that a URL does not allow",
                 ));
             }
-            let credential = NewMcpCredential::oauth(&app.key_ring, client_id, client_secret)?;
+            let id = instance.instance_id;
+            let credential = NewMcpCredential::oauth(&app.key_ring, id, client_id, client_secret)?;
             let state = new_secret();
             let digest = app.token_key.hash_state(&state);
             let verifier = new_secret();
@@ -76,11 +78,9 @@ fn create_for(app: &App, user_id: UserId, new: &Create) -> Answer {
                 state.expose(),
                 code_challenge(&verifier),
             ));
-            let verifier = app.key_ring.seal(
-                &verifier,
-                credential.credential_id(),
-                SecretColumn::ClientSecret,
-            )?;
+            let verifier = app
+                .key_ring
+                .seal(&verifier, id, SecretColumn::OauthCodeVerifier)?;
             let instance = conn.transaction(|conn| {
                 let (instance, credential) = McpInstance::create(conn, &instance, &credential)?;
                 McpCredential::begin_oauth(
@@ -242,7 +242,7 @@ pub(crate) async fn oauth_callback(
         };
         let tokens = OauthTokens::seal(
             &app.key_ring,
-            id,
+            credential.instance_id,
             &granted.access_token,
             Some(&granted.refresh_token),
             Some(Utc::now() + granted.lifetime),

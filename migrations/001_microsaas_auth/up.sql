@@ -150,8 +150,12 @@ CREATE TABLE auth_tokens (
     session_expires_at timestamptz,
     CONSTRAINT auth_tokens_pkey PRIMARY KEY (id),
     CONSTRAINT auth_tokens_timestamps_check CHECK (
-        GREATEST(expires_at, created_at, updated_at) AT TIME ZONE 'UTC' < '10000-01-01'
-        AND LEAST(expires_at, created_at, updated_at) AT TIME ZONE 'UTC' >= '0001-01-01'
+        GREATEST(
+            expires_at, used_at, session_expires_at, created_at, updated_at
+        ) AT TIME ZONE 'UTC' < '10000-01-01'
+        AND LEAST(
+            expires_at, used_at, session_expires_at, created_at, updated_at
+        ) AT TIME ZONE 'UTC' >= '0001-01-01'
     ),
     CONSTRAINT auth_tokens_user_id_fkey
         FOREIGN KEY (user_id) REFERENCES users (id) ON DELETE CASCADE,
@@ -252,13 +256,13 @@ CREATE TABLE user_subscriptions (
     CONSTRAINT user_subscriptions_timestamps_check CHECK (
         GREATEST(
             current_period_start, current_period_end, trial_start, trial_end, cancelled_at,
-            paused_at, resume_at, next_billing_date, last_payment_attempt, created_at,
-            updated_at
+            paused_at, resume_at, next_billing_date, last_payment_attempt, status_event_at,
+            created_at, updated_at
         ) AT TIME ZONE 'UTC' < '10000-01-01'
         AND LEAST(
             current_period_start, current_period_end, trial_start, trial_end, cancelled_at,
-            paused_at, resume_at, next_billing_date, last_payment_attempt, created_at,
-            updated_at
+            paused_at, resume_at, next_billing_date, last_payment_attempt, status_event_at,
+            created_at, updated_at
         ) AT TIME ZONE 'UTC' >= '0001-01-01'
     ),
     CONSTRAINT user_subscriptions_user_id_fkey

@@ -141,10 +141,12 @@ CREATE TABLE mcp_credentials (
     CONSTRAINT mcp_credentials_pkey PRIMARY KEY (credential_id),
     CONSTRAINT mcp_credentials_timestamps_check CHECK (
         GREATEST(
-            token_expires_at, oauth_completed_at, created_at, updated_at
+            token_expires_at, oauth_completed_at, oauth_state_expires_at, refresh_leased_until,
+            created_at, updated_at
         ) AT TIME ZONE 'UTC' < '10000-01-01'
         AND LEAST(
-            token_expires_at, oauth_completed_at, created_at, updated_at
+            token_expires_at, oauth_completed_at, oauth_state_expires_at, refresh_leased_until,
+            created_at, updated_at
         ) AT TIME ZONE 'UTC' >= '0001-01-01'
     ),
     CONSTRAINT mcp_credentials_instance_id_fkey

@@ -162,7 +162,7 @@ fn the_copy_of_the_status_follows_at_each_isolation_level() {
             format!(
                 "INSERT INTO mcp_credentials
                      (instance_id, api_key, oauth_status, oauth_completed_at)
-                 VALUES ('{id}', decode(repeat('aa', 40), 'hex'), {status})"
+                 VALUES ('{id}', decode(repeat('01', 40), 'hex'), {status})"
             )
         });
         let [complete, fail] = ["completed", "failed"].map(|status| {
@@ -209,8 +209,10 @@ fn an_anonymised_user_gets_no_instance() {
                 retry_transaction(conn, isolation, |conn| match n {
                     0 => User::anonymise(conn, id).map(drop).map_err(Into::into),
                     1 => create(conn, id, gmail).map(drop),
-                    _ => McpInstance::create(conn, &NewMcpInstance::new(id, gmail), &oauth())
-                        .map(drop),
+                    _ => {
+                        let new = NewMcpInstance::new(id, gmail);
+                        McpInstance::create(conn, &new, &oauth(new.instance_id)).map(drop)
+                    }
                 })
             });
             for outcome in &created[1..] {

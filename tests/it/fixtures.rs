@@ -2,7 +2,7 @@
 
 use bruhmcp_db::Sealed;
 use bruhmcp_db::enums::{AuthType, InstanceStatus, OauthStatus};
-use bruhmcp_db::ids::{CredentialId, InstanceId, ServiceId, UserId};
+use bruhmcp_db::ids::{InstanceId, ServiceId, UserId};
 use bruhmcp_db::models::{
     InstanceError, McpInstance, McpService, NewMcpCredential, NewMcpInstance, NewMcpService,
     NewUser, ProPlan, User, UserPlan,
@@ -52,17 +52,17 @@ pub(crate) fn service(conn: &mut PgConnection, name: &str, port: i32) -> Service
 
 /// Ciphertext of no key.
 pub(crate) fn sealed() -> Sealed {
-    Sealed::from_ciphertext(vec![7; 29])
+    Sealed::from_ciphertext(vec![2; 42])
 }
 
 /// Credentials that are completed at once.
-pub(crate) fn api_key() -> NewMcpCredential<'static> {
-    NewMcpCredential::sealed_api_key(CredentialId::new(), sealed())
+pub(crate) fn api_key(instance: InstanceId) -> NewMcpCredential<'static> {
+    NewMcpCredential::sealed_api_key(instance, sealed())
 }
 
 /// Credentials that wait for the user.
-pub(crate) fn oauth() -> NewMcpCredential<'static> {
-    NewMcpCredential::sealed_oauth(CredentialId::new(), "client", sealed())
+pub(crate) fn oauth(instance: InstanceId) -> NewMcpCredential<'static> {
+    NewMcpCredential::sealed_oauth(instance, "client", sealed())
 }
 
 /// An instance with an API key.
@@ -71,7 +71,8 @@ pub(crate) fn create(
     user: UserId,
     service: ServiceId,
 ) -> Result<InstanceId, InstanceError> {
-    McpInstance::create(conn, &NewMcpInstance::new(user, service), &api_key())
+    let new = NewMcpInstance::new(user, service);
+    McpInstance::create(conn, &new, &api_key(new.instance_id))
         .map(|(instance, _)| instance.instance_id)
 }
 
@@ -82,7 +83,7 @@ pub(crate) fn create_pending(
     service: ServiceId,
 ) -> InstanceId {
     let new = NewMcpInstance::new(user, service);
-    let (instance, _) = McpInstance::create(conn, &new, &oauth()).unwrap();
+    let (instance, _) = McpInstance::create(conn, &new, &oauth(new.instance_id)).unwrap();
     instance.instance_id
 }
 
@@ -96,7 +97,7 @@ pub(crate) fn create_inactive(
         status: InstanceStatus::Inactive,
         ..NewMcpInstance::new(user, service)
     };
-    let (instance, _) = McpInstance::create(conn, &new, &api_key()).unwrap();
+    let (instance, _) = McpInstance::create(conn, &new, &api_key(new.instance_id)).unwrap();
     instance.instance_id
 }
 
@@ -148,8 +149,9 @@ mod with_keys {
         service: ServiceId,
         api_key: &str,
     ) -> McpCredential {
-        let new = NewMcpCredential::api_key(&RING, &SecretText::from(api_key)).unwrap();
         let instance = NewMcpInstance::new(user, service);
+        let api_key = SecretText::from(api_key);
+        let new = NewMcpCredential::api_key(&RING, instance.instance_id, &api_key).unwrap();
         McpInstance::create(conn, &instance, &new).unwrap().1
     }
 
@@ -160,8 +162,9 @@ mod with_keys {
         service: ServiceId,
     ) -> McpCredential {
         let secret = SecretText::from("client secret");
-        let new = NewMcpCredential::oauth(&RING, "client", &secret).unwrap();
         let instance = NewMcpInstance::new(user, service);
+        let id = instance.instance_id;
+        let new = NewMcpCredential::oauth(&RING, id, "client", &secret).unwrap();
         McpInstance::create(conn, &instance, &new).unwrap().1
     }
 
@@ -172,21 +175,21 @@ mod with_keys {
         service: ServiceId,
         expires_at: DateTime<Utc>,
     ) -> McpCredential {
-        let id = pending(conn, user, service).credential_id;
+        let row = pending(conn, user, service);
         let tokens = OauthTokens {
             expires_at: Some(expires_at),
-            ..tokens(id, "first")
+            ..tokens(row.instance_id, "first")
         };
-        McpCredential::complete_oauth(conn, id, &tokens)
+        McpCredential::complete_oauth(conn, row.credential_id, &tokens)
             .unwrap()
             .credential
     }
 
     /// The tokens `access <name>` and `refresh <name>`, for an hour.
-    pub(crate) fn tokens(credential_id: CredentialId, name: &str) -> OauthTokens<'static> {
+    pub(crate) fn tokens(instance: InstanceId, name: &str) -> OauthTokens<'static> {
         OauthTokens::seal(
             &RING,
-            credential_id,
+            instance,
             &SecretText::from(format!("access {name}")),
             Some(&SecretText::from(format!("refresh {name}"))),
             Some(in_minutes(60)),

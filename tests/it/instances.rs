@@ -14,7 +14,7 @@ use diesel::prelude::*;
 
 use crate::fixtures::{
     api_key, authorize, create, create_inactive, create_pending, find, new_service, oauth,
-    pro_user, service, upgrade, user,
+    pro_user, sealed, service, upgrade, user,
 };
 use crate::support::{self, TestDatabase, as_admin};
 
@@ -148,7 +148,8 @@ fn an_instance_with_an_api_key_counts_at_once() {
     let conn = &mut database.connect();
     let (user, gmail) = (user(conn), service(conn, "gmail", 4001));
 
-    let (new, key) = (NewMcpInstance::new(user, gmail), api_key());
+    let new = NewMcpInstance::new(user, gmail);
+    let key = api_key(new.instance_id);
     let (instance, credential) = McpInstance::create(conn, &new, &key).unwrap();
     let id = new.instance_id;
     assert_eq!((instance.instance_id, credential.instance_id), (id, id));
@@ -275,7 +276,7 @@ fn another_violated_constraint_is_in_the_source() {
         custom_name: Some(&name),
         ..NewMcpInstance::new(user, gmail)
     };
-    let refused = McpInstance::create(conn, &new, &api_key()).unwrap_err();
+    let refused = McpInstance::create(conn, &new, &api_key(new.instance_id)).unwrap_err();
     assert_eq!(refused.to_string(), "database error");
     let source = std::error::Error::source(&refused).unwrap();
     let error = source.downcast_ref::<diesel::result::Error>().unwrap();
@@ -355,7 +356,7 @@ const NOT_CALLABLE: [(NotCallable, &str, &str); 7] = [
         NotCallable::NotAuthorized(OauthStatus::Pending),
         "DELETE FROM mcp_credentials",
         "INSERT INTO mcp_credentials (instance_id, api_key, oauth_status, oauth_completed_at)
-         SELECT instance_id, decode(repeat('aa', 40), 'hex'), 'completed', now()
+         SELECT instance_id, decode(repeat('01', 40), 'hex'), 'completed', now()
            FROM mcp_service_table",
     ),
 ];
@@ -426,7 +427,10 @@ fn an_inactive_user_gets_no_instance() {
     User::deactivate(conn, owner).unwrap();
     let refusals = [
         create(conn, owner, gmail).map(drop),
-        McpInstance::create(conn, &NewMcpInstance::new(owner, gmail), &oauth()).map(drop),
+        {
+            let new = NewMcpInstance::new(owner, gmail);
+            McpInstance::create(conn, &new, &oauth(new.instance_id)).map(drop)
+        },
         McpInstance::activate(conn, off, owner).map(drop),
         McpInstance::renew(conn, off, owner, None).map(drop),
         McpInstance::swap(conn, owner, on, off).map(drop),
@@ -612,7 +616,7 @@ fn an_expired_instance_is_renewed() {
         ..NewMcpInstance::new(owner, gmail)
     };
     let id = past.instance_id;
-    McpInstance::create(conn, &past, &api_key()).unwrap();
+    McpInstance::create(conn, &past, &api_key(id)).unwrap();
     assert_eq!(McpInstance::expire_due(conn, 10).unwrap().len(), 1);
 
     let refused = McpInstance::activate(conn, id, owner);

@@ -80,9 +80,7 @@ static NEW_RING: LazyLock<KeyRing> =
     LazyLock::new(|| KeyRing::new([(2, &[2; 32][..]), (1, &[1; 32][..])]).unwrap());
 
 fn sealed(instance: InstanceId, column: SecretColumn) -> Sealed {
-    OLD_RING
-        .seal(&"secret".into(), of(instance), column)
-        .unwrap()
+    OLD_RING.seal(&"secret".into(), instance, column).unwrap()
 }
 
 pub(crate) fn tokens() -> OauthTokens<'static> {
@@ -592,8 +590,8 @@ pub(crate) static OPERATIONS: &[Operation] = &[
     },
     // mcp_service_table
     operation("McpInstance::create", |conn| {
-        let credential = NewMcpCredential::api_key(&OLD_RING, &"secret".into())?;
         let new = NewMcpInstance::new(USER, FIGMA);
+        let credential = NewMcpCredential::api_key(&OLD_RING, new.instance_id, &"secret".into())?;
         Ok(McpInstance::create(conn, &new, &credential).map(|_| true)?)
     }),
     operation("McpInstance::activate", |conn| {
@@ -637,7 +635,7 @@ pub(crate) static OPERATIONS: &[Operation] = &[
     operation("McpCredential::begin_oauth", |conn| {
         let state = StateDigest::new(random_bytes());
         let lifetime = McpCredential::STATE_LIFETIME;
-        let verifier = sealed(AUTHORISED, SecretColumn::ClientSecret);
+        let verifier = sealed(AUTHORISED, SecretColumn::OauthCodeVerifier);
         let begun =
             McpCredential::begin_oauth(conn, of(AUTHORISED), &state, lifetime, &verifier, None);
         Ok(begun.map(|_| true)?)

@@ -232,8 +232,8 @@ fn instances_and_credentials() {
         custom_name: Some("Work"),
         ..NewMcpInstance::new(user, registered.mcp_service_id)
     };
-    let whispered = Sealed::from_ciphertext(vec![171; 40]);
-    let client = NewMcpCredential::sealed_oauth(CredentialId::new(), "client", whispered.clone());
+    let whispered = Sealed::from_ciphertext([&[2][..], &[171; 41]].concat());
+    let client = NewMcpCredential::sealed_oauth(new.instance_id, "client", whispered.clone());
     let (instance, credential) = McpInstance::create(conn, &new, &client).unwrap();
     assert_eq!(
         McpInstance::find(conn, new.instance_id).unwrap().as_ref(),
@@ -298,11 +298,11 @@ fn instances_and_credentials() {
             "oauth_state",
         ],
     );
-    let key = NewMcpCredential::sealed_api_key(CredentialId::new(), whispered.clone());
     let inactive = NewMcpInstance {
         status: InstanceStatus::Inactive,
         ..NewMcpInstance::new(user, registered.mcp_service_id)
     };
+    let key = NewMcpCredential::sealed_api_key(inactive.instance_id, whispered.clone());
     let (_, key) = McpInstance::create(conn, &inactive, &key).unwrap();
     assert_eq!(key.api_key, Some(whispered));
     hides(&key, &["api_key"]);

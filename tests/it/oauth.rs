@@ -5,7 +5,7 @@ use std::sync::LazyLock;
 
 use bruhmcp_db::crypto::{SecretColumn, TokenKey};
 use bruhmcp_db::enums::{AuditStatus, InstanceStatus, OauthStatus};
-use bruhmcp_db::ids::CredentialId;
+use bruhmcp_db::ids::{CredentialId, InstanceId};
 use bruhmcp_db::models::{
     AuditFilter, CompletedInstance, CredentialError, InstanceError, McpCredential, McpInstance,
     McpService, NewMcpCredential, NewMcpInstance, OauthTokens, RefreshLease, TokenAudit,
@@ -72,7 +72,7 @@ fn an_authorization_from_first_to_last() {
     assert_eq!(taken.oauth_authorization_url, None);
     assert_eq!(taken.oauth_code_verifier, Some(sealed()));
 
-    let done = McpCredential::complete_oauth(conn, id, &tokens(id, "one")).unwrap();
+    let done = McpCredential::complete_oauth(conn, id, &tokens(new.instance_id, "one")).unwrap();
     assert_eq!(done.instance, CompletedInstance::Active);
     assert_eq!(done.credential, find(conn, &new));
     assert_eq!(done.credential.oauth_status, OauthStatus::Completed);
@@ -98,7 +98,7 @@ fn an_authorization_from_first_to_last() {
     let refreshed = OauthTokens {
         refresh_token: None,
         scope: None,
-        ..tokens(id, "two")
+        ..tokens(new.instance_id, "two")
     };
     let row = McpCredential::store_refreshed(conn, &done.credential, &refreshed).unwrap();
     assert_eq!(text(&row, SecretColumn::AccessToken), "access two");
@@ -142,7 +142,7 @@ fn an_authorization_from_first_to_last() {
     begin(conn, id, "c").unwrap();
     let other = OauthTokens {
         refresh_token: None,
-        ..tokens(id, "three")
+        ..tokens(new.instance_id, "three")
     };
     let done = McpCredential::complete_oauth(conn, id, &other).unwrap();
     assert_eq!(done.instance, CompletedInstance::Active);
@@ -163,7 +163,7 @@ fn steps_out_of_order_are_refused() {
     for id in [api_key, CredentialId::new()] {
         let begun = begin(conn, id, "x");
         assert!(matches!(begun, Err(CredentialError::NotFound)), "{begun:?}");
-        let completed = McpCredential::complete_oauth(conn, id, &tokens(id, "x"));
+        let completed = McpCredential::complete_oauth(conn, id, &tokens(InstanceId::new(), "x"));
         assert!(
             matches!(completed, Err(CredentialError::NotFound)),
             "{completed:?}"
@@ -201,9 +201,9 @@ fn steps_out_of_order_are_refused() {
         "{used:?}"
     );
 
-    McpCredential::complete_oauth(conn, one, &tokens(one, "x")).unwrap();
+    McpCredential::complete_oauth(conn, one, &tokens(InstanceId::new(), "x")).unwrap();
     let current = McpCredential::find(conn, one).unwrap().unwrap();
-    let twice = McpCredential::complete_oauth(conn, one, &tokens(one, "y")).map(drop);
+    let twice = McpCredential::complete_oauth(conn, one, &tokens(InstanceId::new(), "y")).map(drop);
     let late = McpCredential::fail_oauth(conn, one).map(drop);
     for refused in [twice, late] {
         let Err(CredentialError::Conflict(row)) = refused else {
@@ -285,11 +285,11 @@ fn what_the_database_would_refuse_is_refused_before() {
         .iter()
         .map(|scope| OauthTokens {
             scope: Some(scope),
-            ..tokens(row.credential_id, "x")
+            ..tokens(row.instance_id, "x")
         })
         .chain(ends.map(|end| OauthTokens {
             expires_at: Some(end),
-            ..tokens(row.credential_id, "x")
+            ..tokens(row.instance_id, "x")
         }));
     for wrong in wrong {
         let completed = McpCredential::complete_oauth(conn, id, &wrong);
@@ -312,8 +312,9 @@ fn what_the_database_would_refuse_is_refused_before() {
     }
     assert_eq!(find(conn, &row), row);
 
-    let new = NewMcpCredential::sealed_oauth(CredentialId::new(), "a\0", sealed());
-    let created = McpInstance::create(conn, &NewMcpInstance::new(user_id, service_id), &new);
+    let new = NewMcpInstance::new(user_id, service_id);
+    let credential = NewMcpCredential::sealed_oauth(new.instance_id, "a\0", sealed());
+    let created = McpInstance::create(conn, &new, &credential);
     assert!(
         matches!(created, Err(InstanceError::InvalidClientId)),
         "{created:?}"
@@ -327,7 +328,8 @@ fn completing_never_loses_the_tokens() {
     let service_id = service(conn, "gmail", 4001);
     let complete = |conn: &mut PgConnection, credential: &McpCredential| {
         let id = credential.credential_id;
-        let done = McpCredential::complete_oauth(conn, id, &tokens(id, "kept")).unwrap();
+        let done = McpCredential::complete_oauth(conn, id, &tokens(credential.instance_id, "kept"))
+            .unwrap();
         assert_eq!(done.credential.oauth_status, OauthStatus::Completed);
         let stored = find(conn, credential);
         assert_eq!(text(&stored, SecretColumn::RefreshToken), "refresh kept");
@@ -405,7 +407,7 @@ fn one_of_32_completions_is_active(isolation: Isolation) {
 
     let outcomes = at_once(&database, rows.len(), |number, conn| {
         let id = rows[number].credential_id;
-        let tokens = tokens(id, &number.to_string());
+        let tokens = tokens(rows[number].instance_id, &number.to_string());
         let complete = |conn: &mut PgConnection| McpCredential::complete_oauth(conn, id, &tokens);
         // At SERIALIZABLE so many rivals may use up all attempts.
         loop {
@@ -467,8 +469,8 @@ fn changes_are_guarded_by_the_version() {
     let api_key = with_api_key(conn, user_id, service_id, "old");
     let (oauth_id, key_id) = (oauth.credential_id, api_key.credential_id);
     let seal = |text: &str, id, column| RING.seal(&SecretText::from(text), id, column).unwrap();
-    let new_key = seal("new", key_id, SecretColumn::ApiKey);
-    let new_secret = seal("new", oauth_id, SecretColumn::ClientSecret);
+    let new_key = seal("new", api_key.instance_id, SecretColumn::ApiKey);
+    let new_secret = seal("new", oauth.instance_id, SecretColumn::ClientSecret);
 
     let key = McpCredential::replace_api_key(conn, key_id, api_key.version, &new_key).unwrap();
     assert_eq!(text(&key, SecretColumn::ApiKey), "new");
@@ -480,7 +482,7 @@ fn changes_are_guarded_by_the_version() {
     assert_eq!(secret.oauth_status, OauthStatus::Completed);
 
     // These versions are old.
-    let tokens = tokens(oauth_id, "late");
+    let tokens = tokens(oauth.instance_id, "late");
     let conflicts = [
         McpCredential::replace_api_key(conn, key_id, api_key.version, &new_key),
         McpCredential::replace_client(conn, oauth_id, oauth.version, "other", &new_secret),
@@ -547,7 +549,9 @@ fn of_10_000_guarded_updates_none_is_lost() {
         while done < EACH {
             let count: usize = text(&row, SecretColumn::ApiKey).parse().unwrap();
             let next = SecretText::from((count + 1).to_string());
-            let next = RING.seal(&next, id, SecretColumn::ApiKey).unwrap();
+            let next = RING
+                .seal(&next, row.instance_id, SecretColumn::ApiKey)
+                .unwrap();
             row = match McpCredential::replace_api_key(conn, id, row.version, &next) {
                 Ok(row) => {
                     done += 1;
@@ -631,7 +635,7 @@ fn a_lease_keeps_others_away_until_it_ends() {
     assert_eq!(find(conn, &first), paused);
 
     // Stored and refused tokens end the lease.
-    let tokens = tokens(first.credential_id, "new");
+    let tokens = tokens(first.instance_id, "new");
     let stored = McpCredential::store_refreshed(conn, &again[0], &tokens).unwrap();
     assert_eq!(stored.refresh_leased_until, None);
     let refused = McpCredential::refresh_refused(conn, &again[1]).unwrap();
@@ -667,7 +671,8 @@ fn one_row_is_leased_fresh_awaited_or_not_refreshable() {
     end_leases(conn);
     assert!(matches!(lease(conn, id).unwrap(), RefreshLease::Leased(_)));
 
-    let stored = McpCredential::store_refreshed(conn, &row, &tokens(id, "new")).unwrap();
+    let stored =
+        McpCredential::store_refreshed(conn, &row, &tokens(row.instance_id, "new")).unwrap();
     assert_eq!(lease(conn, id).unwrap(), RefreshLease::Fresh(stored));
     // The service refused the token all the same.
     let later = McpCredential::lease_refresh(conn, id, in_minutes(90), TimeDelta::minutes(1));
@@ -689,7 +694,7 @@ fn one_row_is_leased_fresh_awaited_or_not_refreshable() {
     let without = OauthTokens {
         refresh_token: None,
         expires_at: Some(in_minutes(-1)),
-        ..tokens(id, "x")
+        ..tokens(InstanceId::new(), "x")
     };
     let done = McpCredential::complete_oauth(conn, id, &without)
         .unwrap()
@@ -721,7 +726,7 @@ fn of_32_callers_one_refreshes(isolation: Isolation) {
             match retry_transaction(conn, isolation, lease) {
                 Ok(RefreshLease::Leased(old)) => {
                     std::thread::sleep(std::time::Duration::from_millis(20));
-                    let tokens = tokens(id, "new");
+                    let tokens = tokens(row.instance_id, "new");
                     let store = |conn: &mut PgConnection| {
                         McpCredential::store_refreshed(conn, &old, &tokens)
                     };
@@ -743,7 +748,12 @@ fn of_32_callers_one_refreshes(isolation: Isolation) {
         }
     });
     assert_eq!(outcomes.iter().filter(|refreshed| **refreshed).count(), 1);
-    let log = TokenAudit::list_by_instance(conn, row.instance_id, Page::first(10)).unwrap();
+    let log = TokenAudit::list(
+        conn,
+        AuditFilter::of_instance(row.instance_id),
+        Page::first(10),
+    )
+    .unwrap();
     assert_eq!(log.len(), 1);
 }
 
@@ -791,7 +801,7 @@ fn eight_workers_refresh_each_row_once(isolation: Isolation) {
             }
             for row in leased {
                 assert_eq!(text(&row, SecretColumn::RefreshToken), "refresh first");
-                let tokens = tokens(row.credential_id, "second");
+                let tokens = tokens(row.instance_id, "second");
                 McpCredential::store_refreshed(conn, &row, &tokens).unwrap();
                 refreshed.push(row.credential_id);
             }

@@ -416,7 +416,7 @@ fn triggers_write_for_the_service() {
          INSERT INTO public.users (id, first_name, last_name, email) VALUES (:u3, 'Cy', '', 'cy@example.in');
          INSERT INTO public.mcp_service_table (instance_id, user_id, mcp_service_id) VALUES (:i4, :u3, :m1);
          INSERT INTO public.mcp_credentials (instance_id, api_key, oauth_status, oauth_completed_at)
-         VALUES (:i4, decode(repeat('aa', 40), 'hex'), 'completed', now());
+         VALUES (:i4, decode(repeat('01', 40), 'hex'), 'completed', now());
          SELECT plan_type, active_instances_count FROM public.user_plans, public.mcp_table
           WHERE user_id = :u3 AND mcp_service_id = :m1",
     );

@@ -314,9 +314,9 @@ const VIOLATIONS: &[(&str, &str)] = &[
     ("mcp_credentials_pkey",
         "UPDATE mcp_credentials SET credential_id = :k1 WHERE credential_id = :k2"),
     ("mcp_credentials_instance_id_key", "INSERT INTO mcp_credentials (instance_id, api_key)
-        VALUES (:i1, decode(repeat('aa', 40), 'hex'))"),
+        VALUES (:i1, decode(repeat('01', 40), 'hex'))"),
     ("mcp_credentials_instance_id_fkey", "INSERT INTO mcp_credentials (instance_id, api_key)
-        VALUES (:i9, decode(repeat('aa', 40), 'hex'))"),
+        VALUES (:i9, decode(repeat('01', 40), 'hex'))"),
     ("mcp_credentials_oauth_state_key",
         "UPDATE mcp_credentials SET oauth_state = decode(repeat('cc', 32), 'hex'),
         oauth_state_expires_at = now() WHERE credential_id = :k1"),
@@ -334,10 +334,10 @@ const VIOLATIONS: &[(&str, &str)] = &[
     ("mcp_credentials_token_scope_check",
         "UPDATE mcp_credentials SET token_scope = repeat('x', 16385) WHERE credential_id = :k2"),
     ("mcp_credentials_api_key_check",
-        "UPDATE mcp_credentials SET api_key = decode(repeat('aa', 28), 'hex')
+        "UPDATE mcp_credentials SET api_key = decode(repeat('01', 29), 'hex')
         WHERE credential_id = :k1"),
     ("mcp_credentials_api_key_check",
-        "UPDATE mcp_credentials SET api_key = decode(repeat('aa', 16385), 'hex')
+        "UPDATE mcp_credentials SET api_key = decode(repeat('01', 16385), 'hex')
         WHERE credential_id = :k1"),
     ("mcp_credentials_client_secret_check",
         "UPDATE mcp_credentials SET client_secret = 'short' WHERE credential_id = :k2"),
@@ -401,7 +401,7 @@ const VIOLATIONS: &[(&str, &str)] = &[
     ("user_plan_active_limit",
         "INSERT INTO mcp_service_table (instance_id, user_id, mcp_service_id) VALUES (:i4, :u1, :m1);
         INSERT INTO mcp_credentials (instance_id, api_key, oauth_status, oauth_completed_at)
-        VALUES (:i4, decode(repeat('aa', 40), 'hex'), 'completed', now())"),
+        VALUES (:i4, decode(repeat('01', 40), 'hex'), 'completed', now())"),
     ("user_plan_expired", "UPDATE user_plans SET expires_at = now() WHERE user_id = :u2;
         UPDATE mcp_credentials SET oauth_status = 'completed', oauth_completed_at = now()
             WHERE credential_id = :k2"),
@@ -606,9 +606,9 @@ fn what_is_allowed_is_allowed() {
         "UPDATE mcp_table SET is_active = false;
          UPDATE mcp_service_table SET status = 'inactive'; UPDATE mcp_service_table
              SET status = 'active' WHERE instance_id = :i1",
-        "UPDATE mcp_credentials SET api_key = decode(repeat('aa', 16384), 'hex')
+        "UPDATE mcp_credentials SET api_key = decode(repeat('01', 16384), 'hex')
             WHERE credential_id = :k1;
-         UPDATE mcp_credentials SET api_key = decode(repeat('aa', 29), 'hex')
+         UPDATE mcp_credentials SET api_key = decode(repeat('01', 30), 'hex')
              WHERE credential_id = :k1",
         "DELETE FROM token_audit_log WHERE created_at < now() - interval '90 days'",
         "INSERT INTO webhook_events (external_event_id, event_type, payment_gateway, payload)

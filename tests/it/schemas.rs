@@ -128,7 +128,7 @@ fn nothing_crosses_from_one_schema_to_another() {
             INSERT INTO c7.mcp_service_table (instance_id, user_id, mcp_service_id)
             VALUES (:user, :user, :m1);
             INSERT INTO c7.mcp_credentials (instance_id, api_key, oauth_status, oauth_completed_at)
-            VALUES (:user, decode(repeat('aa', 40), 'hex'), 'completed', now());
+            VALUES (:user, decode(repeat('01', 40), 'hex'), 'completed', now());
             UPDATE c7.user_plans SET plan_type = 'pro', max_instances = NULL WHERE user_id = :user;
             INSERT INTO c7.token_audit_log (instance_id, operation, status, created_at)
             VALUES (:user, 'connect', 'success', now() - interval '91 days');

@@ -12,9 +12,7 @@ use bruhmcp_db::models::{
     UserError, UserPlan, canonical_email,
 };
 use bruhmcp_db::schema::users;
-use bruhmcp_db::{
-    ConstraintViolation, HashedToken, Isolation, Page, SecretText, retry_transaction,
-};
+use bruhmcp_db::{HashedToken, Isolation, Page, SecretText, retry_transaction};
 use chrono::TimeDelta;
 use diesel::connection::InstrumentationEvent;
 use diesel::pg::PgConnection;
@@ -798,7 +796,7 @@ const MARIE: &str = r#"
     INSERT INTO mcp_service_table (user_id, mcp_service_id, custom_name)
     SELECT :marie, mcp_service_id, 'Marie''s ' || display_name FROM mcp_table, generate_series(1, 2);
     INSERT INTO mcp_credentials (instance_id, client_id, client_secret, oauth_status, oauth_completed_at)
-    SELECT instance_id, 'client of Marie', decode(repeat('cd', 40), 'hex'), 'completed', now() FROM mcp_service_table;
+    SELECT instance_id, 'client of Marie', decode('01' || repeat('cd', 40), 'hex'), 'completed', now() FROM mcp_service_table;
     INSERT INTO user_billing_details (user_id, address_line1, city, state, country, zip_code, cards)
     VALUES (:marie, '36 quai de Béthune', 'Paris', 'IDF', 'France', '75004', 
         '[{"id": "card_Marie", "token": "token_Marie", "brand": "visa", "last4": "4242", "exp_month": 1, "exp_year": 2040}]');
