@@ -122,14 +122,14 @@ diesel::table! {
     mcp_credentials (credential_id) {
         credential_id -> Uuid,
         instance_id -> Uuid,
-        /// Encrypted by the application.
+        /// Sealed by the application.
         api_key -> Nullable<Bytea>,
         client_id -> Nullable<Text>,
-        /// Encrypted by the application.
+        /// Sealed by the application.
         client_secret -> Nullable<Bytea>,
-        /// Encrypted by the application.
+        /// Sealed by the application.
         access_token -> Nullable<Bytea>,
-        /// Encrypted by the application.
+        /// Sealed by the application.
         refresh_token -> Nullable<Bytea>,
         /// When access_token expires; NULL: unknown or never.
         token_expires_at -> Nullable<Timestamptz>,
@@ -139,12 +139,13 @@ diesel::table! {
         oauth_status -> McpOauthStatus,
         /// When oauth_status left pending, whatever the outcome; NULL exactly while pending.
         oauth_completed_at -> Nullable<Timestamptz>,
-        /// URL where the user grants access. Secret while pending, because it contains the state.
+        /// URL where the user grants access, sealed by the application: it contains the state.
         oauth_authorization_url -> Nullable<Bytea>,
         /// Keyed digest of the state of the pending authorization (RFC 6749, 10.12). Consumed once.
         oauth_state -> Nullable<Bytea>,
         /// When the state can no longer be consumed.
         oauth_state_expires_at -> Nullable<Timestamptz>,
+        /// PKCE verifier of the pending authorization (RFC 7636), sealed by the application.
         oauth_code_verifier -> Nullable<Bytea>,
         /// Until then a worker refreshes the tokens, or nobody does after a failure; NULL: nobody does.
         refresh_leased_until -> Nullable<Timestamptz>,
