@@ -151,7 +151,7 @@ fn a_drifted_schema_is_not_adopted() {
     let database = database();
     database
         .psql(
-            "ALTER TABLE users DROP COLUMN last_login_at;
+            "ALTER TABLE users DROP COLUMN last_login_at CASCADE;
              ALTER TABLE users ALTER COLUMN is_active DROP DEFAULT;
              TRUNCATE __diesel_schema_migrations",
         )
