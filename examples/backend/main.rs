@@ -209,8 +209,6 @@ fn variable(name: &'static str) -> Result<String, &'static str> {
     })
 }
 
-/// Everybody can sign with an empty secret.
-
 fn credential_key(text: &str) -> Option<(u8, Vec<u8>)> {
     let (id, key) = text.split_once(':')?;
     Some((id.parse().ok()?, from_hex(key)?))

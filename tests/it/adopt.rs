@@ -151,7 +151,7 @@ fn a_drifted_schema_is_not_adopted() {
     let database = database();
     database
         .psql(
-            "ALTER TABLE users DROP COLUMN last_login_at CASCADE;
+            "ALTER TABLE account_credits DROP COLUMN description;
              ALTER TABLE users ALTER COLUMN is_active DROP DEFAULT;
              TRUNCATE __diesel_schema_migrations",
         )
@@ -163,7 +163,7 @@ fn a_drifted_schema_is_not_adopted() {
     assert_eq!(
         differences[..2],
         [
-            "- column users.last_login_at: timestamp with time zone",
+            "- column account_credits.description: text",
             "- column users.is_active: boolean not null default true\n\
              + column users.is_active: boolean not null",
         ]

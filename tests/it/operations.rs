@@ -282,7 +282,7 @@ fn rows_loaded_past_the_page() {
         &[("DATABASE_URL", &old.url()), ("NEW_URL", &new.url())],
     )
     .unwrap();
-    for constraint in ["unique_user_plan", "user_plan_active_limit"] {
+    for constraint in ["unique_user_plan", "mcp_service_table_oauth_status_synced"] {
         assert!(out.contains(constraint), "{constraint}: {out}");
     }
     let half = "SELECT (SELECT plan_type FROM user_plans), (SELECT count(*) FROM mcp_credentials),
@@ -1085,7 +1085,7 @@ fn an_old_release_beside_a_new_schema() {
     let error = McpInstance::find(&mut conn, KEYED).unwrap_err();
     assert!(format!("{error:?}").contains("paused"), "{error:?}");
 
-    let (_database, mut conn) = changed("ALTER TABLE users DROP COLUMN last_login_at");
+    let (_database, mut conn) = changed("ALTER TABLE users DROP COLUMN last_login_at CASCADE");
     let error = User::find(&mut conn, USER).unwrap_err();
     assert!(
         error.to_string().contains("last_login_at does not exist"),

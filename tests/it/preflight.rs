@@ -279,7 +279,7 @@ fn plan_looks_at_the_schema_of_the_migrations() {
 fn this_schema_with_drift_and_without_its_ledger_refuses_the_run() {
     let database = database();
     database
-        .psql("ALTER TABLE users DROP COLUMN last_login_at; DROP TABLE __diesel_schema_migrations")
+        .psql("ALTER TABLE users DROP COLUMN last_login_at CASCADE; DROP TABLE __diesel_schema_migrations")
         .unwrap();
     let found = plan(&database);
     assert_eq!(found.notes, []);

@@ -317,6 +317,8 @@ const VIOLATIONS: &[(&str, &str)] = &[
         VALUES (:i1, decode(repeat('01', 40), 'hex'))"),
     ("mcp_credentials_instance_id_fkey", "INSERT INTO mcp_credentials (instance_id, api_key)
         VALUES (:i9, decode(repeat('01', 40), 'hex'))"),
+    ("mcp_credentials_fixed",
+        "UPDATE mcp_credentials SET instance_id = :i4 WHERE credential_id = :k1"),
     ("mcp_credentials_oauth_state_key",
         "UPDATE mcp_credentials SET oauth_state = decode(repeat('cc', 32), 'hex'),
         oauth_state_expires_at = now() WHERE credential_id = :k1"),

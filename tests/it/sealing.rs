@@ -329,7 +329,7 @@ fn a_rotation_leaves_nothing_under_the_old_key() {
     let oauth = completed(conn, user_id, service_id, Utc::now());
     let broken = {
         let new = NewMcpInstance::new(user_id, service_id);
-        let sealed = Sealed::from_ciphertext(vec![1; 42]);
+        let sealed = Sealed::from_ciphertext([&[2][..], &[1; 41]].concat());
         let key = NewMcpCredential::sealed_api_key(new.instance_id, sealed);
         let (_, row) = McpInstance::create(conn, &new, &key).unwrap();
         // The smallest key, so that it would block all others.

@@ -1032,7 +1032,7 @@ fn the_export_has_everything_about_a_user_but_secrets() {
     database
         .psql(&format!(
             "UPDATE webhook_events SET user_id = {asha};
-             UPDATE users SET password = '$hash$' WHERE id = {asha};
+             UPDATE users SET password = '{HASH}' WHERE id = {asha};
              INSERT INTO token_audit_log (instance_id, user_id, operation, status)
              VALUES (gen_random_uuid(), {asha}, 'of a deleted instance', 'success'),
                     (gen_random_uuid(), NULL, 'of another', 'success');
@@ -1057,7 +1057,7 @@ fn the_export_has_everything_about_a_user_but_secrets() {
     assert_eq!(exported, tables);
 
     let text = export.to_string();
-    for secret in ["token_1", "$hash$", "0101", "aaaa", "state_1"] {
+    for secret in ["token_1", HASH, "0101", "aaaa", "state_1"] {
         assert!(!text.contains(secret), "{secret} is in {text}");
     }
     for known in ["asha@example.in", "1 MG Road", "4242", "pay_1", "evt_1"] {

@@ -116,9 +116,9 @@ fn what_is_missing_or_changed_is_drift() {
     is_clean(&database().url());
     for (change, expected) in [
         (
-            "ALTER TABLE users ALTER COLUMN first_name TYPE varchar",
-            "- column users.first_name: text not null\n\
-             + column users.first_name: character varying not null",
+            "ALTER TABLE account_credits ALTER COLUMN description TYPE varchar",
+            "- column account_credits.description: text\n\
+             + column account_credits.description: character varying",
         ),
         (
             "ALTER TABLE users ALTER COLUMN is_active DROP DEFAULT",
@@ -193,8 +193,8 @@ fn what_is_missing_or_changed_is_drift() {
         ),
         (
             "CREATE DOMAIN name AS text CHECK (VALUE <> 'x');
-             ALTER TABLE users ALTER COLUMN first_name TYPE public.name",
-            "+ column users.first_name: public.name not null",
+             ALTER TABLE account_credits ALTER COLUMN description TYPE public.name",
+            "+ column account_credits.description: public.name",
         ),
         (
             "ALTER TABLE users REPLICA IDENTITY FULL",
@@ -210,14 +210,13 @@ fn what_is_missing_or_changed_is_drift() {
              (created_at) invalid",
         ),
         (
-            "ALTER TABLE users ADD COLUMN moved boolean;
-             UPDATE users SET moved = email_verified;
-             ALTER TABLE users DROP COLUMN email_verified;
-             ALTER TABLE users RENAME COLUMN moved TO email_verified;
-             ALTER TABLE users ALTER COLUMN email_verified SET DEFAULT false,
-                 ALTER COLUMN email_verified SET NOT NULL",
-            "+ columns users: id, first_name, last_name, email, password, razorpay_customer_id, \
-             created_at, updated_at, last_login_at, is_active, email_verified",
+            "ALTER TABLE webhook_events ADD COLUMN moved text;
+             UPDATE webhook_events SET moved = error_message;
+             ALTER TABLE webhook_events DROP COLUMN error_message;
+             ALTER TABLE webhook_events RENAME COLUMN moved TO error_message",
+            "+ columns webhook_events: event_id, external_event_id, event_type, payment_gateway, \
+             processed_at, payload, processing_status, created_at, user_id, attempts, available_at, \
+             error_message",
         ),
         (
             "CREATE TABLE guests () INHERITS (users)",
