@@ -556,7 +556,7 @@ fn a_card_number_is_refused_wherever_it_is() {
     accepted(
         conn,
         &details(
-            r#"{"card": {"id": "card_JXPULjlKqC5j0i", "last4": "4242", "network": "Visa", "iin": "424242",
+            r#"{"card": {"id": "card_JXPULjlKqC5j0i", "last4": "4242", "network": "Visa", "bin": "424242",
                 "emi": false}, "acquirer_data": {"rrn": "303107535132", "auth_code": "064381"}, "vpa": "a@bank",
                 "bank": "HDFC", "created_at": 1700000000, "ms": 1700000000000, "rate": 0.4242424242424242}"#,
         ),
