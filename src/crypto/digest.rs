@@ -55,8 +55,8 @@ impl TokenPurpose<'_> {
 /// The key of the digests. Keep it outside the database: with a digest and the key, a six-digit
 /// code is quickly guessed.
 ///
-/// Another key invalidates all codes, links, refresh tokens and pending authorizations. The key is wiped from memory when
-/// it is dropped.
+/// Another key invalidates all codes, links, refresh tokens and pending authorizations. The key is
+/// wiped from memory when it is dropped.
 ///
 /// ```
 /// use bruhmcp_db::crypto::{TokenKey, TokenPurpose, new_secret};

@@ -440,9 +440,9 @@ impl AuthToken {
     /// Deletes up to `limit` tokens that expired at least `keep` ago, oldest first, and returns how
     /// many. Call it until that is less than `limit`.
     ///
-    /// `keep` must be at least [`CODE_WINDOW`], or wrong guesses are forgotten, and at least the period
-    /// of [`count_issued_since`](Self::count_issued_since).
-    /// Several workers can run it: locked rows are skipped.
+    /// `keep` must be at least [`CODE_WINDOW`], or wrong guesses are forgotten, and at least the
+    /// period of [`count_issued_since`](Self::count_issued_since). Several workers can run it: locked
+    /// rows are skipped.
     ///
     /// # Errors
     /// [`NegativeSpan`].

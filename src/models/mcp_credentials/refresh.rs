@@ -200,9 +200,9 @@ impl McpCredential {
     /// records it in the audit log.
     ///
     /// # Errors
-    /// `NotFound`; `Invalid`; `Conflict`. If the row in `Conflict` still has the spent refresh token, because
-    /// only the sealing or the client changed, call again with that row, or the new tokens are
-    /// lost.
+    /// `NotFound`; `Invalid`; `Conflict`. If the row in `Conflict` still has the spent refresh
+    /// token, because only the sealing or the client changed, call again with that row, or the new
+    /// tokens are lost.
     pub fn store_refreshed(
         conn: &mut PgConnection,
         claimed: &Self,

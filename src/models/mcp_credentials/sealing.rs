@@ -99,8 +99,9 @@ impl McpCredential {
             .transpose()
     }
 
-    /// Seals old values again in the newest format, under the newest key: up to `limit` rows in the order of their keys,
-    /// after the row `after`. Increments `version`, but leaves `credentials_updated_at`.
+    /// Seals old values again in the newest format, under the newest key: up to `limit` rows in the
+    /// order of their keys, after the row `after`. Increments `version`, but leaves
+    /// `credentials_updated_at`.
     ///
     /// One transaction. Skips rows that others have locked, so no change is lost, and a pass may
     /// leave rows behind. To retire a key once every process seals with the newest:
@@ -187,8 +188,8 @@ impl McpCredential {
         })
     }
 
-    /// Counts the rows with a value of another format or under another key than the newest, including values that
-    /// don't open.
+    /// Counts the rows with a value of another format or under another key than the newest,
+    /// including values that don't open.
     ///
     /// Reads the whole table.
     pub fn count_to_reseal(conn: &mut PgConnection, ring: &KeyRing) -> QueryResult<i64> {
