@@ -5,18 +5,22 @@
 
 use std::error::Error;
 
-use bruhmcp_db::crypto::{KeyRing, SecretColumn, TokenKey, new_secret};
-use bruhmcp_db::enums::{AuditStatus, AuthType, PaymentGateway};
-use bruhmcp_db::ids::{InstanceId, ServiceId, UserId};
+use bruhmcp_db::crypto::{KeyRing, SecretColumn, TokenKey, TokenPurpose, new_code, new_secret};
+use bruhmcp_db::enums::{
+    AuditStatus, AuthType, CreditSource, PaymentGateway, SubscriptionPlan, SubscriptionStatus,
+};
+use bruhmcp_db::ids::{InstanceId, ServiceId, TransactionId, UserId};
 use bruhmcp_db::migrations::{self, Event};
 use bruhmcp_db::models::{
-    CredentialError, InstanceError, InstanceFilter, McpCredential, McpInstance, McpService,
-    NewMcpCredential, NewMcpInstance, NewMcpService, NewSubscriptionTransaction, NewTokenAudit,
-    NewUser, NewWebhookEvent, OauthTokens, ProPlan, Recorded, SubscriptionTransaction, TokenAudit,
-    User, UserPlan, WebhookEvent,
+    AccountCredit, AuthToken, Card, CodeCheck, CredentialError, GatewayChange, GatewayEvent,
+    GatewayPayment, GatewayPeriod, InstanceError, InstanceFilter, McpCredential, McpInstance,
+    McpService, NewAccountCredit, NewMcpCredential, NewMcpInstance, NewMcpService, NewRefund,
+    NewTokenAudit, NewUser, NewUserBillingDetails, NewUserSubscription, NewWebhookEvent,
+    OauthTokens, PaymentError, Recorded, SubscriptionTransaction, TokenAudit, User,
+    UserBillingDetails, UserPlan, UserSubscription, WebhookEvent,
 };
 use bruhmcp_db::views::TokenAuditSummary;
-use bruhmcp_db::{Page, SecretText, enums::TransactionStatus};
+use bruhmcp_db::{Page, SecretText};
 use bruhmcp_devdb::Server;
 use chrono::{TimeDelta, Utc};
 use diesel::connection::SimpleConnection;
@@ -33,14 +37,17 @@ fn main() -> Result {
 
     register_services(conn)?;
     let user = sign_up(conn)?;
-    // In production, keys come from your secret store: an id and 32 random bytes each, newest
-    // first.
+    // In production, keys come from your secret store, 32 random bytes each: one for the digests of
+    // one-time secrets, and those that seal credentials, with an id each, newest first.
+    let digests = TokenKey::new(&[8; 32])?;
     let keys = KeyRing::new([(1, &[7; 32][..])])?;
+    sign_in(conn, &digests, user.id)?;
     let figma = connect_figma(conn, &keys, user.id)?;
     call(conn, figma)?;
     reach_the_limit(conn, &keys, user.id)?;
-    upgrade_once(conn, user.id)?;
-    let gmail = connect_gmail(conn, &keys, user.id)?;
+    let payment = upgrade_once(conn, user.id)?;
+    settle(conn, user.id, payment)?;
+    let gmail = connect_gmail(conn, &digests, &keys, user.id)?;
     rename_twice(conn, user.id, figma)?;
     audit(conn, user.id, gmail)?;
     print_tables(conn)
@@ -124,6 +131,29 @@ fn sign_up(conn: &mut PgConnection) -> Result<User> {
     Ok(user)
 }
 
+/// Signs in with a code that was mailed. Guesses are counted, and the session is a refresh token.
+fn sign_in(conn: &mut PgConnection, digests: &TokenKey, user_id: UserId) -> Result {
+    heading("Sign-in with a code");
+    let code = new_code();
+    let hash = |code: &SecretText| digests.hash(TokenPurpose::EmailOtp { user_id }, code);
+    AuthToken::issue(conn, user_id, &hash(&code), TimeDelta::minutes(10))?;
+    for guess in [&"a guess".into(), &code] {
+        match AuthToken::check_code(conn, user_id, &hash(guess))? {
+            CodeCheck::Wrong { attempts_left } => {
+                println!("  wrong: {attempts_left} attempts are left");
+            }
+            CodeCheck::Right(_) => println!("  right"),
+            other => return Err(format!("{other:?}").into()),
+        }
+    }
+    let refresh = digests.hash(TokenPurpose::Refresh, &new_secret());
+    let (days, half_a_year) = (TimeDelta::days(30), TimeDelta::days(180));
+    AuthToken::begin_session(conn, user_id, &refresh, days, half_a_year)?;
+    let sessions = AuthToken::list_sessions(conn, user_id)?;
+    println!("  live sessions: {}", sessions.len());
+    Ok(())
+}
+
 fn service_id(conn: &mut PgConnection, name: &str) -> Result<ServiceId> {
     let service = McpService::find_by_name(conn, name)?.ok_or("no such service")?;
     Ok(service.mcp_service_id)
@@ -185,17 +215,47 @@ fn reach_the_limit(conn: &mut PgConnection, keys: &KeyRing, user_id: UserId) -> 
     Ok(())
 }
 
-/// A gateway may deliver an event several times. It is recorded first and processed once.
-fn upgrade_once(conn: &mut PgConnection, user_id: UserId) -> Result {
+/// A gateway may deliver an event several times. It is recorded first and processed once: the
+/// subscription becomes active, its payment is recorded, and the plan becomes pro.
+fn upgrade_once(conn: &mut PgConnection, user_id: UserId) -> Result<TransactionId> {
     heading("Upgrade the plan by a webhook that arrives twice");
-    let payload = json!({"event": "payment.captured", "payment": "pay_1", "amount": 49900});
+    let new = NewUserSubscription {
+        plan_code: Some(SubscriptionPlan::Pro),
+        razorpay_subscription_id: Some("sub_1"),
+        razorpay_customer_id: Some("cust_1"),
+        ..NewUserSubscription::new(user_id)
+    };
+    UserSubscription::start(conn, &new, SubscriptionStatus::Created)?;
+
+    let payload = json!({"event": "subscription.activated", "payment": "pay_1", "amount": 49900});
     let webhook = NewWebhookEvent {
         event_id: None,
         external_event_id: "evt_1",
-        event_type: "payment.captured",
+        event_type: "subscription.activated",
         payment_gateway: PaymentGateway::Razorpay,
         payload: &payload,
     };
+    let at = Utc::now();
+    let activated = GatewayEvent {
+        razorpay_subscription_id: "sub_1",
+        at,
+        change: GatewayChange::Activated {
+            period: GatewayPeriod {
+                start: at,
+                end: at + TimeDelta::days(30),
+            },
+            payment: Some(GatewayPayment {
+                razorpay_payment_id: "pay_1",
+                amount: 49900,
+                fee_amount: 1178,
+                currency: "INR",
+                at,
+                method: Some("upi"),
+                failure_reason: None,
+            }),
+        },
+    };
+    let mut paid = None;
     for _ in 0..2 {
         let event = match WebhookEvent::record_claimed(conn, &webhook, TimeDelta::minutes(1))? {
             Recorded::New(event) => event,
@@ -205,39 +265,70 @@ fn upgrade_once(conn: &mut PgConnection, user_id: UserId) -> Result {
             }
         };
         conn.transaction(|conn| -> Result {
-            User::lock(conn, user_id)?;
-            let plan = UserPlan::upgrade(
-                conn,
-                user_id,
-                &ProPlan {
-                    subscription_id: Some("sub_1"),
-                    customer_id: Some("cust_1"),
-                    expires_at: Some(Utc::now() + TimeDelta::days(30)),
-                },
-            )?;
-            let payment = NewSubscriptionTransaction {
-                razorpay_payment_id: Some("pay_1"),
-                ..NewSubscriptionTransaction::new(
-                    user_id,
-                    49900,
-                    48722,
-                    TransactionStatus::Captured,
-                )
-            };
-            SubscriptionTransaction::record_payment(conn, &payment)?;
+            let applied = UserSubscription::apply(conn, &activated)?;
             WebhookEvent::mark_processed(conn, &event, Some(user_id))?;
             println!(
-                "  plan {:?}, payment {:?}",
-                plan.plan_type, plan.payment_status
+                "  subscription {:?}, plan {:?}",
+                applied.subscription.status, applied.plan.plan_type
             );
+            paid = applied.payment;
             Ok(())
         })?;
     }
+    Ok(paid.ok_or("no payment")?.id)
+}
+
+/// Refunds part of a payment, uses a credit, and saves a card.
+fn settle(conn: &mut PgConnection, user_id: UserId, payment: TransactionId) -> Result {
+    heading("Refund, credit and card");
+    for (refund_id, amount) in [("rfnd_1", 10_000), ("rfnd_1", 10_000), ("rfnd_2", 40_000)] {
+        match SubscriptionTransaction::refund(conn, payment, &NewRefund::new(refund_id, amount)) {
+            Ok(Recorded::New(row)) => println!("  refunded: {} paise", row.amount),
+            Ok(Recorded::Existing(_)) => println!("  {refund_id} was recorded before"),
+            Err(refused @ PaymentError::ExceedsPayment { .. }) => println!("  refused: {refused}"),
+            Err(other) => return Err(other.into()),
+        }
+    }
+    let promotion = NewAccountCredit {
+        source_type: Some(CreditSource::Promotion),
+        ..NewAccountCredit::new(user_id, 5_000)
+    };
+    AccountCredit::grant(conn, &promotion)?;
+    AccountCredit::spend(conn, user_id, "INR", 2_000)?;
+    let balance = AccountCredit::balance(conn, user_id, "INR")?;
+    println!("  credit left: {balance} paise");
+
+    let address = NewUserBillingDetails {
+        user_id,
+        address_line1: "1 MG Road",
+        address_line2: None,
+        city: "Bengaluru",
+        state: "Karnataka",
+        country: "India",
+        zip_code: "560001",
+    };
+    UserBillingDetails::upsert(conn, &address)?;
+    // The gateway keeps the number, and gives a token for it.
+    let card = Card {
+        id: "card_1".to_owned(),
+        token: "token_secret".into(),
+        brand: "visa".to_owned(),
+        last4: "4242".to_owned(),
+        exp_month: 12,
+        exp_year: 2040,
+    };
+    let details = UserBillingDetails::add_card(conn, user_id, &card)?;
+    println!("  saved for its owner: {}", json!(details.cards));
     Ok(())
 }
 
 /// Connects a service by OAuth: the user leaves with a state and returns with it.
-fn connect_gmail(conn: &mut PgConnection, keys: &KeyRing, user_id: UserId) -> Result<InstanceId> {
+fn connect_gmail(
+    conn: &mut PgConnection,
+    digests: &TokenKey,
+    keys: &KeyRing,
+    user_id: UserId,
+) -> Result<InstanceId> {
     heading("Connect Gmail with OAuth");
     let new = new_instance(user_id, service_id(conn, "gmail")?);
     let client =
@@ -245,9 +336,8 @@ fn connect_gmail(conn: &mut PgConnection, keys: &KeyRing, user_id: UserId) -> Re
     let (instance, credential) = McpInstance::create(conn, &new, &client)?;
     println!("  created: {:?}", instance.oauth_status);
 
-    // In production, a key of 32 random bytes for the digests. The user leaves for the provider with
-    // the state and the challenge of the verifier in the URL.
-    let state = TokenKey::new(&[8; 32])?.hash_state(&new_secret());
+    // The user leaves for the provider with the state and the challenge of the verifier in the URL.
+    let state = digests.hash_state(&new_secret());
     let id = credential.credential_id;
     let verifier = keys.seal(
         &new_secret(),

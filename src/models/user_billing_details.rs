@@ -1,20 +1,24 @@
 //! Users' billing addresses and saved cards.
 
+use std::fmt;
+
 use chrono::{DateTime, Utc};
 use diesel::deserialize::{self, FromSql, FromSqlRow};
 use diesel::dsl::{AsExprOf, sql};
-use diesel::expression::{SqlLiteral, UncheckedBind};
+use diesel::expression::{AsExpression, SqlLiteral, UncheckedBind};
 use diesel::pg::{Pg, PgValue};
 use diesel::prelude::*;
 use diesel::result::Error;
+use diesel::serialize::{self, Output, ToSql};
 use diesel::sql_types::{Jsonb, Nullable, Text};
 use diesel::upsert::excluded;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::ids::{BillingId, UserId};
-use crate::models::{User, lock_user_key};
-use crate::schema::user_billing_details;
+use crate::models::User;
+use crate::models::users::has_length;
+use crate::schema::{user_billing_details, users};
 use crate::secret::SecretText;
 
 /// A saved card: the gateway's token and what may be shown of the card, never its number or
@@ -57,16 +61,33 @@ impl Card {
         .find_map(|(field, wrong)| wrong.then_some(field))
     }
 
-    /// The JSON in the database, with the token.
-    fn stored(&self) -> Value {
-        json!({
+    /// The JSON in the database: an array of this card, with the token.
+    fn stored(&self) -> SecretJson {
+        SecretJson(json!([{
             "id": self.id,
             "token": self.token.expose(),
             "brand": self.brand,
             "last4": self.last4,
             "exp_month": self.exp_month,
             "exp_year": self.exp_year,
-        })
+        }]))
+    }
+}
+
+/// A value that Diesel's instrumentation doesn't print.
+#[derive(AsExpression)]
+#[diesel(sql_type = Jsonb)]
+struct SecretJson(Value);
+
+impl fmt::Debug for SecretJson {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("SecretJson(..)")
+    }
+}
+
+impl ToSql<Jsonb, Pg> for SecretJson {
+    fn to_sql<'b>(&'b self, out: &mut Output<'b, '_, Pg>) -> serialize::Result {
+        ToSql::<Jsonb, Pg>::to_sql(&self.0, out)
     }
 }
 
@@ -165,7 +186,27 @@ pub struct NewUserBillingDetails<'a> {
     pub zip_code: &'a str,
 }
 
-/// The reason why an operation on a card failed. Nothing is changed then.
+impl NewUserBillingDetails<'_> {
+    /// Returns the first field that the database would refuse: its log would print the row, with the
+    /// tokens of the cards.
+    fn wrong_field(&self) -> Option<&'static str> {
+        [
+            ("address_line1", Some(self.address_line1), 1..=255),
+            ("address_line2", self.address_line2, 0..=255),
+            ("city", Some(self.city), 1..=100),
+            ("state", Some(self.state), 1..=100),
+            ("country", Some(self.country), 1..=100),
+            ("zip_code", Some(self.zip_code), 1..=20),
+        ]
+        .into_iter()
+        .find_map(|(field, text, length)| {
+            let is_valid = text.is_none_or(|text| has_length(text, length));
+            (!is_valid).then_some(field)
+        })
+    }
+}
+
+/// The reason why an operation on a card or an address failed. Nothing is changed then.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BillingError {
@@ -175,6 +216,12 @@ pub enum BillingError {
     /// The user has no card with this id.
     #[error("no such card")]
     CardNotFound,
+    /// There is no such active user.
+    #[error("no such active user")]
+    NoUser,
+    /// This field of the address is empty, too long or has a NUL. Its value is not shown.
+    #[error("the {0} is invalid")]
+    InvalidField(&'static str),
     /// This field of the card is empty, malformed or looks like a card number. Its value is not
     /// shown.
     #[error("the card's {0} is invalid")]
@@ -214,12 +261,30 @@ impl UserBillingDetails {
             .optional()
     }
 
-    /// Sets the user's address: inserts the row, or changes the one that exists. Cards stay.
-    pub fn upsert(conn: &mut PgConnection, new: &NewUserBillingDetails<'_>) -> QueryResult<Self> {
+    /// Sets an active user's address: inserts the row, or changes the one that exists. Cards stay.
+    ///
+    /// One transaction, which locks the user (`FOR KEY SHARE`).
+    ///
+    /// # Errors
+    /// [`BillingError::InvalidField`]; [`BillingError::NoUser`].
+    pub fn upsert(
+        conn: &mut PgConnection,
+        new: &NewUserBillingDetails<'_>,
+    ) -> Result<Self, BillingError> {
         use user_billing_details as t;
+        if let Some(field) = new.wrong_field() {
+            return Err(BillingError::InvalidField(field));
+        }
         conn.transaction(|conn| {
-            lock_user_key(conn, new.user_id)?;
-            diesel::insert_into(t::table)
+            let active = users::table
+                .find(new.user_id)
+                .filter(users::is_active)
+                .select(users::id)
+                .for_key_share();
+            if active.first::<UserId>(conn).optional()?.is_none() {
+                return Err(BillingError::NoUser);
+            }
+            let row = diesel::insert_into(t::table)
                 .values(new)
                 .on_conflict(t::user_id)
                 .do_update()
@@ -232,7 +297,8 @@ impl UserBillingDetails {
                     t::zip_code.eq(excluded(t::zip_code)),
                 ))
                 .returning(Self::as_returning())
-                .get_result(conn)
+                .get_result(conn)?;
+            Ok(row)
         })
     }
 
@@ -256,7 +322,7 @@ impl UserBillingDetails {
             .set((
                 user_billing_details::cards.eq(cards_without(&card.id)
                     .sql(" || ")
-                    .bind::<Jsonb, _>(json!([card.stored()]))),
+                    .bind::<Jsonb, _>(card.stored())),
                 user_billing_details::default_card_id.eq(sql::<Nullable<Text>>(
                     "CASE WHEN cards = '[]' THEN ",
                 )

@@ -135,7 +135,7 @@ fn check(field: &'static str, is_valid: bool) -> Result<(), UserError> {
 }
 
 /// Whether a text of this many characters can be stored.
-fn has_length(text: &str, length: RangeInclusive<usize>) -> bool {
+pub(super) fn has_length(text: &str, length: RangeInclusive<usize>) -> bool {
     length.contains(&text.chars().count()) && !text.contains('\0')
 }
 

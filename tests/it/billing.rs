@@ -1,10 +1,12 @@
 //! Billing details: an address, and cards that don't get lost or shown.
 
 use std::collections::BTreeSet;
+use std::sync::mpsc;
 
 use bruhmcp_db::ids::UserId;
 use bruhmcp_db::models::*;
 use bruhmcp_db::{ConstraintViolation, SecretText};
+use diesel::connection::InstrumentationEvent;
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
 
@@ -68,15 +70,37 @@ fn an_address_is_set_and_set_again() {
     let third = UserBillingDetails::upsert(conn, &address(user, "Mysuru")).unwrap();
     assert_eq!(third.address_line2, None);
 
-    let error = UserBillingDetails::upsert(conn, &address(user, "")).unwrap_err();
-    assert!(
-        ConstraintViolation::of(&error)
-            .unwrap()
-            .is("user_billing_details_city_check")
-    );
+    for city in ["", "\0", &"x".repeat(101)] {
+        let refused = UserBillingDetails::upsert(conn, &address(user, city)).unwrap_err();
+        assert!(
+            matches!(refused, BillingError::InvalidField("city")),
+            "{refused:?}"
+        );
+    }
     at_once(&database, 32, |_, conn| {
         UserBillingDetails::upsert(conn, &address(user, "Hubballi")).unwrap()
     });
+
+    User::anonymise(conn, user).unwrap();
+    for nobody in [user, UserId::new()] {
+        let refused = UserBillingDetails::upsert(conn, &address(nobody, "Hubballi")).unwrap_err();
+        assert!(matches!(refused, BillingError::NoUser), "{refused:?}");
+    }
+}
+
+#[test]
+fn instrumentation_sees_no_card_token() {
+    let database = database();
+    let conn = &mut database.connect();
+    let user = billed(conn);
+    let (sender, statements) = mpsc::channel();
+    conn.set_instrumentation(move |event: InstrumentationEvent<'_>| {
+        sender.send(format!("{event:?}")).unwrap();
+    });
+    UserBillingDetails::add_card(conn, user, &card("one")).unwrap();
+    let seen: String = statements.try_iter().collect();
+    assert!(seen.contains("jsonb_path_query_array"), "{seen}");
+    assert!(!seen.contains("whisper"), "{seen}");
 }
 
 #[test]

@@ -166,6 +166,18 @@ fn no_value_that_a_user_gives_logs_a_row() {
         );
     }
     logged.assert_silent("bad cards");
+
+    let address = NewUserBillingDetails {
+        user_id: id,
+        address_line1: "",
+        address_line2: None,
+        city: WORD,
+        state: WORD,
+        country: WORD,
+        zip_code: WORD,
+    };
+    assert!(UserBillingDetails::upsert(conn, &address).is_err());
+    logged.assert_silent("a bad address");
 }
 
 #[test]

@@ -28,6 +28,11 @@ fn the_quickstart_runs_and_leaves_nothing_behind() {
         "second time: 0 new, 9 existing",
         "asha@example.in has the plan Free",
         "a second sign-up: the email address is taken",
+        "wrong: 4 attempts are left\n  right\n  live sessions: 1",
+        "subscription Active, plan Pro",
+        "refunded: -10000 paise\n  rfnd_1 was recorded before\n  refused: only 39900",
+        "credit left: 3000 paise",
+        "\"last4\":\"4242\"",
         "3 calls counted, version still 2",
         "refused: the plan allows no more active instances",
         "duplicate of evt_1: nothing to do",
@@ -41,9 +46,16 @@ fn the_quickstart_runs_and_leaves_nothing_behind() {
     }
     for (table, rows) in [
         ("users", 1),
+        ("auth_tokens", 2),
+        ("user_subscriptions", 1),
+        ("subscription_transactions", 2),
+        ("account_credits", 2),
         ("mcp_table", 9),
         ("mcp_service_table", 2),
-        ("subscription_transactions", 1),
+        ("mcp_credentials", 2),
+        ("user_plans", 1),
+        ("webhook_events", 1),
+        ("user_billing_details", 1),
     ] {
         assert!(
             printed.contains(&format!("  {table:<26} {rows}\n")),
@@ -56,6 +68,7 @@ fn the_quickstart_runs_and_leaves_nothing_behind() {
         "client_secret",
         "access_secret",
         "refresh_secret",
+        "token_secret",
     ] {
         assert!(
             !printed.contains(secret) && !errors.contains(secret),
