@@ -47,7 +47,7 @@ impl User {
     /// }
     /// ```
     ///
-    /// Locks as [`anonymise`](Self::anonymise). Call it at READ COMMITTED.
+    /// Locks as [`anonymise`](Self::anonymise).
     pub fn release_unverified(
         conn: &mut PgConnection,
         email: &str,
