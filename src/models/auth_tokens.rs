@@ -112,6 +112,17 @@ fn lock_owner<'a>(token: &'a HashedToken) -> _ {
         .for_no_key_update()
 }
 
+/// Locks an active user, and returns whether there is one.
+fn lock_active(conn: &mut PgConnection, user_id: UserId) -> QueryResult<bool> {
+    let active = users::table
+        .find(user_id)
+        .filter(users::is_active)
+        .select(users::id)
+        .for_no_key_update();
+    let locked = active.first::<UserId>(conn).optional()?;
+    Ok(locked.is_some())
+}
+
 /// Operations that use, replace or revoke tokens first lock the user (`FOR NO KEY UPDATE`) until
 /// the transaction ends, so that they run one after another for each user.
 ///
@@ -184,12 +195,7 @@ impl AuthToken {
             return Self::begin_session(conn, user_id, token, lifetime, lifetime);
         }
         conn.transaction(|conn| {
-            let active = users::table
-                .find(user_id)
-                .filter(users::is_active)
-                .select(users::id)
-                .for_no_key_update();
-            if active.first::<UserId>(conn).optional()?.is_none() {
+            if !lock_active(conn, user_id)? {
                 return Ok(None);
             }
             diesel::update(auth_tokens::table)
@@ -308,12 +314,7 @@ impl AuthToken {
             return Ok(CodeCheck::NotFound);
         }
         conn.transaction(|conn| {
-            let active = users::table
-                .find(user_id)
-                .filter(users::is_active)
-                .select(users::id)
-                .for_no_key_update();
-            if active.first::<UserId>(conn).optional()?.is_none() {
+            if !lock_active(conn, user_id)? {
                 return Ok(CodeCheck::NotFound);
             }
             let window_start = sql::<Timestamptz>("now() - ").bind::<Interval, _>(CODE_WINDOW);
