@@ -1,0 +1,374 @@
+//! What frequent statements cost, each beside the rejected alternative in the same run. Prefers counts
+//! that don't depend on the machine, such as bytes of WAL.
+//!
+//! `cargo bench --bench costs` starts private servers, removes them at the end, and writes
+//! `docs/performance.md`.
+
+mod report;
+
+use std::error::Error;
+use std::time::{Duration, Instant};
+
+use bruhmcp_db::Durability;
+use bruhmcp_db::enums::TransactionStatus;
+use bruhmcp_db::ids::{InstanceId, TransactionId, UserId};
+use bruhmcp_db::migrations::MIGRATIONS;
+use bruhmcp_db::models::{
+    InstanceCalls, McpInstance, NewSubscriptionTransaction, User, WebhookEvent,
+};
+use bruhmcp_db::schema::{mcp_service_table, subscription_transactions};
+use bruhmcp_devdb::{Database, Server};
+use chrono::TimeDelta;
+use diesel::connection::SimpleConnection;
+use diesel::dsl::sql;
+use diesel::prelude::*;
+use diesel::sql_types::{Array, BigInt, Text, Uuid as SqlUuid};
+use diesel_migrations::MigrationHarness;
+use indicatif::{ProgressBar, ProgressStyle};
+use report::{Range, Report, Section};
+use uuid::Uuid;
+
+type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
+
+const USERS: i64 = 1_000;
+const INSTANCES: i64 = 10_000;
+const CALLS: usize = 20_000;
+const ROWS: usize = 100_000;
+const INSERTS: usize = 5_000;
+const ROUNDS: usize = 5;
+
+fn main() -> Result {
+    let cores = std::thread::available_parallelism()?;
+    // As in production: the first change of a page after a checkpoint writes the whole page to the
+    // WAL.
+    let server = Server::private(&[("full_page_writes", "on"), ("autovacuum", "off")])?;
+    let synced = Server::private(&[("fsync", "on"), ("synchronous_commit", "on")])?;
+    let version = version(&server)?;
+    let mut report = Report::new(format!(
+        "Figures of one run of `cargo bench --bench costs`, which writes this page: PostgreSQL \
+         {version}, {cores} cores shared by client and server, release build. Compare them with \
+         each other, not with another machine's. A range is the lowest and the highest of {ROUNDS} \
+         rounds, and a ratio that of their middles to the first line's."
+    ));
+    let steps: [fn(&Servers) -> Result<Section>; 4] = [
+        wal_of_calls,
+        wal_of_payments,
+        rate_of_calls,
+        rate_of_webhooks,
+    ];
+    let servers = Servers { server, synced };
+    // Only on a terminal.
+    let style = ProgressStyle::with_template("{bar:40} {pos}/{len}, {elapsed}, {eta} left")?;
+    let progress = ProgressBar::new(steps.len().try_into()?).with_style(style);
+    progress.enable_steady_tick(Duration::from_secs(1));
+    for step in steps {
+        let section = step(&servers)?;
+        progress.suspend(|| report.add(section));
+        progress.inc(1);
+    }
+    report.write()
+}
+
+struct Servers {
+    server: Server,
+    /// Waits for the disk at each commit.
+    synced: Server,
+}
+
+fn version(server: &Server) -> Result<String> {
+    let database = server.create_database()?;
+    let mut conn = PgConnection::establish(&database.url())?;
+    let version = sql::<Text>("split_part(current_setting('server_version'), ' ', 1)");
+    Ok(diesel::select(version).get_result(&mut conn)?)
+}
+
+fn wal_of_calls(servers: &Servers) -> Result<Section> {
+    let bump = "CREATE TRIGGER bump BEFORE UPDATE ON mcp_service_table
+                FOR EACH ROW EXECUTE FUNCTION update_version_and_timestamp()";
+    let designs = [
+        ("as migrated", None),
+        ("each call raises the version", Some(bump)),
+        (
+            "a partial index on updated_at",
+            Some("CREATE INDEX ON mcp_service_table (updated_at) WHERE status = 'active'"),
+        ),
+        (
+            "an index on last_used_at",
+            Some("CREATE INDEX ON mcp_service_table (last_used_at)"),
+        ),
+    ];
+    let mut rows = Vec::new();
+    for (name, change) in designs {
+        let (bytes, hot) = calls(&servers.server, change)?;
+        rows.push((format!("{name} ({hot} % HOT)"), Range::exactly(bytes)));
+    }
+    Ok(Section {
+        name: "wal-per-call",
+        title: "One more call",
+        text: format!(
+            "WAL of `McpInstance::record_call`, {CALLS} times, spread over {INSTANCES} instances, \
+             and the share of HOT updates. No index names a column that a call writes."
+        ),
+        unit: "bytes of WAL a call",
+        rows,
+    })
+}
+
+fn wal_of_payments(servers: &Servers) -> Result<Section> {
+    let row = |name: &str, new_key: fn() -> Uuid| -> Result<_> {
+        let bytes = inserts(&servers.server, new_key)?;
+        Ok((name.to_owned(), Range::exactly(bytes)))
+    };
+    Ok(Section {
+        name: "wal-per-payment",
+        title: "One more payment",
+        text: format!(
+            "WAL of an insert into `subscription_transactions`, {INSERTS} after a checkpoint, \
+             beside {ROWS} rows."
+        ),
+        unit: "bytes of WAL a row",
+        rows: vec![
+            row("keys that ascend (UUIDv7)", Uuid::now_v7)?,
+            row("random keys (UUIDv4)", Uuid::new_v4)?,
+        ],
+    })
+}
+
+fn rate_of_calls(servers: &Servers) -> Result<Section> {
+    let (_database, mut conn) = database(&servers.synced)?;
+    let conn = &mut conn;
+    let all = instances(conn, None)?;
+    let mut rows = Vec::new();
+    for (name, ids) in [
+        ("one instance", &all[..1]),
+        ("1,000 instances", &all[..1_000]),
+    ] {
+        let of = |number: usize| ids.iter().copied().cycle().take(number);
+        let one_by_one = rate(500, || {
+            for id in of(500) {
+                McpInstance::record_call(conn, id, None)?.map_err(|reason| reason.to_string())?;
+            }
+            Ok(())
+        })?;
+        rows.push((format!("{name}, one by one"), one_by_one));
+        for durability in [Durability::Synced, Durability::Unsynced] {
+            let batches = rate(20_000, || {
+                let calls: Vec<_> = of(1_000).map(InstanceCalls::one).collect();
+                for _ in 0..20 {
+                    McpInstance::record_calls(conn, &calls, durability)?;
+                }
+                Ok(())
+            })?;
+            let durability = format!("{durability:?}").to_lowercase();
+            rows.push((format!("{name}, batches, {durability}"), batches));
+        }
+    }
+    Ok(Section {
+        name: "calls-per-second",
+        title: "Calls counted one by one and in batches",
+        text: "`record_call` and `record_calls` with 1,000 calls each, over one connection, on a \
+               server that syncs its commits to disk."
+            .into(),
+        unit: "calls a second",
+        rows,
+    })
+}
+
+/// Workers that claim ten events at a time, and process each in a transaction of its own.
+fn rate_of_webhooks(servers: &Servers) -> Result<Section> {
+    const EVENTS: u32 = 500;
+    let (database, mut conn) = database(&servers.synced)?;
+    let conn = &mut conn;
+    let mut rows = Vec::new();
+    for workers in [1, 2, 4, 8, 16] {
+        let mut connections = (0..workers)
+            .map(|_| PgConnection::establish(&database.url()))
+            .collect::<std::result::Result<Vec<_>, _>>()?;
+        let range = rate_after(
+            EVENTS,
+            || {
+                conn.batch_execute(&format!(
+                    "DELETE FROM webhook_events;
+                     INSERT INTO webhook_events (external_event_id, event_type, payment_gateway, payload)
+                     SELECT n, 'payment.captured', 'razorpay', '{{}}'
+                       FROM generate_series(1, {EVENTS}) AS n"
+                ))?;
+                Ok(conn.batch_execute("VACUUM ANALYZE webhook_events")?)
+            },
+            || {
+                std::thread::scope(|scope| {
+                    let running: Vec<_> = connections
+                        .iter_mut()
+                        .map(|conn| scope.spawn(|| process_webhooks(conn)))
+                        .collect();
+                    running.into_iter().try_for_each(|thread| {
+                        thread
+                            .join()
+                            .map_err(|_| "a worker panicked")?
+                            .map_err(Into::into)
+                    })
+                })
+            },
+        )?;
+        rows.push((
+            if workers == 1 {
+                "1 worker".into()
+            } else {
+                format!("{workers} workers")
+            },
+            range,
+        ));
+    }
+    Ok(Section {
+        name: "webhook-workers",
+        title: "Webhook queue by workers",
+        text: format!(
+            "{EVENTS} events, claimed ten at a time, each marked in a transaction of its own, on a \
+             server that syncs its commits to disk."
+        ),
+        unit: "events a second",
+        rows,
+    })
+}
+
+fn process_webhooks(conn: &mut PgConnection) -> std::result::Result<(), String> {
+    loop {
+        let claimed = WebhookEvent::claim_due(conn, TimeDelta::minutes(5), 10)
+            .map_err(|error| error.to_string())?;
+        if claimed.is_empty() {
+            return Ok(());
+        }
+        for event in &claimed {
+            WebhookEvent::mark_processed(conn, event, None).map_err(|error| error.to_string())?;
+        }
+    }
+}
+
+/// How often a second `work`, which does `number` things, does one.
+fn rate(number: u32, work: impl FnMut() -> Result) -> Result<Range> {
+    rate_after(number, || Ok(()), work)
+}
+
+/// As [`rate`], with preparations before each round that don't count.
+fn rate_after(
+    number: u32,
+    mut prepare: impl FnMut() -> Result,
+    mut work: impl FnMut() -> Result,
+) -> Result<Range> {
+    let mut rates = Vec::new();
+    for _ in 0..ROUNDS {
+        prepare()?;
+        let start = Instant::now();
+        work()?;
+        rates.push(f64::from(number) / start.elapsed().as_secs_f64());
+    }
+    Ok(Range::of(&rates))
+}
+
+/// Creates a migrated database with users for one case, so that cases don't affect each other.
+fn database(server: &Server) -> Result<(Database, PgConnection)> {
+    let database = server.create_database()?;
+    let mut conn = PgConnection::establish(&database.url())?;
+    conn.run_pending_migrations(MIGRATIONS)
+        .map_err(|error| error.to_string())?;
+    conn.batch_execute(&format!(
+        "INSERT INTO users (first_name, last_name, email)
+         SELECT 'a', '', n || '@example.in' FROM generate_series(1, {USERS}) AS n;
+         UPDATE user_plans SET plan_type = 'pro', max_instances = NULL;"
+    ))?;
+    Ok((database, conn))
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a figure for people")]
+fn each(total: i64, number: usize) -> f64 {
+    total as f64 / number as f64
+}
+
+fn number(conn: &mut PgConnection, query: &str) -> QueryResult<i64> {
+    diesel::select(sql::<BigInt>(&format!("({query})::bigint"))).get_result(conn)
+}
+
+/// Returns the bytes of WAL that `work` writes.
+fn wal(
+    conn: &mut PgConnection,
+    work: impl FnOnce(&mut PgConnection) -> QueryResult<()>,
+) -> QueryResult<i64> {
+    let position = "pg_current_wal_insert_lsn() - '0/0'";
+    conn.batch_execute("CHECKPOINT")?;
+    let before = number(conn, position)?;
+    work(conn)?;
+    Ok(number(conn, position)? - before)
+}
+
+/// Creates instances that can be called, and changes the schema; returns their keys, spread over the table.
+fn instances(conn: &mut PgConnection, change: Option<&str>) -> Result<Vec<InstanceId>> {
+    conn.batch_execute(&format!(
+        "INSERT INTO mcp_table (mcp_service_name, display_name, port, type) VALUES ('figma', 'Figma', 49280, 'api_key');
+         INSERT INTO mcp_service_table (user_id, mcp_service_id)
+         SELECT id, mcp_service_id FROM mcp_table, users, generate_series(1, {INSTANCES} / {USERS});
+         INSERT INTO mcp_credentials (instance_id, api_key, oauth_status, oauth_completed_at)
+         SELECT instance_id, decode(repeat('01', 40), 'hex'), 'completed', now() FROM mcp_service_table;"
+    ))?;
+    // The credentials have updated each instance.
+    conn.batch_execute("VACUUM FULL mcp_service_table")?;
+    if let Some(change) = change {
+        conn.batch_execute(change)?;
+    }
+    conn.batch_execute("VACUUM ANALYZE")?;
+    conn.batch_execute("SELECT pg_stat_force_next_flush(), pg_stat_reset()")?;
+    let ids = mcp_service_table::table
+        .select(mcp_service_table::instance_id)
+        .order(mcp_service_table::instance_id)
+        .load(conn)?;
+    Ok(ids)
+}
+
+/// Returns the bytes of WAL of a call and the share of HOT updates in percent.
+fn calls(server: &Server, change: Option<&str>) -> Result<(f64, i64)> {
+    let (_database, mut conn) = database(server)?;
+    let conn = &mut conn;
+    let ids = instances(conn, change)?;
+    let bytes = wal(conn, |conn| {
+        for id in ids.iter().cycle().take(CALLS) {
+            McpInstance::record_call(conn, *id, None)?
+                .map_err(|reason| diesel::result::Error::QueryBuilderError(reason.into()))?;
+        }
+        Ok(())
+    })?;
+    conn.batch_execute("SELECT pg_stat_force_next_flush()")?;
+    let of_updates = "SELECT 100 * n_tup_hot_upd / n_tup_upd FROM pg_stat_user_tables WHERE relname = 'mcp_service_table'";
+    let hot = number(conn, of_updates)?;
+    Ok((each(bytes, CALLS), hot))
+}
+
+/// Returns the bytes of WAL of an insert.
+fn inserts(server: &Server, new_key: fn() -> Uuid) -> Result<f64> {
+    let (_database, mut conn) = database(server)?;
+    let conn = &mut conn;
+    let user_id: UserId = User::list(conn, bruhmcp_db::Page::first(1))?
+        .first()
+        .ok_or("no user")?
+        .id;
+    let keys: Vec<Uuid> = (0..ROWS).map(|_| new_key()).collect();
+    diesel::sql_query(
+        "INSERT INTO subscription_transactions (id, user_id, amount, net_amount, status)
+         SELECT key, $2, 1, 1, 'captured' FROM unnest($1) AS key",
+    )
+    .bind::<Array<SqlUuid>, _>(keys)
+    .bind::<SqlUuid, _>(user_id)
+    .execute(conn)?;
+    conn.batch_execute("VACUUM ANALYZE")?;
+    let bytes = wal(conn, |conn| {
+        for _ in 0..INSERTS {
+            let payment = NewSubscriptionTransaction {
+                id: Some(TransactionId(new_key())),
+                ..NewSubscriptionTransaction::new(user_id, 1, 1, TransactionStatus::Captured)
+            };
+            diesel::insert_into(subscription_transactions::table)
+                .values(&payment)
+                .execute(conn)?;
+        }
+        Ok(())
+    })?;
+    Ok(each(bytes, INSERTS))
+}
