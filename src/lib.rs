@@ -109,12 +109,12 @@ mod transaction;
 pub mod views;
 
 /// Crates whose types appear in this crate's API.
-pub use {bigdecimal, chrono, diesel, serde_json, uuid};
+pub use {bigdecimal, chrono, diesel, serde_json, uuid, zeroize};
 
 pub use buffer::{Buffer, BufferLimits};
 pub use error::{ConstraintKind, ConstraintViolation, NegativeSpan};
 pub use page::{Cursor, Page};
-pub use secret::{HashedToken, Sealed, SecretText, StateDigest, TokenDigest};
+pub use secret::{HashedToken, NotSealed, Sealed, SecretText, StateDigest, TokenDigest};
 pub use transaction::{Durability, Isolation, MAX_ATTEMPTS, is_transient, retry_transaction};
 
 /// The README's example compiles.

@@ -154,16 +154,42 @@ impl HashedToken {
     }
 }
 
-/// Ciphertext in `mcp_credentials`: 30 to 16384 bytes, of which the first is the format.
+/// Ciphertext in `mcp_credentials`: up to 16384 bytes, of which the first is the format.
 #[derive(Clone, PartialEq, Eq, DieselNewType)]
 pub struct Sealed(Vec<u8>);
 
+/// Bytes that can't be a sealed value. Shows none of them: they may be a secret that was not sealed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("not a sealed value")]
+pub struct NotSealed;
+
 impl Sealed {
-    /// Wraps ciphertext. The database refuses less than 30 and more than 16384 bytes, and an
-    /// unknown format.
-    #[must_use]
-    pub fn from_ciphertext(ciphertext: Vec<u8>) -> Self {
-        Self(ciphertext)
+    /// The longest value in bytes.
+    pub(crate) const MAX_LEN: usize = 16_384;
+
+    /// The length in bytes of the shortest value of a known format, for an empty text.
+    pub(crate) fn min_len(format: u8) -> Option<usize> {
+        match format {
+            // Format, key id, nonce, tag.
+            1 => Some(2 + 12 + 16),
+            2 => Some(2 + 24 + 16),
+            _ => None,
+        }
+    }
+
+    /// Takes a value that was sealed elsewhere. Only its format and length are checked, as the
+    /// database does, whose log would show the row.
+    ///
+    /// # Errors
+    /// [`NotSealed`].
+    pub fn from_ciphertext(ciphertext: Vec<u8>) -> Result<Self, NotSealed> {
+        let min_len = ciphertext.first().copied().and_then(Self::min_len);
+        match min_len {
+            Some(min_len) if (min_len..=Self::MAX_LEN).contains(&ciphertext.len()) => {
+                Ok(Self(ciphertext))
+            }
+            _ => Err(NotSealed),
+        }
     }
 
     /// The ciphertext.

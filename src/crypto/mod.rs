@@ -3,9 +3,11 @@
 
 mod digest;
 mod seal;
+mod wrapped;
 
 pub use digest::{TokenKey, TokenPurpose, code_challenge, new_code, new_secret};
 pub use seal::{KeyRing, OpenError, SealError, SecretColumn};
+pub use wrapped::{KeyUnwrap, UnwrapError};
 
 /// Why keys were refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

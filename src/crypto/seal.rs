@@ -34,9 +34,6 @@ const OVERHEAD: usize = 2 + NONCE_LEN + TAG_LEN;
 const FORMAT_1: u8 = 1;
 const NONCE_1_LEN: usize = 12;
 
-/// The database's limit.
-const MAX_SEALED_LEN: usize = 16_384;
-
 /// A column of `mcp_credentials` that holds a sealed secret.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[expect(missing_docs, reason = "the variants are named after the columns")]
@@ -113,7 +110,8 @@ pub enum OpenError {
 /// The keys for credentials. The first key seals; every key opens.
 ///
 /// The ring wipes its keys from memory when it is dropped. It has no `Clone`: share it by reference
-/// or [`Arc`](std::sync::Arc).
+/// or [`Arc`](std::sync::Arc). A key management service may keep them wrapped
+/// ([`from_wrapped`](Self::from_wrapped)).
 ///
 /// # Rotation
 /// 1. In every process, add the new key behind the old one. Its id must never have been used.
@@ -179,7 +177,7 @@ impl RingKey {
 
 impl KeyRing {
     /// The longest secret that can be sealed, in bytes.
-    pub const MAX_LEN: usize = MAX_SEALED_LEN - OVERHEAD;
+    pub const MAX_LEN: usize = Sealed::MAX_LEN - OVERHEAD;
 
     /// Copies these keys, newest first. Each has an id, which is stored with its values, and 32
     /// random bytes.
@@ -230,9 +228,8 @@ impl KeyRing {
             .cipher
             .encrypt(&nonce, payload)
             .map_err(|_| SealError::TooLong)?;
-        Ok(Sealed::from_ciphertext(
-            [&header[..], &nonce, &encrypted].concat(),
-        ))
+        Sealed::from_ciphertext([&header[..], &nonce, &encrypted].concat())
+            .map_err(|_| SealError::TooLong)
     }
 
     /// Opens a value that was sealed for this column of this instance under any key of the ring.

@@ -52,7 +52,7 @@ pub(crate) fn service(conn: &mut PgConnection, name: &str, port: i32) -> Service
 
 /// Ciphertext of no key.
 pub(crate) fn sealed() -> Sealed {
-    Sealed::from_ciphertext(vec![2; 42])
+    Sealed::from_ciphertext(vec![2; 42]).unwrap()
 }
 
 /// Credentials that are completed at once.

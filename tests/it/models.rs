@@ -232,7 +232,7 @@ fn instances_and_credentials() {
         custom_name: Some("Work"),
         ..NewMcpInstance::new(user, registered.mcp_service_id)
     };
-    let whispered = Sealed::from_ciphertext([&[2][..], &[171; 41]].concat());
+    let whispered = Sealed::from_ciphertext([&[2][..], &[171; 41]].concat()).unwrap();
     let client = NewMcpCredential::sealed_oauth(new.instance_id, "client", whispered.clone());
     let (instance, credential) = McpInstance::create(conn, &new, &client).unwrap();
     assert_eq!(

@@ -4,7 +4,7 @@ use std::error::Error;
 
 use aes_gcm::Aes256Gcm;
 use aes_gcm::aead::{Aead, KeyInit, Payload};
-use bruhmcp_db::crypto::{KeyError, KeyRing, OpenError, SealError, SecretColumn};
+use bruhmcp_db::crypto::{KeyError, KeyRing, KeyUnwrap, OpenError, SealError, SecretColumn};
 use bruhmcp_db::enums::OauthStatus;
 use bruhmcp_db::ids::{CredentialId, InstanceId};
 use bruhmcp_db::models::{
@@ -12,7 +12,8 @@ use bruhmcp_db::models::{
     NewMcpInstance, OauthTokens, Resealed,
 };
 use bruhmcp_db::schema::mcp_credentials;
-use bruhmcp_db::{ConstraintViolation, Page, Sealed, SecretText};
+use bruhmcp_db::zeroize::Zeroizing;
+use bruhmcp_db::{ConstraintViolation, NotSealed, Page, Sealed, SecretText};
 use chacha20poly1305::XChaCha20Poly1305;
 use chrono::Utc;
 use diesel::prelude::*;
@@ -23,7 +24,7 @@ use sha2::Sha256;
 use uuid::Uuid;
 
 use crate::fixtures::{RING, completed, pro_user, service, text, with_api_key};
-use crate::support::{at_once, database};
+use crate::support::{at_once, database, example};
 
 /// A key of 32 bytes for each id, derived from `seed`.
 fn ring(seed: u8, ids: &[u8]) -> KeyRing {
@@ -87,26 +88,27 @@ proptest! {
         let sealed = ring.seal(&SecretText::from(secret), row, column).unwrap();
         let sealed = sealed.as_ciphertext();
         let open = |bytes: Vec<u8>| {
-            ring.open(&Sealed::from_ciphertext(bytes), row, column).unwrap_err()
+            let sealed = Sealed::from_ciphertext(bytes);
+            sealed.map(|sealed| ring.open(&sealed, row, column).unwrap_err())
         };
 
         let bit = bit.index(sealed.len() * 8);
         let mut flipped = sealed.to_vec();
         flipped[bit / 8] ^= 1 << (bit % 8);
         let expected = match (bit / 8, flipped[1]) {
-            (0, _) => OpenError::UnknownFormat,
+            (0, _) => Err(NotSealed),
             // The ring has this key, but the value was sealed with another.
-            (1, 2) => OpenError::Altered,
-            (1, key_id) => OpenError::UnknownKey { key_id },
-            _ => OpenError::Altered,
+            (1, 2) => Ok(OpenError::Altered),
+            (1, key_id) => Ok(OpenError::UnknownKey { key_id }),
+            _ => Ok(OpenError::Altered),
         };
         prop_assert_eq!(open(flipped), expected);
 
         for length in 0..sealed.len() {
-            let expected = if length < 42 { OpenError::Truncated } else { OpenError::Altered };
+            let expected = if length < 42 { Err(NotSealed) } else { Ok(OpenError::Altered) };
             prop_assert_eq!(open(sealed[..length].to_vec()), expected);
         }
-        prop_assert_eq!(open([sealed, &[more]].concat()), OpenError::Altered);
+        prop_assert_eq!(open([sealed, &[more]].concat()), Ok(OpenError::Altered));
     }
 
     #[test]
@@ -142,6 +144,142 @@ fn the_formats_are_as_documented() {
     assert_eq!(sealed.as_ciphertext()[..2], [2, 9]);
 }
 
+/// Stored values must stay readable. These were made by Python's `cryptography`, PyNaCl and `hmac`.
+#[test]
+fn stored_values_of_both_formats_still_open() {
+    let key: Vec<u8> = (0..32).collect();
+    let ring = KeyRing::new([(9, &key[..])]).unwrap();
+    let instance = InstanceId(Uuid::from_u128(0x0011_2233_4455_6677_8899_aabb_ccdd_eeff));
+    for hex in [
+        "01096465666768696a6b6c6d6e6f7934f1071b8a501a39809ab8d2037b5f833a45985e3f",
+        "02096465666768696a6b6c6d6e6f707172737475767778797a7b84831b1edf4258d0b8f8af09625ec1e51428\
+         c1e160af",
+    ] {
+        let bytes = (0..hex.len()).step_by(2);
+        let bytes = bytes.map(|n| u8::from_str_radix(&hex[n..n + 2], 16).unwrap());
+        let sealed = Sealed::from_ciphertext(bytes.collect()).unwrap();
+        let opened = ring.open(&sealed, instance, SecretColumn::RefreshToken);
+        assert_eq!(opened.unwrap().expose(), "1//abc");
+    }
+}
+
+/// What the database's checks accept of a known format's length, the type accepts, and no more.
+#[test]
+fn what_is_not_sealed_is_refused_before_the_server_sees_it() {
+    let value = |format: u8, length: usize| {
+        let mut bytes = vec![7; length];
+        bytes[0] = format;
+        Sealed::from_ciphertext(bytes).map(drop)
+    };
+    for (format, shortest) in [(1, 30), (2, 42)] {
+        assert_eq!(value(format, shortest - 1), Err(NotSealed));
+        assert_eq!(value(format, shortest), Ok(()));
+        assert_eq!(value(format, 16_384), Ok(()));
+        assert_eq!(value(format, 16_385), Err(NotSealed));
+    }
+    for format in [0, 3, b'f', 255] {
+        assert_eq!(value(format, 100), Err(NotSealed));
+    }
+    for text in ["", "figd_0123456789012345678901234567890123456789"] {
+        let error = Sealed::from_ciphertext(text.into()).unwrap_err();
+        assert_eq!(format!("{error} {error:?}"), "not a sealed value NotSealed");
+    }
+}
+
+/// A service that wraps by adding one to each byte.
+struct PlusOne;
+
+impl KeyUnwrap for PlusOne {
+    type Error = std::io::Error;
+
+    fn unwrap_key(&self, key_id: u8, wrapped: &[u8]) -> std::io::Result<Zeroizing<Vec<u8>>> {
+        if key_id == 13 {
+            return Err(std::io::Error::other("refused"));
+        }
+        Ok(Zeroizing::new(
+            wrapped.iter().map(|byte| byte - 1).collect(),
+        ))
+    }
+}
+
+#[test]
+fn a_ring_of_wrapped_keys_is_that_of_the_keys() {
+    let ring = KeyRing::from_wrapped(&PlusOne, [(2, &[3; 32][..]), (1, &[2; 32][..])]).unwrap();
+    let (plain, instance) = (rotated(), InstanceId::new());
+    let sealed = ring.seal(&"one".into(), instance, SecretColumn::ApiKey);
+    let opened = plain.open(&sealed.unwrap(), instance, SecretColumn::ApiKey);
+    assert_eq!(opened.unwrap().expose(), "one");
+
+    let refused = |keys: &[(u8, &[u8])]| {
+        let keys = keys.iter().copied();
+        let error = KeyRing::from_wrapped(&PlusOne, keys).unwrap_err();
+        format!("{error}; {:?}", error.source().map(ToString::to_string))
+    };
+    assert_eq!(
+        refused(&[(1, &[2; 32]), (13, &[2; 32])]),
+        "key 13 of the key ring can't be unwrapped; Some(\"refused\")"
+    );
+    assert_eq!(
+        refused(&[(1, &[2; 31])]),
+        "key 1 of the key ring does not have 32 bytes; None"
+    );
+    assert_eq!(refused(&[]), "the key ring has no key; None");
+}
+
+/// The example keeps its keys in a folder that only their owner reads, and wrapped only.
+#[cfg(unix)]
+#[test]
+fn the_example_of_wrapped_keys_runs_twice_in_one_folder() {
+    use std::os::unix::fs::PermissionsExt;
+
+    let folder = std::env::temp_dir().join(format!("bruhmcp-wrapped-{}", std::process::id()));
+    let run = || {
+        let mut command = std::process::Command::new(example("wrapped_key"));
+        let output = command.arg(&folder).output().unwrap();
+        let printed = String::from_utf8(output.stdout).unwrap();
+        assert!(output.status.success(), "{printed}");
+        assert!(
+            printed.contains("opened after the rotation: true"),
+            "{printed}"
+        );
+        assert!(printed.contains("in the place of key 2: the key was wrapped by another"));
+        assert!(!printed.contains("figd_a_secret"), "{printed}");
+    };
+    run();
+    let files = || {
+        let mut files: Vec<_> = std::fs::read_dir(&folder)
+            .unwrap()
+            .map(|entry| {
+                let path = entry.unwrap().path();
+                let mode = path.metadata().unwrap().permissions().mode() & 0o777;
+                (
+                    path.file_name().unwrap().to_owned(),
+                    mode,
+                    std::fs::read(&path).unwrap(),
+                )
+            })
+            .collect();
+        files.sort();
+        files
+    };
+    let before = files();
+    let shown: Vec<_> = before
+        .iter()
+        .map(|(name, mode, bytes)| (name.to_str(), *mode, bytes.len()))
+        .collect();
+    assert_eq!(
+        shown,
+        [
+            (Some("key-1.wrapped"), 0o600, 72),
+            (Some("key-2.wrapped"), 0o600, 72),
+            (Some("master.key"), 0o600, 32),
+        ]
+    );
+    run();
+    assert_eq!(files(), before);
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
 /// Sealed under the key `[7; 32]` with the id 9.
 fn sealed_by_hand(format: u8, instance: InstanceId, column: &str, text: &[u8]) -> Sealed {
     let header = [format, 9];
@@ -162,7 +300,7 @@ fn sealed_by_hand(format: u8, instance: InstanceId, column: &str, text: &[u8]) -
         let encrypted = cipher.encrypt(&nonce.into(), Payload { msg, aad });
         (nonce.to_vec(), encrypted.unwrap())
     };
-    Sealed::from_ciphertext([&header[..], &nonce, &encrypted].concat())
+    Sealed::from_ciphertext([&header[..], &nonce, &encrypted].concat()).unwrap()
 }
 
 /// Values of format 1 under the newest key become format 2, and values of neither are refused.
@@ -329,7 +467,7 @@ fn a_rotation_leaves_nothing_under_the_old_key() {
     let oauth = completed(conn, user_id, service_id, Utc::now());
     let broken = {
         let new = NewMcpInstance::new(user_id, service_id);
-        let sealed = Sealed::from_ciphertext([&[2][..], &[1; 41]].concat());
+        let sealed = Sealed::from_ciphertext([&[2][..], &[1; 41]].concat()).unwrap();
         let key = NewMcpCredential::sealed_api_key(new.instance_id, sealed);
         let (_, row) = McpInstance::create(conn, &new, &key).unwrap();
         // The smallest key, so that it would block all others.
@@ -464,13 +602,12 @@ fn a_violated_constraint_shows_nothing_of_the_row() {
     let hex = |bytes: &[u8]| -> String { bytes.iter().map(|b| format!("{b:02x}")).collect() };
     let sealed = row.refresh_token.as_ref().unwrap().as_ciphertext();
     let secrets = [hex(b"whisper"), hex(&sealed[..16])];
-    let short = OauthTokens {
-        access_token: Sealed::from_ciphertext(b"whisper".to_vec()),
-        refresh_token: None,
-        expires_at: None,
-        scope: None,
-    };
-    let error = McpCredential::store_refreshed(conn, &row, &short).unwrap_err();
+    // Past the operations, which take sealed values only.
+    let error = diesel::update(&row)
+        .set(mcp_credentials::access_token.eq(b"whisper".to_vec()))
+        .execute(conn)
+        .unwrap_err();
+    let error = CredentialError::from(error);
     let CredentialError::Database(cause @ DatabaseError(_, info)) = &error else {
         panic!("{error:?}");
     };

@@ -141,7 +141,7 @@ fn migration_files(name: &str) -> Vec<PathBuf> {
 }
 
 /// The program of an example, which `cargo test` builds beside the tests.
-#[cfg(all(feature = "crypto", feature = "migrator"))]
+#[cfg(feature = "crypto")]
 pub(crate) fn example(name: &str) -> PathBuf {
     let tests = std::env::current_exe().unwrap();
     let program = tests
