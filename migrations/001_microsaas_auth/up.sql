@@ -493,9 +493,13 @@ BEGIN
     IF payment.user_id IS DISTINCT FROM NEW.user_id
         OR payment.currency IS DISTINCT FROM NEW.currency
         OR payment.transaction_type OPERATOR(pg_catalog.=) 'refund'
+        OR NOT (
+            payment.status OPERATOR(pg_catalog.=) 'captured'
+            OR payment.status OPERATOR(pg_catalog.=) 'refunded'
+        )
     THEN
-        RAISE EXCEPTION 'refund % was not recorded: transaction % is not a payment of the same '
-            'user in the same currency', NEW.id, NEW.parent_transaction_id
+        RAISE EXCEPTION 'refund % was not recorded: transaction % is not a captured payment of '
+            'the same user in the same currency', NEW.id, NEW.parent_transaction_id
             USING ERRCODE = 'check_violation',
                   TABLE = 'subscription_transactions',
                   CONSTRAINT = 'subscription_transactions_refund_of_parent',
@@ -520,8 +524,8 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION subscription_transactions_check_refund() IS
-    'Locks the payment of a refund and checks that its refunds, but failed and cancelled ones, '
-    'don''t exceed it.';
+    'Locks the payment of a refund, and checks that it is captured and that its refunds, but failed '
+    'and cancelled ones, don''t exceed it.';
 CREATE TRIGGER subscription_transactions_refund_insert
     AFTER INSERT ON subscription_transactions
     FOR EACH ROW WHEN (NEW.transaction_type = 'refund')

@@ -3,6 +3,7 @@
 use bruhmcp_db::enums::TransactionStatus::{self, *};
 use bruhmcp_db::ids::{TransactionId, UserId};
 use bruhmcp_db::models::*;
+use bruhmcp_db::schema::subscription_transactions;
 use bruhmcp_db::{ConstraintViolation, Isolation, retry_transaction};
 use diesel::connection::SimpleConnection;
 use diesel::pg::PgConnection;
@@ -153,6 +154,76 @@ fn a_refund_needs_its_payment() {
           WHERE parent_transaction_id = '{payment}'"
     );
     refused(conn, &of_refund, RULE);
+}
+
+#[test]
+fn only_a_captured_payment_is_refunded() {
+    const RULE: &str = "subscription_transactions_refund_of_parent";
+    let database = database();
+    let conn = &mut database.connect();
+    let user = user(conn);
+    for status in ALL {
+        let payment = insert_payment(conn, user, 100, status);
+        for of_refund in [Created, Captured, Failed] {
+            let refund = refund(payment, user, -1, of_refund);
+            match status {
+                Captured | Refunded => accepted(conn, &refund),
+                _ => refused(conn, &refund, RULE),
+            }
+        }
+    }
+}
+
+/// A payment is captured and fails at the same time, beside its refunds.
+#[test]
+fn a_payment_that_fails_meanwhile_is_not_refunded() {
+    let database = database();
+    let conn = &mut database.connect();
+    let user = user(conn);
+    let mut refunded = 0;
+    for round in 0..30 {
+        let isolation = [
+            Isolation::ReadCommitted,
+            Isolation::RepeatableRead,
+            Isolation::Serializable,
+        ][round % 3];
+        let payment = insert_payment(conn, user, 100, Authorized);
+        at_once(&database, 4, |number, conn| {
+            let set = |status| {
+                format!(
+                    "UPDATE subscription_transactions SET status = '{status}' WHERE id = '{payment}'"
+                )
+            };
+            let statement = match number {
+                0 => set(Failed),
+                1 => set(Captured),
+                _ => refund(payment, user, -9, Created),
+            };
+            let result = retry_transaction(conn, isolation, |conn| -> QueryResult<()> {
+                // Its snapshot is older than its lock.
+                SubscriptionTransaction::find(conn, payment)?;
+                conn.batch_execute(&statement)
+            });
+            if let Err(error) = result {
+                assert!(ConstraintViolation::of(&error).is_some(), "{error}");
+            }
+        });
+        let refunds: i64 = subscription_transactions::table
+            .filter(subscription_transactions::parent_transaction_id.eq(payment))
+            .count()
+            .get_result(conn)
+            .unwrap();
+        let status = SubscriptionTransaction::find(conn, payment)
+            .unwrap()
+            .unwrap()
+            .status;
+        assert!(
+            refunds == 0 || status == Captured,
+            "{refunds} of a {status} payment"
+        );
+        refunded += refunds;
+    }
+    assert!(refunded > 0, "no refund was in time");
 }
 
 #[test]
