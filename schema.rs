@@ -306,7 +306,7 @@ diesel::table! {
         state -> Text,
         country -> Text,
         zip_code -> Text,
-        /// JSON array of gateway tokens with the card details that may be shown; never a card number or security code. The writer keeps the ids unique.
+        /// JSON array of gateway tokens with the card details that may be shown; never a card number or security code.
         cards -> Jsonb,
         /// Id of the default card in cards.
         default_card_id -> Nullable<Text>,

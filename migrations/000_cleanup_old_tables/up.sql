@@ -26,7 +26,7 @@ DECLARE
         'mcp_service_table_check_insert', 'mcp_service_table_count_instances',
         'token_audit_log_refuse_change',
         'cleanup_old_token_audit_logs', 'update_version_and_timestamp', 'assign_default_plan',
-        'mcp_service_table_check_active_limit', 'user_plans_deactivate_surplus'
+        'mcp_service_table_check_active_limit', 'user_plans_deactivate_surplus', 'card_ids_differ'
     ];
     origin          CONSTANT oid     := (
         SELECT oid FROM pg_namespace WHERE nspname = current_schema()

@@ -3,6 +3,13 @@
 
 SET LOCAL lock_timeout = '5s';
 
+-- A CHECK can't aggregate, and a path expression that compares each card with each other takes
+-- seconds. Not STRICT, and with a body that is parsed here: it means the same in every search_path.
+CREATE FUNCTION card_ids_differ(cards jsonb) RETURNS boolean
+LANGUAGE sql IMMUTABLE PARALLEL SAFE
+RETURN (SELECT count(*) = count(DISTINCT id) FROM jsonb_path_query(cards, '$[*].id') AS id);
+COMMENT ON FUNCTION card_ids_differ(jsonb) IS 'Whether no two cards have the same id.';
+
 CREATE TABLE user_billing_details (
     billing_id      uuid        NOT NULL DEFAULT gen_random_uuid(),
     user_id         uuid        NOT NULL,
@@ -55,7 +62,8 @@ CREATE TABLE user_billing_details (
     CONSTRAINT user_billing_details_default_card CHECK (
         default_card_id IS NULL
         OR cards @> jsonb_build_array(jsonb_build_object('id', default_card_id))
-    )
+    ),
+    CONSTRAINT user_billing_details_unique_card_ids CHECK (card_ids_differ(cards))
 );
 CREATE TRIGGER user_billing_details_update_updated_at
     BEFORE UPDATE ON user_billing_details
@@ -65,5 +73,5 @@ CREATE TRIGGER user_billing_details_update_updated_at
 COMMENT ON TABLE user_billing_details IS 'Billing address and saved cards of a user.';
 COMMENT ON COLUMN user_billing_details.cards IS
     'JSON array of gateway tokens with the card details that may be shown; '
-    'never a card number or security code. The writer keeps the ids unique.';
+    'never a card number or security code.';
 COMMENT ON COLUMN user_billing_details.default_card_id IS 'Id of the default card in cards.';

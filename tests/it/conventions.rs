@@ -23,7 +23,7 @@ const TRIGGERS: &str = "pg_trigger JOIN pg_class ON pg_class.oid = tgrelid
     WHERE relnamespace = 'public'::regnamespace AND NOT tgisinternal";
 
 /// Names of constraints that callers match on and that don't follow the pattern of the others.
-const NAMED: [&str; 13] = [
+const NAMED: [&str; 14] = [
     "auth_tokens_fixed",
     "auth_tokens_lifetime",
     "check_credential_type",
@@ -36,6 +36,7 @@ const NAMED: [&str; 13] = [
     "unique_user_plan",
     "user_billing_details_default_card",
     "user_billing_details_no_card_secrets",
+    "user_billing_details_unique_card_ids",
     "users_email_canonical",
 ];
 

@@ -472,7 +472,8 @@ fn each_accepted_card_can_be_read() {
     let conn = &mut database.connect();
     let user = billed(conn);
     let fields = ["id", "token", "brand", "last4", "exp_month", "exp_year"];
-    let card: serde_json::Map<String, serde_json::Value> = serde_json::from_str(CARD).unwrap();
+    let mut card: serde_json::Map<String, serde_json::Value> = serde_json::from_str(CARD).unwrap();
+    card.insert("id".into(), "other".into());
     let mut accepted = Vec::new();
     for field in fields {
         for value in odd {
@@ -520,6 +521,11 @@ fn each_accepted_card_can_be_read() {
         refused(conn, &set_cards(array), RULE);
     }
     refused(conn, &set_cards(CARD), "user_billing_details_cards_check");
+    refused(
+        conn,
+        &set_cards(&format!("[{CARD}, {CARD}]")),
+        "user_billing_details_unique_card_ids",
+    );
     for field in fields {
         let mut card = card.clone();
         card.remove(field);

@@ -459,6 +459,10 @@ const VIOLATIONS: &[(&str, &str)] = &[
     ("user_billing_details_zip_code_check",
         "UPDATE user_billing_details SET zip_code = repeat('1', 21)"),
     ("user_billing_details_cards_check", "UPDATE user_billing_details SET cards = '{}'"),
+    ("user_billing_details_unique_card_ids",
+        r#"UPDATE user_billing_details SET cards = (
+            SELECT jsonb_agg('{"id": "a", "last4": "4242", "token": "t", "brand": "visa",
+                "exp_month": 12, "exp_year": 2030}'::jsonb) FROM generate_series(1, 2))"#),
     ("user_billing_details_no_card_secrets",
         r#"UPDATE user_billing_details SET cards = '[{"number": "4111"}]'"#),
     ("user_billing_details_no_card_secrets",
