@@ -274,8 +274,8 @@ diesel::table! {
     use diesel::sql_types::*;
     use super::sql_types::TokenAuditStatus;
 
-    /// Log of operations on tokens and credentials. Append-only; rows can be deleted after 90 days.
-    token_audit_log (audit_id) {
+    /// Log of operations on tokens and credentials. Append-only; rows can be deleted after 90 days. Partitioned by month (UTC): maintain_token_audit_log() makes and drops the partitions.
+    token_audit_log (instance_id, created_at, audit_id) {
         audit_id -> Int8,
         /// Not a foreign key: the instance may have been deleted.
         instance_id -> Uuid,

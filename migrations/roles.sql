@@ -39,7 +39,10 @@ BEGIN
           FROM pg_proc
          WHERE pronamespace = here
            AND prosecdef
-           AND (prorettype = 'trigger'::regtype OR proname = 'cleanup_old_token_audit_logs')
+           AND (
+               prorettype = 'trigger'::regtype
+               OR proname IN ('cleanup_old_token_audit_logs', 'maintain_token_audit_log')
+           )
            AND pg_has_role(proowner, 'USAGE')
     LOOP
         EXECUTE statement;
@@ -107,10 +110,15 @@ BEGIN
             EXECUTE format('GRANT %s ON TABLE %s.%I TO %I', one.privileges, here, one.name, role);
         END LOOP;
 
-        statement := format('%s.cleanup_old_token_audit_logs(integer)', here);
-        IF role = 'app_admin' AND to_regprocedure(statement) IS NOT NULL THEN
-            EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO app_admin', statement);
-        END IF;
+        FOR statement IN
+            SELECT format('GRANT EXECUTE ON FUNCTION %s TO app_admin', oid::regprocedure)
+              FROM pg_proc
+             WHERE role = 'app_admin'
+               AND pronamespace = here
+               AND proname IN ('cleanup_old_token_audit_logs', 'maintain_token_audit_log')
+        LOOP
+            EXECUTE statement;
+        END LOOP;
     END LOOP;
 
     PERFORM set_config('search_path', path, true);

@@ -41,7 +41,7 @@ pub use subscription_transactions::{
     NewRefund, NewSubscriptionTransaction, PaymentError, SubscriptionTransaction,
     SubscriptionTransactionChangeset,
 };
-pub use token_audit_log::{AuditFilter, NewTokenAudit, TokenAudit};
+pub use token_audit_log::{AuditFilter, Maintained, NewTokenAudit, TokenAudit};
 pub use user_billing_details::{BillingError, Card, NewUserBillingDetails, UserBillingDetails};
 pub use user_plans::{Downgrade, PlanError, ProPlan, UserPlan};
 pub use user_subscriptions::{

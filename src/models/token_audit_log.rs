@@ -4,17 +4,20 @@
 use chrono::{DateTime, Utc};
 use diesel::pg::Pg;
 use diesel::prelude::*;
+use diesel::sql_types::{Array, Jsonb, Nullable, Text, Uuid};
 use serde::Serialize;
 use serde_json::Value;
 
 use crate::enums::AuditStatus;
 use crate::ids::{AuditId, InstanceId, UserId};
 use crate::page::{Cursor, Page, newest_first};
+use crate::schema::sql_types::TokenAuditStatus;
 use crate::schema::token_audit_log;
+use crate::transaction::Durability;
 
 /// A row of `token_audit_log`. It must not contain a secret.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Queryable, Selectable, Identifiable)]
-#[diesel(table_name = token_audit_log, primary_key(audit_id), check_for_backend(Pg))]
+#[diesel(table_name = token_audit_log, primary_key(instance_id, created_at, audit_id), check_for_backend(Pg))]
 #[expect(
     missing_docs,
     reason = "the other columns need no more than their name"
@@ -102,6 +105,20 @@ extern "SQL" {
     ) -> diesel::sql_types::BigInt;
 }
 
+/// What [`TokenAudit::maintain`] did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, QueryableByName)]
+pub struct Maintained {
+    /// Partitions of coming months, and of months whose rows had none.
+    #[diesel(sql_type = diesel::sql_types::Integer)]
+    pub created: i32,
+    /// Rows moved from the default partition to that of their month.
+    #[diesel(sql_type = diesel::sql_types::BigInt)]
+    pub moved: i64,
+    /// Partitions with no row younger than 90 days.
+    #[diesel(sql_type = diesel::sql_types::Integer)]
+    pub dropped: i32,
+}
+
 impl TokenAudit {
     /// Appends a row and returns it.
     ///
@@ -112,6 +129,48 @@ impl TokenAudit {
             .values(new)
             .returning(Self::as_returning())
             .get_result(conn)
+    }
+
+    /// Appends rows in this order, and returns how many. All or none are appended.
+    ///
+    /// One statement, with one array a column. With [`Durability::Unsynced`] a crash of the server
+    /// may lose the newest rows. A [`Buffer`](crate::Buffer) collects rows of many threads.
+    ///
+    /// # Errors
+    /// `token_audit_log_operation_check` for an empty operation;
+    /// [`Error::AlreadyInTransaction`](diesel::result::Error::AlreadyInTransaction) with
+    /// [`Durability::Unsynced`] inside a transaction.
+    pub fn insert_many(
+        conn: &mut PgConnection,
+        rows: &[NewTokenAudit<'_>],
+        durability: Durability,
+    ) -> QueryResult<usize> {
+        if rows.is_empty() {
+            return Ok(0);
+        }
+        fn column<'a, T>(
+            rows: &'a [NewTokenAudit<'_>],
+            value: impl Fn(&'a NewTokenAudit<'_>) -> T,
+        ) -> Vec<T> {
+            rows.iter().map(value).collect()
+        }
+        durability.run(conn, |conn| {
+            // The query builder sends a bind for each value, and the server parses each batch anew.
+            diesel::sql_query(
+                "INSERT INTO token_audit_log (instance_id, user_id, operation, status, method,
+                                              error_type, error_message, metadata)
+                 SELECT * FROM unnest($1, $2, $3, $4, $5, $6, $7, $8)",
+            )
+            .bind::<Array<Uuid>, _>(column(rows, |row| row.instance_id))
+            .bind::<Array<Nullable<Uuid>>, _>(column(rows, |row| row.user_id))
+            .bind::<Array<Text>, _>(column(rows, |row| row.operation))
+            .bind::<Array<TokenAuditStatus>, _>(column(rows, |row| row.status))
+            .bind::<Array<Nullable<Text>>, _>(column(rows, |row| row.method))
+            .bind::<Array<Nullable<Text>>, _>(column(rows, |row| row.error_type))
+            .bind::<Array<Nullable<Text>>, _>(column(rows, |row| row.error_message))
+            .bind::<Array<Nullable<Jsonb>>, _>(column(rows, |row| row.metadata))
+            .execute(conn)
+        })
     }
 
     /// Lists the log, or a part of it.
@@ -163,5 +222,16 @@ impl TokenAudit {
     /// `cleanup_old_token_audit_logs`, which `app_admin` has and `app_user` hasn't.
     pub fn purge(conn: &mut PgConnection, limit: u16) -> QueryResult<i64> {
         diesel::select(cleanup_old_token_audit_logs(i32::from(limit))).get_result(conn)
+    }
+    /// Makes the partitions of this month and the next three, moves rows that had none to that of
+    /// their month, and drops months that are wholly past 90 days. Run it once a day; with nothing to
+    /// do, it takes no lock.
+    ///
+    /// One statement. It locks the whole log for the time that it works: milliseconds, unless rows
+    /// are to be moved. If others hold the log for 2 s, it fails with the server's lock timeout
+    /// (SQLSTATE 55P03) and changes nothing: call it again later. Needs the right to execute
+    /// `maintain_token_audit_log`, which `app_admin` has and `app_user` hasn't.
+    pub fn maintain(conn: &mut PgConnection) -> QueryResult<Maintained> {
+        diesel::sql_query("SELECT * FROM maintain_token_audit_log()").get_result(conn)
     }
 }

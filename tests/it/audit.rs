@@ -3,16 +3,16 @@
 use bigdecimal::BigDecimal;
 use bruhmcp_db::enums::AuditStatus;
 use bruhmcp_db::ids::{InstanceId, UserId};
-use bruhmcp_db::models::{AuditFilter, NewTokenAudit, TokenAudit};
-use bruhmcp_db::schema::{mcp_service_table, users};
+use bruhmcp_db::models::{AuditFilter, Maintained, NewTokenAudit, TokenAudit};
+use bruhmcp_db::schema::{mcp_service_table, token_audit_log, users};
 use bruhmcp_db::views::{TokenAuditSummary, token_audit_summary};
-use bruhmcp_db::{ConstraintViolation, Page};
+use bruhmcp_db::{ConstraintViolation, Durability, Page};
 use diesel::connection::SimpleConnection;
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
 
 use crate::fixtures;
-use crate::support::{as_admin, database};
+use crate::support::{self, ROLES, TestDatabase, as_admin, at_once, database};
 
 fn append(
     conn: &mut PgConnection,
@@ -64,6 +64,60 @@ fn the_log_is_listed_in_pages() {
             .unwrap()
             .is("token_audit_log_append_only")
     );
+}
+
+#[test]
+fn many_rows_are_appended_in_their_order() {
+    let database = database();
+    let conn = &mut database.connect();
+    let (instance, user) = (InstanceId::new(), UserId::new());
+    let metadata = serde_json::json!({"n": [1, null, "é\"'"]});
+    let rows: Vec<_> = (0..100)
+        .map(|n| NewTokenAudit {
+            user_id: (n % 2 == 0).then_some(user),
+            method: (n % 3 == 0).then_some("oauth, {\"quoted\"}"),
+            error_type: (n % 5 == 0).then_some(""),
+            error_message: (n % 7 == 0).then_some("NULL"),
+            metadata: (n % 4 == 0).then_some(&metadata),
+            ..NewTokenAudit::new(instance, "refresh", AuditStatus::ALL[n % 4])
+        })
+        .collect();
+    for durability in [Durability::Synced, Durability::Unsynced] {
+        let appended = TokenAudit::insert_many(conn, &rows, durability).unwrap();
+        assert_eq!(appended, rows.len());
+        let filter = AuditFilter::of_instance(instance);
+        let mut listed = TokenAudit::list(conn, filter, Page::first(100)).unwrap();
+        listed.reverse();
+        assert!(listed.is_sorted_by_key(|row| row.audit_id.0));
+        for (row, new) in listed.iter().zip(&rows) {
+            assert_eq!(
+                (row.user_id, row.status, row.method.as_deref()),
+                (new.user_id, new.status, new.method)
+            );
+            assert_eq!(
+                (
+                    row.error_type.as_deref(),
+                    row.error_message.as_deref(),
+                    row.metadata.as_ref()
+                ),
+                (new.error_type, new.error_message, new.metadata)
+            );
+        }
+    }
+    assert_eq!(
+        TokenAudit::insert_many(conn, &[], Durability::Unsynced),
+        Ok(0)
+    );
+
+    let empty = NewTokenAudit::new(instance, "", AuditStatus::Success);
+    let error = TokenAudit::insert_many(conn, &[rows[0].clone(), empty], Durability::Synced);
+    let violation = ConstraintViolation::of(&error.unwrap_err()).unwrap();
+    assert!(
+        violation.is("token_audit_log_operation_check"),
+        "{violation}"
+    );
+    let count: i64 = token_audit_log::table.count().get_result(conn).unwrap();
+    assert_eq!(count, 200);
 }
 
 #[test]
@@ -175,7 +229,7 @@ fn a_page_reads_no_more_than_its_rows() {
         ..AuditFilter::default()
     };
     for (filter, index) in [
-        (AuditFilter::of_instance(key), "instance_id_created_at_idx"),
+        (AuditFilter::of_instance(key), "pkey"),
         (of_user, "user_id_created_at_idx"),
         (AuditFilter::default(), "created_at_idx"),
     ] {
@@ -187,9 +241,11 @@ fn a_page_reads_no_more_than_its_rows() {
         }
         conn.batch_execute("SELECT pg_stat_force_next_flush()")
             .unwrap();
+        // The rows are in the partitions of one or two months.
         let read = format!(
-            "SELECT idx_tup_read FROM pg_stat_user_indexes
-              WHERE indexrelname = 'token_audit_log_{index}'"
+            "SELECT sum(idx_tup_read)
+               FROM pg_inherits JOIN pg_stat_user_indexes ON indexrelid = inhrelid
+              WHERE inhparent = 'token_audit_log_{index}'::regclass"
         );
         let read: i64 = database.psql(&read).unwrap().trim().parse().unwrap();
         // Rows with the same time are sorted by their key.
@@ -268,6 +324,220 @@ fn the_summary_is_joined_with_tables() {
     assert_eq!(
         (summary.instance_id, summary.operation_count),
         (instance, 1)
+    );
+}
+
+/// Rows of the log, one a day, from `first` to `last` days ago.
+fn days_ago(database: &TestDatabase, first: u32, last: u32) {
+    database
+        .psql(&format!(
+            "INSERT INTO token_audit_log (instance_id, operation, status, created_at)
+             SELECT gen_random_uuid(), 'refresh', 'success', now() - n * interval '1 day'
+               FROM generate_series({first}, {last}) AS n"
+        ))
+        .unwrap();
+}
+
+/// The partitions as months from this one, with the number of their rows; the default one is `d`.
+fn partitions(database: &TestDatabase) -> Vec<(String, i64)> {
+    let rows = database
+        .psql(
+            "SELECT coalesce(substring(relname, '\\d{4}')::int * 12
+                             + substring(relname, '\\d\\d$')::int
+                             - extract(year FROM now() AT TIME ZONE 'UTC') * 12
+                             - extract(month FROM now() AT TIME ZONE 'UTC') || '', 'd'),
+                    (xpath('//c/text()',
+                           query_to_xml('SELECT count(*) AS c FROM ' || relname, false, true, '')
+                    ))[1]
+               FROM pg_inherits JOIN pg_class ON oid = inhrelid
+              WHERE inhparent = 'token_audit_log'::regclass
+              ORDER BY relname",
+        )
+        .unwrap();
+    rows.lines()
+        .map(|line| {
+            let (month, count) = line.split_once('|').unwrap();
+            (month.to_owned(), count.parse().unwrap())
+        })
+        .collect()
+}
+
+fn maintain(conn: &mut PgConnection) -> Maintained {
+    as_admin(conn, TokenAudit::maintain).unwrap()
+}
+
+const NOTHING: Maintained = Maintained {
+    created: 0,
+    moved: 0,
+    dropped: 0,
+};
+
+#[test]
+fn coming_months_have_a_partition() {
+    let database = database();
+    let conn = &mut database.connect();
+    let months: Vec<_> = partitions(&database).into_iter().map(|row| row.0).collect();
+    assert_eq!(months, ["0", "1", "2", "3", "d"]);
+    assert_eq!(maintain(conn), NOTHING);
+    // As if nobody had called it for two months.
+    database
+        .psql(
+            "DO $$
+             DECLARE part text;
+             BEGIN
+                 FOR part IN SELECT relname FROM pg_inherits JOIN pg_class ON oid = inhrelid
+                              WHERE relname ~ '_\\d\\d$' ORDER BY 1 DESC LIMIT 2
+                 LOOP EXECUTE 'DROP TABLE ' || part; END LOOP;
+             END $$",
+        )
+        .unwrap();
+    let created = Maintained {
+        created: 2,
+        ..NOTHING
+    };
+    assert_eq!(maintain(conn), created);
+    assert_eq!(maintain(conn), NOTHING);
+}
+
+#[test]
+fn rows_without_a_month_are_moved_and_old_months_dropped() {
+    let database = database();
+    let conn = &mut database.connect();
+    let kept = append(conn, InstanceId::new(), "refresh", AuditStatus::Success);
+    days_ago(&database, 32, 200);
+    let all = partitions(&database);
+    assert_eq!(all.last().unwrap(), &("d".to_owned(), 169));
+
+    let done = maintain(conn);
+    assert_eq!((done.moved, done.dropped), (169, 0));
+    assert!(done.created >= 5, "{done:?}");
+    assert_eq!(partitions(&database).last().unwrap().1, 0);
+    let listed = TokenAudit::list(conn, AuditFilter::default(), Page::first(1_000)).unwrap();
+    assert_eq!((listed.len(), &listed[0]), (170, &kept));
+    assert!(listed.is_sorted_by(|a, b| a.created_at > b.created_at));
+
+    // The month that began before the 90th day stays, until its last row is old enough.
+    let dropped = maintain(conn);
+    assert_eq!((dropped.created, dropped.moved), (0, 0));
+    assert!(dropped.dropped >= 3, "{dropped:?}");
+    let left = TokenAudit::list(conn, AuditFilter::default(), Page::first(1_000)).unwrap();
+    let young = chrono::Utc::now() - chrono::TimeDelta::days(90);
+    let younger = |rows: &[TokenAudit]| rows.iter().filter(|row| row.created_at > young).count();
+    assert_eq!(younger(&left), younger(&listed));
+    assert!(left.len() <= younger(&left) + 31, "{}", left.len());
+    assert_eq!(maintain(conn), NOTHING);
+
+    assert!(as_admin(conn, |conn| TokenAudit::purge(conn, 1_000)).unwrap() > 0);
+    let left = TokenAudit::list(conn, AuditFilter::default(), Page::first(1_000)).unwrap();
+    assert_eq!(left.len(), younger(&listed));
+}
+
+/// Whoever has the owner's rights may as well address a partition.
+#[test]
+fn each_partition_is_append_only() {
+    let database = database();
+    append(
+        &mut database.connect(),
+        InstanceId::new(),
+        "refresh",
+        AuditStatus::Success,
+    );
+    days_ago(&database, 40, 80);
+    for maintained in [false, true] {
+        if maintained {
+            maintain(&mut database.connect());
+        }
+        let parts = database
+            .psql(
+                "SELECT inhrelid::regclass FROM pg_inherits
+                  WHERE inhparent = 'token_audit_log'::regclass",
+            )
+            .unwrap();
+        let mut with_rows = 0;
+        for part in parts.lines() {
+            let error = database.psql(&format!("TRUNCATE {part}")).unwrap_err();
+            assert!(
+                error.contains("token_audit_log_append_only"),
+                "{part}: {error}"
+            );
+            if database.psql(&format!("TABLE {part}")).unwrap().is_empty() {
+                continue;
+            }
+            with_rows += 1;
+            for statement in ["UPDATE {} SET operation = 'x'", "DELETE FROM {}"] {
+                let error = database.psql(&statement.replace("{}", part)).unwrap_err();
+                assert!(
+                    error.contains("token_audit_log_append_only"),
+                    "{part}: {error}"
+                );
+            }
+        }
+        assert!(with_rows >= 2, "{parts}");
+    }
+}
+
+/// Rows that fall into the default partition, others, and four calls of maintain at once.
+#[test]
+fn maintaining_loses_nothing_and_deadlocks_with_nobody() {
+    let database = database();
+    const WRITERS: usize = 4;
+    const ROWS: usize = 200;
+    let done = at_once(&database, WRITERS + 4, |number, conn| {
+        let mut created = 0;
+        if number < WRITERS {
+            for row in 0..ROWS {
+                append(conn, InstanceId::new(), "refresh", AuditStatus::Success);
+                if row % 20 == 0 {
+                    days_ago(&database, 30 + row as u32 / 20, 30 + row as u32 / 20);
+                }
+            }
+        } else {
+            for _ in 0..20 {
+                created += maintain(conn).created;
+                let page = Page::first(10);
+                TokenAudit::list(conn, AuditFilter::default(), page).unwrap();
+            }
+        }
+        created
+    });
+    // 30 to 39 days ago are one month or two.
+    assert!((0..=2).contains(&done.iter().sum::<i32>()), "{done:?}");
+    let conn = &mut database.connect();
+    maintain(conn);
+    let rows = partitions(&database);
+    assert_eq!(rows.last().unwrap(), &("d".to_owned(), 0));
+    let total: i64 = rows.iter().map(|row| row.1).sum();
+    assert_eq!(total, i64::try_from(WRITERS * (ROWS + ROWS / 20)).unwrap());
+}
+
+/// It gives up, instead of keeping everybody who reads or writes the log behind it.
+#[test]
+fn maintain_does_not_wait_long() {
+    let database = database();
+    let conn = &mut database.connect();
+    days_ago(&database, 40, 40);
+    let other = &mut database.connect();
+    other
+        .transaction::<_, diesel::result::Error, _>(|other| {
+            TokenAudit::list(other, AuditFilter::default(), Page::first(1))?;
+            as_admin(conn, TokenAudit::maintain).unwrap_err();
+            append(other, InstanceId::new(), "refresh", AuditStatus::Success);
+            Ok(())
+        })
+        .unwrap();
+    assert_eq!(maintain(conn).moved, 1);
+}
+
+#[test]
+fn the_service_does_not_maintain_the_log() {
+    if !*ROLES {
+        return support::skipped("there are no roles");
+    }
+    let database = database();
+    let error = TokenAudit::maintain(&mut database.connect()).unwrap_err();
+    assert!(
+        error.to_string().contains("maintain_token_audit_log"),
+        "{error}"
     );
 }
 

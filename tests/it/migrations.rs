@@ -41,7 +41,7 @@ fn columns(database: &TestDatabase) -> BTreeMap<String, String> {
         "SELECT attrelid::regclass, string_agg(quote_ident(attname), ', ' ORDER BY attnum)
            FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid
           WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p')
-            AND attnum > 0 AND NOT attisdropped GROUP BY 1",
+            AND NOT relispartition AND attnum > 0 AND NOT attisdropped GROUP BY 1",
     );
     let split = |row: &str| {
         row.split_once('|')

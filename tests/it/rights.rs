@@ -163,8 +163,12 @@ fn functions_and_schema() {
     };
     let everyone = callable("public");
     assert_same_set(everyone.clone(), callable("app_user"));
-    let clean_up = "cleanup_old_token_audit_logs(integer)".to_owned();
-    assert_same_set([everyone, vec![clean_up]].concat(), callable("app_admin"));
+    let clean_up = [
+        "cleanup_old_token_audit_logs(integer)",
+        "maintain_token_audit_log()",
+    ];
+    let clean_up = clean_up.map(str::to_owned).to_vec();
+    assert_same_set([everyone, clean_up].concat(), callable("app_admin"));
     for role in ROLES {
         let sql = format!(
             "SELECT has_schema_privilege('{role}', 'public', 'USAGE'),
@@ -193,6 +197,7 @@ fn the_service_is_denied_what_is_not_its_part() {
          OVERRIDING SYSTEM VALUE VALUES (7, gen_random_uuid(), 'x', 'success')",
         "SELECT setval('token_audit_log_audit_id_seq', 1)",
         "SELECT cleanup_old_token_audit_logs()",
+        "SELECT maintain_token_audit_log()",
         "INSERT INTO __diesel_schema_migrations VALUES ('999')",
         "CREATE TABLE own (a int)",
         "CREATE FUNCTION own() RETURNS int LANGUAGE sql AS 'SELECT 1'",

@@ -364,8 +364,6 @@ const VIOLATIONS: &[(&str, &str)] = &[
     ("check_oauth_status_consistency",
         "UPDATE mcp_credentials SET oauth_status = 'pending' WHERE credential_id = :k1"),
 
-    ("token_audit_log_pkey", "INSERT INTO token_audit_log (audit_id, instance_id, operation, status)
-        OVERRIDING SYSTEM VALUE VALUES (1, :i1, 'x', 'success')"),
     ("token_audit_log_operation_check",
         "INSERT INTO token_audit_log (instance_id, operation, status)
         VALUES (:i1, '', 'success')"),

@@ -174,15 +174,19 @@ fn a_function_that_runs_as_its_owner_is_never_open() {
             .unwrap();
         up(&database, schema);
         let pinned = database
-            .psql("SELECT count(*), min(proconfig::text), max(proconfig::text) FROM pg_proc WHERE prosecdef")
+            .psql(
+                "SELECT count(*), min(setting), max(setting)
+                   FROM pg_proc, unnest(proconfig) AS setting
+                  WHERE prosecdef AND setting LIKE 'search_path=%'",
+            )
             .unwrap();
         let path = database
             .psql(&format!(
-                "SELECT ARRAY[format('search_path=%I, pg_temp', '{schema}')]"
+                "SELECT format('search_path=%I, pg_temp', '{schema}')"
             ))
             .unwrap();
         let path = path.trim_end();
-        assert_eq!(pinned, format!("8|{path}|{path}\n"));
+        assert_eq!(pinned, format!("9|{path}|{path}\n"));
     }
 }
 
