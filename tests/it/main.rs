@@ -9,6 +9,8 @@ mod audit;
 mod backend;
 mod billing;
 #[cfg(feature = "cli")]
+mod cells;
+#[cfg(feature = "cli")]
 mod cli;
 mod concurrency;
 mod conventions;
