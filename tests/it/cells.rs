@@ -363,3 +363,222 @@ fn an_archive_of_one_cell_leaves_the_other_alone() {
     assert_eq!(older.run().unwrap().steps.len(), names().len());
     assert_same(&before, &c7.dump(&[]));
 }
+
+#[cfg(feature = "crypto")]
+mod connections {
+    //! A connection belongs to one cell: also behind a pooler.
+
+    use bruhmcp_db::models::User;
+    use diesel::connection::CacheSize;
+    use diesel::dsl::{select, sql};
+    use diesel::pg::PgConnection;
+    use diesel::prelude::*;
+    use diesel::sql_types::Text;
+
+    use super::*;
+    use crate::locks::{OPERATIONS, SERVICES, USER, USER_WITH_ROWS};
+
+    /// A hash of all rows of a cell.
+    fn contents(cell: &TestDatabase) -> String {
+        let all = "SELECT md5(string_agg(query_to_xml(
+                'SELECT * FROM ' || oid::regclass || ' ORDER BY 1', true, false, '')::text, '' ORDER BY oid))
+             FROM pg_class WHERE relnamespace = current_schema::regnamespace AND relkind = 'r'";
+        cell.psql(all).unwrap()
+    }
+
+    fn fill(cell: &TestDatabase, arrange: &str) {
+        let mut conn = cell.connect_as_owner();
+        conn.batch_execute(&USER_WITH_ROWS).unwrap();
+        conn.batch_execute(arrange).unwrap();
+    }
+
+    /// Diesel keeps the numbers of the enums of the first cell, so what names an enum fails. What
+    /// does not follows the `search_path`. Nothing is written to the first cell.
+    #[test]
+    fn a_connection_that_changes_its_cell_fails_where_an_enum_is_named() {
+        let database = cells();
+        let (c7, c8) = (database.cell("c7"), database.cell("c8"));
+        for cell in [&c7, &c8] {
+            cell.psql(SERVICES).unwrap();
+        }
+        let (mut unchanged, mut done) = (Vec::new(), Vec::new());
+        for operation in OPERATIONS {
+            fill(&c7, operation.arrange);
+            let mut conn = c7.connect();
+            let first = (operation.run)(&mut conn);
+            assert!(matches!(first, Ok(true)), "{}: {first:?}", operation.name);
+            fill(&c8, operation.arrange);
+            let before = [&c7, &c8].map(contents);
+            conn.batch_execute("SET search_path = c8").unwrap();
+            let outcome = (operation.run)(&mut conn);
+            let after = [&c7, &c8].map(contents);
+            assert_eq!(before[0], after[0], "{}", operation.name);
+            match outcome {
+                Ok(is_done) => {
+                    assert!(is_done, "{}", operation.name);
+                    done.push(operation.name);
+                }
+                // A worker's first statement may have leased rows.
+                Err(_) if before[1] != after[1] => {}
+                Err(_) => unchanged.push(operation.name),
+            }
+        }
+        for name in [
+            "UserPlan::upgrade",
+            "SubscriptionTransaction::refund",
+            "McpInstance::create",
+            "McpCredential::complete_oauth",
+        ] {
+            assert!(unchanged.contains(&name), "{name}: {done:#?}");
+        }
+        for name in ["User::sign_up", "McpInstance::record_call"] {
+            assert!(done.contains(&name), "{name}: {done:#?}");
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    mod poolers {
+        use std::ffi::OsString;
+
+        use bruhmcp_devdb::Server;
+
+        use super::*;
+        use crate::faults::Bouncer;
+        use crate::support::{cells_on, skipped};
+
+        /// A server with a database of two cells.
+        fn pooled() -> (Server, TestDatabase) {
+            let server = Server::private(&[]).unwrap();
+            let database = cells_on(&server);
+            for cell in ["c7", "c8"] {
+                let cell = database.cell(cell);
+                cell.psql(SERVICES).unwrap();
+                fill(&cell, "SELECT");
+            }
+            (server, database)
+        }
+
+        /// Runs every operation in c7 through a pooler, which a client of c8 uses in between.
+        fn use_through(database: &TestDatabase, [c7, c8]: [&str; 2], cache: Option<CacheSize>) {
+            let connect = |url: &str| {
+                let mut conn = PgConnection::establish(url).unwrap();
+                if let Some(size) = cache {
+                    conn.set_prepared_statement_cache_size(size);
+                }
+                conn
+            };
+            let mut of_c7 = [connect(c7), connect(c7)];
+            let of_c8 = &mut connect(c8);
+            let cell = database.cell("c7");
+            let beside = contents(&database.cell("c8"));
+            for (n, operation) in OPERATIONS.iter().enumerate() {
+                fill(&cell, operation.arrange);
+                let outcome = (operation.run)(&mut of_c7[n % 2]);
+                assert!(
+                    matches!(outcome, Ok(true)),
+                    "{}: {outcome:?}",
+                    operation.name
+                );
+                let schema: String = select(sql::<Text>("current_schema()::text"))
+                    .get_result(of_c8)
+                    .unwrap();
+                assert_eq!(schema, "c8");
+                assert!(User::find(of_c8, USER).unwrap().is_some());
+            }
+            assert_eq!(contents(&database.cell("c8")), beside);
+        }
+
+        /// In `[databases]` of PgBouncer, one entry for each cell.
+        fn entries(server: &Server, database: &TestDatabase) -> String {
+            let entries = ["c7", "c8"].map(|cell| {
+                format!(
+                    "{cell} = host={} port=5432 dbname={} connect_query='SET search_path = {cell}'\n",
+                    server.folder().unwrap().display(),
+                    database.name()
+                )
+            });
+            format!("default_pool_size = 1\n[databases]\n{}", entries.concat())
+        }
+
+        /// A PgBouncer of each kind, and what it needs for prepared statements.
+        fn programs() -> Vec<(OsString, &'static str, Option<CacheSize>)> {
+            let mut programs = vec![("pgbouncer".into(), "", Some(CacheSize::Disabled))];
+            match std::env::var_os("BRUHMCP_PGBOUNCER_1_21") {
+                Some(program) => programs.push((program, "max_prepared_statements = 200\n", None)),
+                None => skipped("BRUHMCP_PGBOUNCER_1_21 names no pgbouncer from 1.21 on"),
+            }
+            programs
+        }
+
+        #[test]
+        fn an_entry_of_pgbouncer_with_a_connect_query_is_a_cell() {
+            let (server, database) = pooled();
+            let entries = entries(&server, &database);
+            for (program, settings, cache) in programs() {
+                let settings = format!("{settings}{entries}");
+                let bouncer = Bouncer::start(program, &server, &settings);
+                let urls = ["c7", "c8"].map(|cell| bouncer.url_of(cell, "postgres"));
+                use_through(&database, [&urls[0], &urls[1]], cache);
+            }
+        }
+
+        /// In session mode PgBouncer resets what the query has set.
+        #[test]
+        fn a_connect_query_is_lost_in_session_mode() {
+            let (server, database) = pooled();
+            let settings = format!("pool_mode = session\n{}", entries(&server, &database));
+            let bouncer = Bouncer::start("pgbouncer", &server, &settings);
+            let url = bouncer.url_of("c7", "postgres");
+            let schemas = [(); 2].map(|()| {
+                let conn = &mut PgConnection::establish(&url).unwrap();
+                let schema = select(sql::<Text>("current_schema()::text"));
+                schema.get_result::<String>(conn).unwrap()
+            });
+            assert_eq!(schemas[1], "public");
+        }
+
+        #[test]
+        fn a_role_with_a_search_path_is_a_cell() {
+            let (server, database) = pooled();
+            for cell in ["c7", "c8"] {
+                database
+                    .psql(&format!(
+                        "CREATE ROLE app_{cell} LOGIN IN ROLE app_user, app_admin;
+                         ALTER ROLE app_{cell} SET search_path = {cell}"
+                    ))
+                    .unwrap();
+            }
+            for (program, settings, cache) in programs() {
+                let settings = format!("{settings}default_pool_size = 1");
+                let bouncer = Bouncer::start(program, &server, &settings);
+                let urls = ["app_c7", "app_c8"].map(|role| bouncer.url_of(database.name(), role));
+                use_through(&database, [&urls[0], &urls[1]], cache);
+            }
+        }
+
+        /// They are refused, or dropped. Then the session is in `public`, where nothing is.
+        #[test]
+        fn options_in_the_url_do_not_pass_pgbouncer() {
+            let (server, database) = pooled();
+            for (program, settings, _) in programs() {
+                let mut cases = vec![("", false), ("ignore_startup_parameters = options", true)];
+                let is_new = !settings.is_empty();
+                let version = database.psql("SHOW server_version_num").unwrap();
+                if is_new && version.trim_end().parse::<u32>().unwrap() < 180_000 {
+                    cases.push(("track_extra_parameters = search_path", true));
+                }
+                for (ignored, connects) in cases {
+                    let settings = format!("{settings}{ignored}");
+                    let bouncer = Bouncer::start(&program, &server, &settings);
+                    let url = bouncer.url_of(database.name(), "postgres");
+                    let found = PgConnection::establish(&(url + "&options=-csearch_path%3Dc7"));
+                    assert_eq!(found.is_ok(), connects, "{settings}");
+                    if let Ok(mut conn) = found {
+                        let error = User::find(&mut conn, USER).unwrap_err();
+                        assert!(error.to_string().contains("users"), "{error}");
+                    }
+                }
+            }
+        }
+    }
+}

@@ -33,10 +33,10 @@ static TEMPLATE: LazyLock<Database> = LazyLock::new(|| {
 });
 
 /// As [`TEMPLATE`], with the tables in two cells, `c7` and `c8`, and none in `public`.
-static CELLS: LazyLock<Database> = LazyLock::new(two_cells);
+static CELLS: LazyLock<Database> = LazyLock::new(|| two_cells(&SERVER));
 
-fn two_cells() -> Database {
-    let database = SERVER.create_database().unwrap();
+fn two_cells(server: &Server) -> Database {
+    let database = server.create_database().unwrap();
     for cell in ["c7", "c8"] {
         create_cell(&database.url(), cell);
         let url = in_schema(&database.url(), cell);
@@ -71,6 +71,7 @@ const CLOSED: &str = "
 
 /// Runs a test of another module in the cell `c7`: there is the [`database`] that it gets. The cell
 /// beside it is empty and refuses writes.
+#[cfg(feature = "cli")]
 pub(crate) fn in_cell(test: impl FnOnce()) {
     IN_CELL.set(true);
     test();
@@ -206,9 +207,17 @@ pub(crate) fn database() -> TestDatabase {
 pub(crate) fn cells() -> TestDatabase {
     if *CITUS {
         // What Citus knows about a database is not copied with it.
-        return two_cells().into();
+        return two_cells(&SERVER).into();
     }
     SERVER.create_database_from(&CELLS).unwrap().into()
+}
+
+/// As [`cells`], on a private server, with the roles of production.
+#[cfg(all(feature = "cli", feature = "crypto", target_os = "linux"))]
+pub(crate) fn cells_on(server: &Server) -> TestDatabase {
+    let database = server.create_database().unwrap();
+    create_roles(&mut PgConnection::establish(&database.url()).unwrap());
+    two_cells(server).into()
 }
 
 /// As [`database`], on a private server.
@@ -295,6 +304,12 @@ impl TestDatabase {
             database: Arc::clone(&self.database),
             cell: Some(schema),
         }
+    }
+
+    /// Its name on the server.
+    #[cfg(all(feature = "cli", feature = "crypto", target_os = "linux"))]
+    pub(crate) fn name(&self) -> &str {
+        self.database.name()
     }
 
     /// The owner's URL.
