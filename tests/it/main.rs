@@ -16,6 +16,8 @@ mod concurrency;
 mod conventions;
 mod credits;
 mod difference;
+#[cfg(all(feature = "crypto", feature = "migrator"))]
+mod directory;
 mod enums;
 // Limits and poolers are set up the Linux way.
 #[cfg(all(feature = "cli", target_os = "linux"))]
