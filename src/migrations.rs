@@ -39,6 +39,8 @@ mod configured {
     /// # Ok::<(), bruhmcp_db::migrations::Error>(())
     /// ```
     ///
+    /// With [`schema`](Runner::schema) it is the runner of a cell.
+    ///
     /// # Errors
     /// [`Error::Url`].
     pub fn runner(url: &str) -> Result<Runner, Error> {

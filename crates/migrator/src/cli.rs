@@ -295,6 +295,7 @@ fn run(cli: Cli, runner: impl Fn(&str) -> Result<Runner, Error>) -> u8 {
         if json {
             documents.push((out.schema.clone(), of_answer(command, code, &answer)));
         }
+        let failed = answer.is_err();
         match answer {
             Ok(answer) if !json => answer.show(&out),
             Ok(_) => {}
@@ -303,15 +304,20 @@ fn run(cli: Cli, runner: impl Fn(&str) -> Result<Runner, Error>) -> u8 {
                     show_notes(&out, done);
                 }
                 out.tell(format!("error: {error}"));
-                if cli.fail_fast {
-                    break;
-                }
             }
         }
+        if (failed && cli.fail_fast) || signals.stop.load(Ordering::Relaxed) {
+            break;
+        }
+        // A signal can't say any more that nothing was changed.
+        signals.working.store(true, Ordering::Relaxed);
     }
     for schema in left {
         let out = Output { schema };
-        out.tell("not tried (--fail-fast).");
+        out.tell("not tried.");
+        if signals.stop.load(Ordering::Relaxed) {
+            worst = signals.code.load(Ordering::Relaxed);
+        }
         let mut untried = document(Some(command), DONE);
         untried["exit_code"] = Value::Null;
         documents.push((out.schema, untried));
