@@ -538,19 +538,28 @@ mod connections {
             }
         }
 
-        /// In session mode PgBouncer resets what the query has set.
+        /// In session mode PgBouncer resets what the query has set. A role's setting comes back.
         #[test]
         fn a_connect_query_is_lost_in_session_mode() {
             let (server, database) = pooled();
             let settings = format!("pool_mode = session\n{}", entries(&server, &database));
             let bouncer = Bouncer::start("pgbouncer", &server, &settings);
-            let url = bouncer.url_of("c7", "postgres");
-            let schemas = [(); 2].map(|()| {
-                let conn = &mut PgConnection::establish(&url).unwrap();
-                let schema = select(sql::<Text>("current_schema()::text"));
-                schema.get_result::<String>(conn).unwrap()
-            });
-            assert_eq!(schemas[1], "public");
+            let second = |url: &str| {
+                let schemas = [(); 2].map(|()| {
+                    let conn = &mut PgConnection::establish(url).unwrap();
+                    let schema = select(sql::<Text>("current_schema()::text"));
+                    schema.get_result::<String>(conn).unwrap()
+                });
+                schemas[1].clone()
+            };
+            assert_eq!(second(&bouncer.url_of("c7", "postgres")), "public");
+            database
+                .psql(
+                    "CREATE ROLE app_c7 LOGIN; ALTER ROLE app_c7 SET search_path = c7;
+                       GRANT USAGE ON SCHEMA c7 TO app_c7",
+                )
+                .unwrap();
+            assert_eq!(second(&bouncer.url_of(database.name(), "app_c7")), "c7");
         }
 
         #[test]
