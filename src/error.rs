@@ -49,6 +49,8 @@ pub struct ConstraintViolation {
 
 impl ConstraintViolation {
     /// Returns the violated constraint, or `None` if the error has another cause.
+    ///
+    /// Citus adds the number of a shard to names, as in `users_email_key_102038`: it is taken off.
     #[must_use]
     pub fn of(error: &Error) -> Option<Self> {
         let Error::DatabaseError(kind, info) = error else {
@@ -70,8 +72,11 @@ impl ConstraintViolation {
         };
         Some(Self {
             kind,
-            table: info.table_name().unwrap_or_default().to_owned(),
-            constraint: constraint.unwrap_or_default().to_owned(),
+            table: without_shard(info.table_name().unwrap_or_default()).to_owned(),
+            constraint: match kind {
+                ConstraintKind::NotNull => constraint.unwrap_or_default().to_owned(),
+                _ => without_shard(constraint.unwrap_or_default()).to_owned(),
+            },
         })
     }
 
@@ -84,7 +89,95 @@ impl ConstraintViolation {
 
 /// Whether `error` reports a violation of this constraint.
 pub(crate) fn violates(error: &Error, constraint: &str) -> bool {
-    matches!(error, Error::DatabaseError(_, info) if info.constraint_name() == Some(constraint))
+    matches!(
+        error,
+        Error::DatabaseError(_, info) if info.constraint_name().map(without_shard) == Some(constraint)
+    )
+}
+
+/// Takes the number of a Citus shard off a name: `_` and five or more digits. No name of this schema
+/// ends like that.
+fn without_shard(name: &str) -> &str {
+    let plain = name.trim_end_matches(|letter: char| letter.is_ascii_digit());
+    match plain.strip_suffix('_') {
+        Some(plain) if name.len() - plain.len() > 5 && !plain.is_empty() => plain,
+        _ => name,
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test that can't go on panics")]
+mod tests {
+    use diesel::result::DatabaseErrorInformation;
+
+    use super::*;
+
+    struct Violated(&'static str, &'static str);
+
+    impl DatabaseErrorInformation for Violated {
+        fn message(&self) -> &str {
+            "duplicate key value violates unique constraint"
+        }
+        fn details(&self) -> Option<&str> {
+            None
+        }
+        fn hint(&self) -> Option<&str> {
+            None
+        }
+        fn table_name(&self) -> Option<&str> {
+            Some(self.0)
+        }
+        fn column_name(&self) -> Option<&str> {
+            Some("line_10000")
+        }
+        fn constraint_name(&self) -> Option<&str> {
+            Some(self.1)
+        }
+        fn statement_position(&self) -> Option<i32> {
+            None
+        }
+    }
+
+    #[test]
+    fn the_number_of_a_shard_is_taken_off() {
+        for (table, name, plain_table, plain) in [
+            ("users", "users_email_key", "users", "users_email_key"),
+            (
+                "users_102008",
+                "users_email_key_102038",
+                "users",
+                "users_email_key",
+            ),
+            (
+                "users_10200",
+                "users_email_key_10203",
+                "users",
+                "users_email_key",
+            ),
+            (
+                "users_2",
+                "users_email_key_1020",
+                "users_2",
+                "users_email_key_1020",
+            ),
+            ("users102008", "users102038", "users102008", "users102038"),
+            ("102008", "_102038", "102008", "_102038"),
+        ] {
+            let of = |kind| Error::DatabaseError(kind, Box::new(Violated(table, name)));
+            let error = of(DatabaseErrorKind::UniqueViolation);
+            let violation = ConstraintViolation::of(&error).unwrap();
+            assert_eq!(
+                (&*violation.table, &*violation.constraint),
+                (plain_table, plain)
+            );
+            assert!(violates(&error, plain) && !violates(&error, "users"));
+            let null = ConstraintViolation::of(&of(DatabaseErrorKind::NotNullViolation)).unwrap();
+            assert_eq!(
+                (&*null.table, &*null.constraint),
+                (plain_table, "line_10000")
+            );
+        }
+    }
 }
 /// A span of time was negative. It would point to the future, and a purge would delete live rows.
 ///

@@ -29,9 +29,6 @@ mod configured {
     /// Name of the binary.
     pub const PROGRAM: &str = "bruhmcp-db";
 
-    /// Key of the advisory lock: "bruhmcpd" in ASCII.
-    const LOCK_KEY: i64 = i64::from_be_bytes(*b"bruhmcpd");
-
     /// Returns a runner of [`MIGRATIONS`] for the database at `url`. Connects only when it is used.
     ///
     /// ```no_run
@@ -42,11 +39,12 @@ mod configured {
     /// # Ok::<(), bruhmcp_db::migrations::Error>(())
     /// ```
     ///
+    /// With [`schema`](Runner::schema) it is the runner of a cell.
+    ///
     /// # Errors
     /// [`Error::Url`].
     pub fn runner(url: &str) -> Result<Runner, Error> {
         Ok(Runner::new(PROGRAM, url, MIGRATIONS)?
-            .lock_key(LOCK_KEY)
             .expect_catalogue(CATALOGUE)
             .roles(
                 &["app_admin", "app_user"],

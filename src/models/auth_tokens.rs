@@ -2,11 +2,11 @@
 
 use chrono::{DateTime, TimeDelta, Utc};
 use diesel::connection::{AnsiTransactionManager, TransactionManager};
-use diesel::dsl::{case_when, not, now, sql, sum};
+use diesel::dsl::{not, now, sql, sum};
 use diesel::pg::Pg;
 use diesel::prelude::*;
 use diesel::result::Error;
-use diesel::sql_types::{BigInt, Interval, Nullable, SmallInt, Timestamptz};
+use diesel::sql_types::{BigInt, Interval, Nullable, Timestamptz};
 use serde::Serialize;
 
 use crate::enums::AuthTokenType;
@@ -359,19 +359,23 @@ impl AuthToken {
         user_id: UserId,
         guess: &HashedToken,
     ) -> QueryResult<Option<Self>> {
-        let right = || auth_tokens::token.eq(&guess.digest);
-        let wrong = case_when(right(), 0_i16.into_sql::<SmallInt>())
-            .otherwise(1_i16.into_sql::<SmallInt>());
-        diesel::update(auth_tokens::table)
-            .filter(auth_tokens::user_id.eq(user_id))
-            .filter(auth_tokens::type_.eq(guess.type_))
-            .filter(not(auth_tokens::is_used))
-            .filter(auth_tokens::expires_at.gt(now))
-            .set((
-                auth_tokens::is_used.eq(right()),
-                auth_tokens::used_at.eq(case_when(right(), now.into_sql::<Timestamptz>())),
-                auth_tokens::attempts.eq(auth_tokens::attempts + wrong),
-            ))
+        let live = || {
+            auth_tokens::table
+                .filter(auth_tokens::user_id.eq(user_id))
+                .filter(auth_tokens::type_.eq(guess.type_))
+                .filter(not(auth_tokens::is_used))
+                .filter(auth_tokens::expires_at.gt(now))
+        };
+        let right = diesel::update(live().filter(auth_tokens::token.eq(&guess.digest)))
+            .set((auth_tokens::is_used.eq(true), auth_tokens::used_at.eq(now)))
+            .returning(Self::as_returning())
+            .get_result(conn)
+            .optional()?;
+        if right.is_some() {
+            return Ok(right);
+        }
+        diesel::update(live())
+            .set(auth_tokens::attempts.eq(auth_tokens::attempts + 1))
             .returning(Self::as_returning())
             .get_result(conn)
             .optional()

@@ -254,7 +254,7 @@ fn a_page_reads_no_more_than_its_rows() {
 }
 
 #[test]
-fn the_summary_counts_by_operation_status_and_method() {
+pub(crate) fn the_summary_counts_by_operation_status_and_method() {
     let database = database();
     let conn = &mut database.connect();
     let instance = InstanceId::new();
@@ -542,7 +542,7 @@ fn the_service_does_not_maintain_the_log() {
 }
 
 #[test]
-fn old_rows_are_purged_in_batches() {
+pub(crate) fn old_rows_are_purged_in_batches() {
     let database = database();
     let conn = &mut database.connect();
     let instance = InstanceId::new();

@@ -104,7 +104,7 @@ fn instrumentation_sees_no_card_token() {
 }
 
 #[test]
-fn cards_come_and_go() {
+pub(crate) fn cards_come_and_go() {
     let database = database();
     let conn = &mut database.connect();
     let user = billed(conn);
@@ -269,7 +269,7 @@ fn a_token_is_not_shown() {
 }
 
 #[test]
-fn concurrent_changes_of_cards_are_not_lost() {
+pub(crate) fn concurrent_changes_of_cards_are_not_lost() {
     let database = database();
     let conn = &mut database.connect();
     let user = billed(conn);

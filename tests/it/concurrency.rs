@@ -63,7 +63,7 @@ fn one_of_32_succeeds<T: Sync>(
 }
 
 #[test]
-fn of_32_creates_one_succeeds() {
+pub(crate) fn of_32_creates_one_succeeds() {
     one_of_32_succeeds(
         |_, _, _| (),
         |conn, user, service, (), _| create(conn, user, service).map(drop),
@@ -71,7 +71,7 @@ fn of_32_creates_one_succeeds() {
 }
 
 #[test]
-fn of_32_activations_one_succeeds() {
+pub(crate) fn of_32_activations_one_succeeds() {
     one_of_32_succeeds(
         |conn, user, service| [(); 32].map(|()| create_inactive(conn, user, service)),
         |conn, user, _, ids, n| McpInstance::activate(conn, ids[n], user).map(drop),
@@ -79,7 +79,7 @@ fn of_32_activations_one_succeeds() {
 }
 
 #[test]
-fn of_32_authorizations_one_succeeds() {
+pub(crate) fn of_32_authorizations_one_succeeds() {
     one_of_32_succeeds(
         |conn, user, service| [(); 32].map(|()| create_pending(conn, user, service)),
         |conn, user, _, ids, n| authorize(conn, user, ids[n], OauthStatus::Completed).map(drop),
@@ -150,7 +150,7 @@ fn unsynced(database: &TestDatabase) -> String {
 }
 
 #[test]
-fn the_copy_of_the_status_follows_at_each_isolation_level() {
+pub(crate) fn the_copy_of_the_status_follows_at_each_isolation_level() {
     let database = support::database();
     let conn = &mut database.connect();
     let user = pro_user(conn);
@@ -498,7 +498,7 @@ fn a_thousand_mixed_operations_do_not_deadlock() {
 }
 
 #[test]
-fn two_users_of_one_service_do_not_wait_for_each_other() {
+pub(crate) fn two_users_of_one_service_do_not_wait_for_each_other() {
     let database = support::database();
     let (a, b) = (&mut database.connect(), &mut database.connect());
     let (user_a, user_b) = (user(a), user(b));
@@ -561,7 +561,7 @@ fn calls_are_counted_in_place() {
 }
 
 #[test]
-fn calls_from_everywhere_are_all_counted() {
+pub(crate) fn calls_from_everywhere_are_all_counted() {
     let database = support::database();
     let conn = &mut database.connect();
     let (user, gmail) = (user(conn), service(conn, "gmail", 4001));

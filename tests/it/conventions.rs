@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::difference::assert_same_set;
-use crate::support::{TestDatabase, database};
+use crate::support::{TestDatabase, database, up_sql};
 
 /// Tables and views of the crate. Here and below, a partition is part of its table.
 const RELATIONS: &str =
@@ -179,6 +179,220 @@ fn definer_functions_are_shut() {
           WHERE pronamespace = 'public'::regnamespace AND NOT prosecdef
             AND prosrc ~* '(insert into|update|delete from) +(users|user_plans|mcp_)'",
     );
+}
+
+/// The tokens of a statement: words in lower case and signs, without texts and comments.
+fn tokens(sql: &str) -> Vec<String> {
+    let mut tokens = Vec::new();
+    let mut rest = sql;
+    while let Some(first) = rest.chars().next() {
+        let is_word = |c: char| c.is_alphanumeric() || c == '_' || c == '$';
+        let end = if rest.starts_with("--") {
+            rest.find('\n').unwrap_or(rest.len())
+        } else if first == '\'' {
+            rest[1..].find('\'').map_or(rest.len(), |end| end + 2)
+        } else if is_word(first) {
+            rest.find(|c| !is_word(c)).unwrap_or(rest.len())
+        } else {
+            first.len_utf8()
+        };
+        let (token, after) = rest.split_at(end);
+        if is_word(first) || first.is_ascii_punctuation() && !token.starts_with(['\'', '"', '-']) {
+            tokens.push(token.to_lowercase());
+        }
+        rest = after;
+    }
+    tokens
+}
+
+/// The tokens of each CASE and COALESCE.
+fn conditionals(tokens: &[String]) -> Vec<&[String]> {
+    let mut found = Vec::new();
+    for (begin, token) in tokens.iter().enumerate() {
+        let (open, close) = match &**token {
+            "case" => ("case", "end"),
+            "coalesce" => ("(", ")"),
+            _ => continue,
+        };
+        let mut depth = 0;
+        for (end, token) in tokens.iter().enumerate().skip(begin) {
+            depth += i32::from(token == open) - i32::from(token == close);
+            if depth == 0 && token == close {
+                found.push(&tokens[begin..=end]);
+                break;
+            }
+        }
+    }
+    found
+}
+
+/// What Citus refuses in a statement that writes, of functions by their volatility.
+fn refused_by_citus(tokens: &[String], mutable: &BTreeMap<String, String>) -> Vec<String> {
+    let has = |word: &str| tokens.iter().position(|token| token == word);
+    let is_update = has("update")
+        .zip(has("set"))
+        .is_some_and(|(at, set)| at < set);
+    if has("insert").is_none() && has("delete").is_none() && !is_update {
+        return Vec::new();
+    }
+    let mut refused = Vec::new();
+    let calls = |tokens: &[String], volatility: &[&str]| -> Vec<String> {
+        let followed = tokens.windows(2).filter(|pair| pair[1] == "(");
+        let called = followed.map(|pair| &pair[0]).filter(|name| {
+            let of = mutable.get(*name);
+            of.is_some_and(|of| volatility.iter().any(|one| of.contains(one)))
+        });
+        called.cloned().collect()
+    };
+    refused.extend(calls(tokens, &["v"]));
+    for part in conditionals(tokens) {
+        refused.extend(calls(part, &["v", "s"]));
+        let not_immutable =
+            |word: &&String| ["select", "now"].contains(&&***word) || word.starts_with("current_");
+        refused.extend(part.iter().filter(not_immutable).cloned());
+    }
+    if let Some(insert) = has("insert") {
+        let mut depth = 0;
+        for token in &tokens[insert..] {
+            depth += i32::from(token == "(") - i32::from(token == ")");
+            match &**token {
+                "select" if depth == 0 => refused.push("insert … select".to_owned()),
+                _ if depth < 0 => break,
+                _ => {}
+            }
+        }
+    }
+    refused
+}
+
+/// Functions that are not immutable, with their volatility.
+fn mutable_functions() -> BTreeMap<String, String> {
+    let functions = "SELECT proname, string_agg(DISTINCT provolatile::text, '') FROM pg_proc
+                      WHERE provolatile <> 'i' GROUP BY proname";
+    let lines = lines(&database(), functions);
+    let pairs = lines.iter().map(|line| line.split_once('|').unwrap());
+    pairs
+        .map(|(name, of)| (name.to_owned(), of.to_owned()))
+        .collect()
+}
+
+#[test]
+fn what_citus_refuses_is_found() {
+    let mutable = mutable_functions();
+    let found = |sql: &str| refused_by_citus(&tokens(sql), &mutable);
+    for (sql, refused) in [
+        (
+            "UPDATE a SET b = clock_timestamp()",
+            &["clock_timestamp"][..],
+        ),
+        (
+            "UPDATE \"a\" SET b = CASE WHEN c = $1 THEN now() ELSE d END",
+            &["now", "now"],
+        ),
+        ("UPDATE a SET b = COALESCE(d, (SELECT 1))", &["select"]),
+        (
+            "UPDATE a SET b = CASE WHEN c THEN CURRENT_TIMESTAMP END",
+            &["current_timestamp"],
+        ),
+        (
+            "WITH x AS (DELETE FROM a RETURNING *) INSERT INTO b SELECT * FROM x",
+            &["insert … select"],
+        ),
+        (
+            "WITH x AS (INSERT INTO b (c) SELECT d FROM a) SELECT 1",
+            &["insert … select"],
+        ),
+        (
+            "INSERT INTO b VALUES ($1, gen_random_uuid())",
+            &["gen_random_uuid"],
+        ),
+        (
+            "INSERT INTO b (c) VALUES ((SELECT max(c) FROM d), 'random()')",
+            &[],
+        ),
+        (
+            "UPDATE a SET b = now(), c = CASE WHEN d THEN 1 ELSE 2 END -- random()",
+            &[],
+        ),
+        (
+            "WITH x AS (SELECT a FROM b FOR UPDATE) SELECT set_config('a', 'b', true)",
+            &[],
+        ),
+        ("WITH x AS (INSERT INTO b VALUES (1)) SELECT 1", &[]),
+    ] {
+        assert_eq!(found(sql), refused, "{sql}");
+    }
+}
+
+/// Cells can be placed on several machines by Citus, which refuses what is searched for here.
+#[cfg(feature = "crypto")]
+#[test]
+fn operations_do_without_what_citus_refuses() {
+    let mutable = mutable_functions();
+    let statements = crate::locks::statements();
+    assert!(statements.len() > 100, "{statements:#?}");
+    let refused: Vec<_> = statements
+        .iter()
+        .map(|(sql, operation)| (operation, sql, refused_by_citus(&tokens(sql), &mutable)))
+        .filter(|(.., refused)| !refused.is_empty())
+        .collect();
+    assert!(refused.is_empty(), "{refused:#?}");
+
+    // Statements that no case of an operation comes to: at least those that are written in one piece.
+    for file in rust_files(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src/models")) {
+        let text = fs::read_to_string(&file).unwrap();
+        let mut words = text.split(|c: char| !(c.is_alphanumeric() || c == '_'));
+        let volatile = ["clock_timestamp", "nextval", "timeofday", "txid_current"];
+        let found = words.find(|word| volatile.contains(word));
+        assert_eq!(found, None, "{}", file.display());
+        for (at, _) in text.match_indices("case_when(") {
+            let end = text[at..].find(';').map_or(text.len(), |end| at + end);
+            let tokens = tokens(&text[at..end]);
+            let mut depth = 0;
+            let end = tokens.iter().position(|token| {
+                depth += i32::from(token == "(") - i32::from(token == ")");
+                depth < 0
+            });
+            let inside = &tokens[..end.unwrap_or(tokens.len())];
+            for word in ["now", "exists", "select", "sql"] {
+                let found = inside.iter().any(|token| token == word);
+                assert!(!found, "{word} in a CASE in {}: {inside:?}", file.display());
+            }
+        }
+    }
+}
+
+/// Citus adds `_` and the number of a shard, and cuts a name that becomes too long.
+#[test]
+fn a_constraint_leaves_room_for_the_number_of_a_shard() {
+    none(
+        "SELECT conname FROM pg_constraint
+          WHERE connamespace = 'public'::regnamespace AND octet_length(conname) > 56
+          UNION
+         SELECT relname FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid
+          WHERE relnamespace = 'public'::regnamespace AND indisunique
+            AND octet_length(relname) > 56",
+    );
+}
+
+/// Citus refuses ADD CONSTRAINT beside another change.
+#[test]
+fn a_constraint_is_added_alone() {
+    for path in up_sql() {
+        let text = fs::read_to_string(&path).unwrap();
+        for statement in tokens(&text).split(|token| token == ";") {
+            let is_added = |pair: &[String]| pair[0] == "add" && pair[1] == "constraint";
+            if !statement.windows(2).any(is_added) {
+                continue;
+            }
+            let mut depth = 0;
+            let commas = statement.iter().filter(|token| {
+                depth += i32::from(*token == "(") - i32::from(*token == ")");
+                depth == 0 && *token == ","
+            });
+            assert_eq!(commas.count(), 0, "{}: {statement:?}", path.display());
+        }
+    }
 }
 
 /// Deleting a user or a service never deletes a financial row or an instance of another user.

@@ -1071,7 +1071,8 @@ impl Bouncer {
         fs::create_dir(&folder).unwrap();
         fs::set_permissions(&folder, fs::Permissions::from_mode(0o777)).unwrap();
         let path = folder.display();
-        fs::write(folder.join("users"), "\"postgres\" \"\"\n").unwrap();
+        let users = ["postgres", "app_c7", "app_c8"].map(|user| format!("\"{user}\" \"\"\n"));
+        fs::write(folder.join("users"), users.concat()).unwrap();
         fs::write(
             folder.join("ini"),
             format!(
@@ -1119,9 +1120,13 @@ impl Bouncer {
     }
 
     pub(crate) fn url(&self, database: &Database) -> String {
+        self.url_of(database.name(), "postgres")
+    }
+
+    /// The URL of a database as PgBouncer names it.
+    pub(crate) fn url_of(&self, database: &str, user: &str) -> String {
         let url = format!(
-            "postgresql:///{}?host={}&port=6432&user=postgres",
-            database.name(),
+            "postgresql:///{database}?host={}&port=6432&user={user}",
             self.folder.display()
         );
         until("pgbouncer's start", || {

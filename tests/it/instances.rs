@@ -143,7 +143,7 @@ fn a_disabled_service_stays_disabled_and_takes_no_new_instance() {
 }
 
 #[test]
-fn an_instance_with_an_api_key_counts_at_once() {
+pub(crate) fn an_instance_with_an_api_key_counts_at_once() {
     let database = support::database();
     let conn = &mut database.connect();
     let (user, gmail) = (user(conn), service(conn, "gmail", 4001));
@@ -201,7 +201,7 @@ pub(crate) fn delete_plan(database: &TestDatabase, user: UserId) {
 }
 
 #[test]
-fn an_expired_or_missing_plan_allows_no_activation() {
+pub(crate) fn an_expired_or_missing_plan_allows_no_activation() {
     let database = support::database();
     let conn = &mut database.connect();
     let (user, gmail) = (user(conn), service(conn, "gmail", 4001));
@@ -714,7 +714,7 @@ fn an_instance_is_deleted_by_its_owner_with_its_credentials() {
 }
 
 #[test]
-fn two_instances_are_swapped_under_the_limit() {
+pub(crate) fn two_instances_are_swapped_under_the_limit() {
     let database = support::database();
     let conn = &mut database.connect();
     let (owner, other) = (user(conn), user(conn));

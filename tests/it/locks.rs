@@ -1,10 +1,11 @@
 //! The lock order: no two operations on one user's rows run into a deadlock, alone or composed in a
 //! transaction.
 
+use std::collections::BTreeSet;
 use std::error::Error;
 use std::fmt::Write;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Barrier, LazyLock};
+use std::sync::{Barrier, LazyLock, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -925,6 +926,27 @@ fn race_all(pairs: &[[Side; 2]], rounds: usize) {
         "{deadlocks} deadlocks:\n{}",
         wrong.join("\n")
     );
+}
+
+/// The statements of every operation that writes, each with the operation's name.
+pub(crate) fn statements() -> BTreeSet<(String, &'static str)> {
+    let mut lane = Lane::new(0);
+    let conn = &mut lane.database.connect_as_owner();
+    let (sender, seen) = mpsc::channel();
+    for operation in OPERATIONS {
+        conn.batch_execute(&USER_WITH_ROWS).unwrap();
+        Side::Alone(operation).arrange(conn);
+        let sender = sender.clone();
+        lane.racers[0].set_instrumentation(move |event: InstrumentationEvent<'_>| {
+            if let InstrumentationEvent::StartQuery { query, .. } = event {
+                let query = query.to_string();
+                let sql = query.split(" -- binds: ").next().unwrap_or_default();
+                sender.send((sql.to_owned(), operation.name)).unwrap();
+            }
+        });
+        assert!(matches!((operation.run)(&mut lane.racers[0]), Ok(true)));
+    }
+    seen.try_iter().collect()
 }
 
 #[test]

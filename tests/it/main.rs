@@ -10,11 +10,15 @@ mod backend;
 mod batches;
 mod billing;
 #[cfg(feature = "cli")]
+mod cells;
+#[cfg(feature = "cli")]
 mod cli;
 mod concurrency;
 mod conventions;
 mod credits;
 mod difference;
+#[cfg(all(feature = "crypto", feature = "migrator"))]
+mod directory;
 mod enums;
 // Limits and poolers are set up the Linux way.
 #[cfg(all(feature = "cli", target_os = "linux"))]

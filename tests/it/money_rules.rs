@@ -92,7 +92,7 @@ fn what_a_transaction_is_never_changes() {
 
 /// Every step from every status to every other.
 #[test]
-fn a_status_moves_forwards_only() {
+pub(crate) fn a_status_moves_forwards_only() {
     let database = database();
     let conn = &mut database.connect();
     let user = user(conn);
@@ -227,7 +227,7 @@ fn a_payment_that_fails_meanwhile_is_not_refunded() {
 }
 
 #[test]
-fn refunds_never_exceed_their_payment() {
+pub(crate) fn refunds_never_exceed_their_payment() {
     const RULE: &str = "subscription_transactions_refund_exceeds";
     let database = database();
     let conn = &mut database.connect();
@@ -272,7 +272,7 @@ fn refunds_never_exceed_their_payment() {
 
 /// Refunds by the crate and by plain SQL, new ones and failed ones that succeed after all.
 #[test]
-fn refunds_at_once_never_exceed_their_payment() {
+pub(crate) fn refunds_at_once_never_exceed_their_payment() {
     let database = database();
     let conn = &mut database.connect();
     let user = user(conn);
@@ -573,7 +573,7 @@ const NOT_NUMBERS: [&str; 12] = [
 ];
 
 #[test]
-fn a_card_number_is_refused_wherever_it_is() {
+pub(crate) fn a_card_number_is_refused_wherever_it_is() {
     let database = database();
     let conn = &mut database.connect();
     let user = billed(conn);
@@ -711,7 +711,7 @@ fn a_card_number_does_not_reach_the_server() {
 }
 
 #[test]
-fn the_default_card_is_one_of_the_cards() {
+pub(crate) fn the_default_card_is_one_of_the_cards() {
     const RULE: &str = "user_billing_details_default_card";
     let database = database();
     let conn = &mut database.connect();

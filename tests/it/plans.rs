@@ -87,7 +87,7 @@ fn an_upgrade_is_refused() {
 }
 
 #[test]
-fn a_downgrade_switches_the_surplus_off() {
+pub(crate) fn a_downgrade_switches_the_surplus_off() {
     let database = support::database();
     let conn = &mut database.connect();
     let user = pro_user(conn);
@@ -145,7 +145,7 @@ fn a_downgrade_switches_the_surplus_off() {
 }
 
 #[test]
-fn a_plan_past_its_end_expires() {
+pub(crate) fn a_plan_past_its_end_expires() {
     let database = support::database();
     let conn = &mut database.connect();
     let gmail = service(conn, "gmail", 4001);

@@ -482,7 +482,7 @@ fn violation(conn: &mut PgConnection, sql: &str) -> ConstraintViolation {
 }
 
 #[test]
-fn each_violated_constraint_is_named() {
+pub(crate) fn each_violated_constraint_is_named() {
     assert_violations(&mut database_with_rows().connect_as_owner());
 }
 
@@ -581,7 +581,7 @@ fn each_violated_constraint_exists() {
 
 /// Statements that look similar but violate nothing.
 #[test]
-fn what_is_allowed_is_allowed() {
+pub(crate) fn what_is_allowed_is_allowed() {
     let database = database_with_rows();
     let conn = &mut database.connect_as_owner();
     for sql in [

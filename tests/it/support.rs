@@ -1,12 +1,13 @@
 //! Databases for the tests: one server for the whole process, one database per test.
 
+use std::cell::Cell;
 use std::env;
 use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::sync::{Barrier, LazyLock};
+use std::sync::{Arc, Barrier, LazyLock};
 use std::thread;
 
 use bruhmcp_db::migrations::MIGRATIONS;
@@ -15,7 +16,7 @@ use diesel::connection::SimpleConnection;
 use diesel::dsl::{select, sql};
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
-use diesel::sql_types::Text;
+use diesel::sql_types::{Bool, Text};
 use diesel_migrations::MigrationHarness;
 
 static SERVER: LazyLock<Server> =
@@ -24,12 +25,99 @@ static SERVER: LazyLock<Server> =
 /// Migrated once, with the rights of production, then only copied.
 static TEMPLATE: LazyLock<Database> = LazyLock::new(|| {
     let template = SERVER.create_database().unwrap();
-    migrate(&template);
+    migrate(&template.url());
     if *ROLES {
-        grant(&template);
+        grant(&template.url());
     }
     template
 });
+
+/// As [`TEMPLATE`], with the tables in two cells, `c7` and `c8`, and none in `public`.
+static CELLS: LazyLock<Database> = LazyLock::new(|| two_cells(&SERVER));
+
+fn two_cells(server: &Server) -> Database {
+    let database = server.create_database().unwrap();
+    for cell in ["c7", "c8"] {
+        create_cell(&database.url(), cell);
+        let url = in_schema(&database.url(), cell);
+        migrate(&url);
+        if *ROLES {
+            grant(&url);
+        }
+    }
+    database
+}
+
+thread_local! {
+    static IN_CELL: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Refuses every write to the tables of a schema.
+const CLOSED: &str = "
+    CREATE FUNCTION refuse_write() RETURNS trigger LANGUAGE plpgsql AS
+        $$BEGIN RAISE 'a write in another cell'; END$$;
+    DO $$
+    DECLARE name name;
+    BEGIN
+        FOR name IN
+            SELECT relname FROM pg_class
+             WHERE relnamespace = current_schema::regnamespace AND relkind IN ('r', 'p')
+        LOOP
+            EXECUTE format(
+                'CREATE TRIGGER closed BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE ON %I
+                     EXECUTE FUNCTION refuse_write()', name);
+        END LOOP;
+    END$$";
+
+/// Runs a test of another module in the cell `c7`: there is the [`database`] that it gets. The cell
+/// beside it is empty and refuses writes.
+#[cfg(feature = "cli")]
+pub(crate) fn in_cell(test: impl FnOnce()) {
+    IN_CELL.set(true);
+    test();
+    IN_CELL.set(false);
+}
+
+/// Whether the server has loaded Citus.
+static CITUS: LazyLock<bool> = LazyLock::new(|| {
+    let is_loaded = "current_setting('citus.enable_schema_based_sharding', true) IS NOT NULL";
+    let database = SERVER.create_database().unwrap();
+    let conn = &mut PgConnection::establish(&database.url()).unwrap();
+    select(sql::<Bool>(is_loaded)).get_result(conn).unwrap()
+});
+
+/// Creates the schema of a cell, on Citus as a distributed one.
+pub(crate) fn create_cell(url: &str, name: &str) {
+    let conn = &mut PgConnection::establish(url).unwrap();
+    if *CITUS {
+        conn.batch_execute(
+            "CREATE EXTENSION IF NOT EXISTS citus;
+             SET citus.enable_schema_based_sharding = on;
+             DO $$BEGIN
+                 EXECUTE format(
+                     'ALTER DATABASE %I SET citus.enable_unsafe_triggers = on', current_database());
+             END$$",
+        )
+        .unwrap();
+    }
+    conn.batch_execute(&format!(r#"CREATE SCHEMA "{name}""#))
+        .unwrap();
+}
+
+/// The URL of a session whose `search_path` is this schema.
+fn in_schema(url: &str, schema: &str) -> String {
+    with_options(url, &format!("-csearch_path=\"{schema}\""))
+}
+
+fn with_options(url: &str, options: &str) -> String {
+    let encoded = options
+        .replace('%', "%25")
+        .replace(' ', "%20")
+        .replace('"', "%22")
+        .replace('=', "%3D");
+    let separator = if url.contains('?') { '&' } else { '?' };
+    format!("{url}{separator}options={encoded}")
+}
 
 pub(crate) const ROLES_SQL: &str = include_str!("../../migrations/roles.sql");
 
@@ -69,15 +157,15 @@ pub(crate) fn create_roles(conn: &mut PgConnection) -> bool {
     })
 }
 
-fn migrate(database: &Database) {
-    PgConnection::establish(&database.url())
+fn migrate(url: &str) {
+    PgConnection::establish(url)
         .unwrap()
         .run_pending_migrations(MIGRATIONS)
         .unwrap();
 }
 
-fn grant(database: &Database) {
-    PgConnection::establish(&database.url())
+fn grant(url: &str) {
+    PgConnection::establish(url)
         .unwrap()
         .batch_execute(ROLES_SQL)
         .unwrap();
@@ -99,25 +187,51 @@ pub(crate) fn as_admin<T>(conn: &mut PgConnection, work: impl FnOnce(&mut PgConn
 }
 
 /// A database that is dropped when the test ends.
-pub(crate) struct TestDatabase(Database);
+pub(crate) struct TestDatabase {
+    database: Arc<Database>,
+    /// The schema of all that this value does.
+    cell: Option<&'static str>,
+}
 
 /// A database with all migrations applied.
 pub(crate) fn database() -> TestDatabase {
-    TestDatabase(SERVER.create_database_from(&TEMPLATE).unwrap())
+    if IN_CELL.get() {
+        let cells = cells();
+        cells.cell("c8").psql(CLOSED).unwrap();
+        return cells.cell("c7");
+    }
+    SERVER.create_database_from(&TEMPLATE).unwrap().into()
+}
+
+/// A database with all migrations applied in each of the cells `c7` and `c8`.
+pub(crate) fn cells() -> TestDatabase {
+    if *CITUS {
+        // What Citus knows about a database is not copied with it.
+        return two_cells(&SERVER).into();
+    }
+    SERVER.create_database_from(&CELLS).unwrap().into()
+}
+
+/// As [`cells`], on a private server, with the roles of production.
+#[cfg(all(feature = "cli", feature = "crypto", target_os = "linux"))]
+pub(crate) fn cells_on(server: &Server) -> TestDatabase {
+    let database = server.create_database().unwrap();
+    create_roles(&mut PgConnection::establish(&database.url()).unwrap());
+    two_cells(server).into()
 }
 
 /// As [`database`], on a private server.
 pub(crate) fn database_on(server: &Server) -> TestDatabase {
     let database = server.create_database().unwrap();
-    migrate(&database);
+    migrate(&database.url());
     create_roles(&mut PgConnection::establish(&database.url()).unwrap());
-    grant(&database);
-    TestDatabase(database)
+    grant(&database.url());
+    database.into()
 }
 
 /// An empty database.
 pub(crate) fn empty_database() -> TestDatabase {
-    TestDatabase(SERVER.create_database().unwrap())
+    SERVER.create_database().unwrap().into()
 }
 
 /// The `up.sql` of each migration, in the order they run.
@@ -176,22 +290,42 @@ pub(crate) fn skipped(reason: &str) {
 
 impl From<Database> for TestDatabase {
     fn from(database: Database) -> Self {
-        Self(database)
+        Self {
+            database: Arc::new(database),
+            cell: None,
+        }
     }
 }
 
 impl TestDatabase {
+    /// The same database, where this schema is the `search_path` of every session.
+    pub(crate) fn cell(&self, schema: &'static str) -> Self {
+        Self {
+            database: Arc::clone(&self.database),
+            cell: Some(schema),
+        }
+    }
+
+    /// Its name on the server.
+    #[cfg(all(feature = "cli", feature = "crypto", target_os = "linux"))]
+    pub(crate) fn name(&self) -> &str {
+        self.database.name()
+    }
+
     /// The owner's URL.
     pub(crate) fn url(&self) -> String {
-        self.0.url()
+        let url = self.database.url();
+        self.cell.map_or(url.clone(), |cell| in_schema(&url, cell))
     }
 
     /// The URL of a service, which acts as `app_user`. Keeps what PGOPTIONS says.
     pub(crate) fn app_url(&self) -> String {
         if *ROLES {
-            let options = env::var("PGOPTIONS").unwrap_or_default();
-            let options = options.replace(' ', "%20").replace('=', "%3D");
-            self.url_with(&format!("options={options}%20-crole%3Dapp_user"))
+            let mut options = env::var("PGOPTIONS").unwrap_or_default() + " -crole=app_user";
+            if let Some(cell) = self.cell {
+                options += &format!(" -csearch_path=\"{cell}\"");
+            }
+            with_options(&self.database.url(), &options)
         } else {
             self.url()
         }
@@ -216,7 +350,11 @@ impl TestDatabase {
 
     /// Returns what `pg_dump` prints with these arguments; equal for equal contents.
     pub(crate) fn dump(&self, args: &[&str]) -> String {
-        let dump = result(self.0.client("pg_dump").args(args).output().unwrap()).unwrap();
+        let mut dump = self.database.client("pg_dump");
+        if let Some(cell) = self.cell {
+            dump.arg(format!("--schema=\"{cell}\""));
+        }
+        let dump = result(dump.args(args).output().unwrap()).unwrap();
         // `\restrict` and `\unrestrict` have a random key.
         let lines = dump
             .split_inclusive('\n')
@@ -244,7 +382,10 @@ impl TestDatabase {
     }
 
     fn psql_command(&self, file: impl AsRef<OsStr>) -> Command {
-        let mut psql = self.0.client("psql");
+        let mut psql = self.database.client("psql");
+        if let Some(cell) = self.cell {
+            psql.env("PGOPTIONS", format!("-csearch_path=\"{cell}\""));
+        }
         psql.args([
             "-XAtq",
             "--set=ON_ERROR_STOP=1",

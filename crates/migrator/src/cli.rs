@@ -1,6 +1,7 @@
 //! The command line: `run`, `revert`, `redo`, `status`, `plan`, `adopt`, `verify` and `grant`.
 //! `--help` lists the exit codes.
 
+use std::collections::BTreeSet;
 use std::env;
 use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
@@ -16,6 +17,7 @@ use serde_json::{Value, json};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
+use crate::error::quoted;
 use crate::{
     Cause, Direction, Error, Event, Extent, Granted, Plan, Preflight, Refusal, Report, Reversal,
     Runner, Status, Verification,
@@ -70,6 +72,13 @@ struct Cli {
     /// Bound of a whole run, revert or redo. At the bound the migration that runs is cancelled.
     #[arg(long, global = true, value_name = "SECS")]
     timeout: Option<u64>,
+    /// The schema of the tables, whatever the search_path of the role is. Repeat it for more
+    /// schemas. Default: public.
+    #[arg(long, global = true, value_name = "NAME")]
+    schema: Vec<String>,
+    /// Of several schemas, leave those that follow a failed one as they are.
+    #[arg(long, global = true)]
+    fail_fast: bool,
     /// Print one JSON document, also for an error.
     #[arg(long, global = true)]
     json: bool,
@@ -84,6 +93,8 @@ enum Command {
         /// The last version to apply.
         #[arg(long, value_name = "VERSION")]
         to: Option<String>,
+        #[command(flatten)]
+        schemas: SchemasArg,
     },
     /// Revert the newest applied migrations.
     Revert {
@@ -96,7 +107,7 @@ enum Command {
     /// Revert the newest applied migrations, then apply them again.
     Redo(ExtentArgs),
     /// Show applied and pending migrations. Only reads.
-    Status,
+    Status(SchemasArg),
     /// Show what `run` would apply. Only reads.
     Plan {
         /// The last version to apply.
@@ -105,6 +116,8 @@ enum Command {
         /// Print the SQL.
         #[arg(long)]
         sql: bool,
+        #[command(flatten)]
+        schemas: SchemasArg,
     },
     /// Write the rows that a lost __diesel_schema_migrations lacks, if the schema is that of a
     /// version.
@@ -114,9 +127,18 @@ enum Command {
         /// A role that may have any right. Repeat it for more roles.
         #[arg(long, value_name = "ROLE")]
         trust: Vec<String>,
+        #[command(flatten)]
+        schemas: SchemasArg,
     },
     /// Give the program's roles their rights, and only these.
-    Grant,
+    Grant(SchemasArg),
+}
+
+#[derive(Args)]
+struct SchemasArg {
+    /// Every schema that has a migration of this program in its __diesel_schema_migrations.
+    #[arg(long, conflicts_with = "schema")]
+    all: bool,
 }
 
 #[derive(Args)]
@@ -124,7 +146,7 @@ struct ExtentArgs {
     /// How many [default: 1].
     #[arg(short, value_name = "N", conflicts_with = "all")]
     n: Option<usize>,
-    /// All migrations.
+    /// All migrations, of the named schemas.
     #[arg(long)]
     all: bool,
     /// Don't ask before rows or values are lost.
@@ -148,11 +170,23 @@ impl Command {
             Self::Run { .. } => "run",
             Self::Revert { .. } => "revert",
             Self::Redo(_) => "redo",
-            Self::Status => "status",
+            Self::Status(_) => "status",
             Self::Plan { .. } => "plan",
             Self::Adopt => "adopt",
             Self::Verify { .. } => "verify",
-            Self::Grant => "grant",
+            Self::Grant(_) => "grant",
+        }
+    }
+
+    /// Whether it is about every schema.
+    fn is_of_all(&self) -> bool {
+        match self {
+            Self::Run { schemas, .. }
+            | Self::Status(schemas)
+            | Self::Plan { schemas, .. }
+            | Self::Verify { schemas, .. }
+            | Self::Grant(schemas) => schemas.all,
+            Self::Revert { .. } | Self::Redo(_) | Self::Adopt => false,
         }
     }
 }
@@ -168,20 +202,49 @@ enum Answer {
 }
 
 impl Answer {
-    fn show(self) {
+    fn show(self, out: &Output) {
         match self {
-            Self::Report(report) => show_report(&report),
-            Self::Status(status) => show_status(&status),
-            Self::Plan { plan, sql } => show_plan(plan, sql),
-            Self::Adopted(recorded) => show_adopted(&recorded),
-            Self::Verification(verification) => show_verification(&verification),
-            Self::Granted(granted) => show_granted(&granted),
+            Self::Report(report) => show_report(out, &report),
+            Self::Status(status) => show_status(out, &status),
+            Self::Plan { plan, sql } => show_plan(out, plan, sql),
+            Self::Adopted(recorded) => show_adopted(out, &recorded),
+            Self::Verification(verification) => show_verification(out, &verification),
+            Self::Granted(granted) => show_granted(out, &granted),
+        }
+    }
+}
+
+/// Prints about one schema. If it was named, each line begins with its name.
+#[derive(Clone)]
+struct Output {
+    schema: Option<String>,
+}
+
+impl Output {
+    fn say(&self, text: impl Display) {
+        say(self.of_schema(text));
+    }
+
+    fn tell(&self, text: impl Display) {
+        tell(self.of_schema(text));
+    }
+
+    fn of_schema(&self, text: impl Display) -> String {
+        let text = text.to_string();
+        match &self.schema {
+            None => text,
+            Some(schema) => {
+                // A line of its own would not be a comment in the SQL of a plan.
+                let schema = schema.replace(char::is_control, "?");
+                let lines = text.split('\n').map(|line| format!("{schema}: {line}"));
+                lines.collect::<Vec<_>>().join("\n")
+            }
         }
     }
 }
 
 /// Runs the command line of `program`. `runner` creates the configured runner for a database URL.
-pub fn main(program: Program, runner: impl FnOnce(&str) -> Result<Runner, Error>) -> ExitCode {
+pub fn main(program: Program, runner: impl Fn(&str) -> Result<Runner, Error>) -> ExitCode {
     let command = Cli::command()
         .name(program.name)
         .version(program.version)
@@ -205,32 +268,109 @@ pub fn main(program: Program, runner: impl FnOnce(&str) -> Result<Runner, Error>
     .into()
 }
 
-fn run(cli: Cli, runner: impl FnOnce(&str) -> Result<Runner, Error>) -> u8 {
+fn run(cli: Cli, runner: impl Fn(&str) -> Result<Runner, Error>) -> u8 {
     let (json, command) = (cli.json, cli.command.name());
     let signals = Signal::catch(json, command);
-    let answer = execute(cli, &signals, runner);
-    let code = match &answer {
-        Ok(Answer::Status(status)) if status.pending().next().is_some() => PENDING,
-        Ok(Answer::Plan { plan, .. }) if !plan.preflight.obstacles.is_empty() => REFUSED,
-        Ok(Answer::Verification(found)) if found.has_drift() => DRIFT,
-        Ok(Answer::Verification(found)) if !found.pending.is_empty() => PENDING,
-        Ok(_) => DONE,
-        Err(error) => signals.exit_code(error),
-    };
-    if json {
-        say(of_answer(command, code, &answer));
-    }
-    match answer {
-        Ok(answer) if !json => answer.show(),
-        Ok(_) => {}
+    let begin = Instant::now();
+    let are_named = !cli.schema.is_empty() || cli.command.is_of_all();
+    let schemas = match schemas(&cli, &runner) {
+        Ok(schemas) => schemas,
         Err(error) => {
-            if let (false, Some(done)) = (json, error.done()) {
-                show_notes(done);
-            }
+            let code = signals.exit_code(&error);
             tell(format!("error: {error}"));
+            if json {
+                say(of_answer(command, code, &Err(error)));
+            }
+            return code;
+        }
+    };
+    let mut worst = DONE;
+    let mut documents = Vec::new();
+    let mut left = schemas.into_iter();
+    for schema in left.by_ref() {
+        let out = Output { schema };
+        let answer = execute(&cli, &out, &signals, begin, &runner);
+        let code = signals.exit_code_of(&answer);
+        worst = worse(worst, code);
+        if json {
+            documents.push((out.schema.clone(), of_answer(command, code, &answer)));
+        }
+        let failed = answer.is_err();
+        match answer {
+            Ok(answer) if !json => answer.show(&out),
+            Ok(_) => {}
+            Err(error) => {
+                if let (false, Some(done)) = (json, error.done()) {
+                    show_notes(&out, done);
+                }
+                out.tell(format!("error: {error}"));
+            }
+        }
+        if (failed && cli.fail_fast) || signals.stop.load(Ordering::Relaxed) {
+            break;
+        }
+        // A signal can't say any more that nothing was changed.
+        signals.working.store(true, Ordering::Relaxed);
+    }
+    for schema in left {
+        let out = Output { schema };
+        out.tell("not tried.");
+        if signals.stop.load(Ordering::Relaxed) {
+            worst = signals.code.load(Ordering::Relaxed);
+        }
+        let mut untried = document(Some(command), DONE);
+        untried["exit_code"] = Value::Null;
+        documents.push((out.schema, untried));
+    }
+    if json {
+        if are_named {
+            say(of_schemas(command, worst, documents));
+        } else {
+            documents.iter().for_each(|(_, document)| say(document));
         }
     }
-    code
+    worst
+}
+
+/// Returns the schemas that the command is about: `None` is the program's own.
+fn schemas(
+    cli: &Cli,
+    runner: impl Fn(&str) -> Result<Runner, Error>,
+) -> Result<Vec<Option<String>>, Error> {
+    let mut names = cli.schema.clone();
+    if cli.command.is_of_all() {
+        let runner = runner(&url(cli)?)?;
+        names = runner
+            .connect_wait(Duration::from_secs(cli.wait))
+            .schemas()?;
+    }
+    let mut seen = BTreeSet::new();
+    names.retain(|name| seen.insert(name.clone()));
+    if names.is_empty() {
+        return Ok(vec![None]);
+    }
+    Ok(names.into_iter().map(Some).collect())
+}
+
+/// Returns the exit code that says more about what is left to do.
+fn worse(one: u8, other: u8) -> u8 {
+    const ORDER: [u8; 8] = [
+        DONE,
+        PENDING,
+        DRIFT,
+        LOCK_BUSY,
+        REFUSED,
+        NO_CONNECTION,
+        TIMED_OUT,
+        FAILED,
+    ];
+    let rank = |code: u8| {
+        ORDER
+            .iter()
+            .position(|one| *one == code)
+            .unwrap_or(ORDER.len())
+    };
+    if rank(other) > rank(one) { other } else { one }
 }
 
 fn usage(error: &clap::Error) -> u8 {
@@ -259,18 +399,24 @@ fn usage(error: &clap::Error) -> u8 {
     USAGE
 }
 
+fn url(cli: &Cli) -> Result<String, Error> {
+    let url = cli.database_url.clone();
+    let url = url.or_else(|| env::var("DATABASE_URL").ok());
+    url.filter(|url| !url.is_empty())
+        .ok_or(Error::Url("set DATABASE_URL or give --database-url"))
+}
+
+/// Does the work in one schema. The time limit counts from `begin`.
 fn execute(
-    cli: Cli,
+    cli: &Cli,
+    out: &Output,
     signals: &Signal,
-    runner: impl FnOnce(&str) -> Result<Runner, Error>,
+    begin: Instant,
+    runner: impl Fn(&str) -> Result<Runner, Error>,
 ) -> Result<Answer, Error> {
-    let url = cli.database_url.or_else(|| env::var("DATABASE_URL").ok());
-    let url = url
-        .filter(|url| !url.is_empty())
-        .ok_or(Error::Url("set DATABASE_URL or give --database-url"))?;
     let working = Arc::clone(&signals.working);
-    let mut progress = (!cli.json).then(progress);
-    let mut runner = runner(&url)?
+    let mut progress = (!cli.json).then(|| progress(out.clone()));
+    let mut runner = runner(&url(cli)?)?
         .connect_wait(Duration::from_secs(cli.wait))
         .lock_wait(Duration::from_secs(cli.lock_wait))
         .lock_timeout(Duration::from_secs(cli.lock_timeout))
@@ -284,30 +430,33 @@ fn execute(
                 progress(event);
             }
         });
-    if let Some(timeout) = cli.timeout {
-        runner = runner.timeout(Duration::from_secs(timeout));
+    if let Some(schema) = &out.schema {
+        runner = runner.schema(schema);
     }
-    Ok(match cli.command {
-        Command::Run { to } => Answer::Report(runner.run_to(to.as_deref())?),
+    if let Some(timeout) = cli.timeout {
+        runner = runner.timeout(Duration::from_secs(timeout).saturating_sub(begin.elapsed()));
+    }
+    let confirm = |reversal: &Reversal, yes| confirm(out, reversal, yes);
+    Ok(match &cli.command {
+        Command::Run { to, .. } => Answer::Report(runner.run_to(to.as_deref())?),
         Command::Revert { extent, to } => {
-            let steps = to.map_or_else(|| extent.extent(), Extent::To);
+            let steps = to.clone().map_or_else(|| extent.extent(), Extent::To);
             Answer::Report(runner.revert(&steps, |reversal| confirm(reversal, extent.yes))?)
         }
         Command::Redo(extent) => {
-            let confirm = |reversal: &Reversal| confirm(reversal, extent.yes);
-            Answer::Report(runner.redo(&extent.extent(), confirm)?)
+            Answer::Report(runner.redo(&extent.extent(), |reversal| confirm(reversal, extent.yes))?)
         }
-        Command::Status => Answer::Status(runner.status()?),
-        Command::Plan { to, sql } => Answer::Plan {
+        Command::Status(_) => Answer::Status(runner.status()?),
+        Command::Plan { to, sql, .. } => Answer::Plan {
             plan: runner.plan(to.as_deref())?,
-            sql,
+            sql: *sql,
         },
         Command::Adopt => Answer::Adopted(runner.adopt()?),
-        Command::Verify { trust } => {
+        Command::Verify { trust, .. } => {
             runner = trust.iter().fold(runner, |runner, role| runner.trust(role));
             Answer::Verification(runner.verify()?)
         }
-        Command::Grant => Answer::Granted(runner.grant()?),
+        Command::Grant(_) => Answer::Granted(runner.grant()?),
     })
 }
 
@@ -359,6 +508,17 @@ impl Signal {
         caught
     }
 
+    fn exit_code_of(&self, answer: &Result<Answer, Error>) -> u8 {
+        match answer {
+            Ok(Answer::Status(status)) if status.pending().next().is_some() => PENDING,
+            Ok(Answer::Plan { plan, .. }) if !plan.preflight.obstacles.is_empty() => REFUSED,
+            Ok(Answer::Verification(found)) if found.has_drift() => DRIFT,
+            Ok(Answer::Verification(found)) if !found.pending.is_empty() => PENDING,
+            Ok(_) => DONE,
+            Err(error) => self.exit_code(error),
+        }
+    }
+
     fn exit_code(&self, error: &Error) -> u8 {
         match error {
             Error::Url(_) => USAGE,
@@ -386,7 +546,23 @@ fn document(command: Option<&str>, code: u8) -> Value {
         "verification": null,
         "granted": null,
         "error": null,
+        "schemas": null,
     })
+}
+
+/// The document about named schemas: an item for each, with the keys of a document of its own.
+fn of_schemas(command: &str, code: u8, documents: Vec<(Option<String>, Value)>) -> Value {
+    let items = documents.into_iter().map(|(schema, mut item)| {
+        if let Some(item) = item.as_object_mut() {
+            item.remove("command");
+            item.remove("schemas");
+            item.insert("schema".to_owned(), json!(schema));
+        }
+        item
+    });
+    let mut document = document(Some(command), code);
+    document["schemas"] = items.collect();
+    document
 }
 
 fn of_answer(command: &str, code: u8, answer: &Result<Answer, Error>) -> Value {
@@ -432,23 +608,23 @@ fn of_error(command: Option<&str>, code: u8, kind: &str, message: &str) -> Value
     document
 }
 
-fn show_report(report: &Report) {
+fn show_report(out: &Output, report: &Report) {
     if report.steps.is_empty() {
-        say("Nothing to do.");
+        out.say("Nothing to do.");
     }
-    show_notes(report);
-    show_newer(&report.newer);
+    show_notes(out, report);
+    show_newer(out, &report.newer);
 }
 
-fn show_notes(report: &Report) {
+fn show_notes(out: &Output, report: &Report) {
     for note in &report.notes {
-        say(note);
+        out.say(note);
     }
 }
 
-fn show_newer(newer: &[String]) {
+fn show_newer(out: &Output, newer: &[String]) {
     if !newer.is_empty() {
-        tell(format!(
+        out.tell(format!(
             "warning: the database has {}, which is newer than every migration of this program. A \
              newer release has migrated it.",
             newer.join(", ")
@@ -456,7 +632,7 @@ fn show_newer(newer: &[String]) {
     }
 }
 
-fn show_status(status: &Status) {
+fn show_status(out: &Output, status: &Status) {
     let pending = status.pending().count();
     let known = status.migrations.iter().map(|one| {
         let word = one.applied_at.map_or("pending", |_| "applied");
@@ -466,52 +642,59 @@ fn show_status(status: &Status) {
     let unknown = unknown.map(|one| ("unknown", Some(one.applied_at), &one.version));
     for (word, at, name) in known.chain(unknown) {
         let at = at.map(|at| at.format("%F %T UTC").to_string());
-        say(format!("{word}  {:23}  {name}", at.unwrap_or_default()));
+        out.say(format!("{word}  {:23}  {name}", at.unwrap_or_default()));
     }
     if pending == 0 {
-        say("Nothing is pending.");
+        out.say("Nothing is pending.");
     } else {
-        say(format!("{pending} pending."));
+        out.say(format!("{pending} pending."));
     }
     match status.refusal() {
-        Some(refusal) => tell(format!("warning: run would refuse: {refusal}")),
-        None => show_newer(&status.newer()),
+        Some(refusal) => out.tell(format!("warning: run would refuse: {refusal}")),
+        None => show_newer(out, &status.newer()),
     }
 }
 
-fn show_plan(plan: Plan, sql: bool) {
+fn show_plan(out: &Output, plan: Plan, sql: bool) {
     if plan.migrations.is_empty() {
-        say("Nothing is pending.");
+        out.say("Nothing is pending.");
+    }
+    // psql can run the SQL: the rest are comments.
+    if let (true, Some(schema), Some(_)) = (sql, &out.schema, plan.migrations.first()) {
+        say(format!("SET search_path = {};", quoted(schema)));
     }
     for planned in plan.migrations {
-        // A comment, so that psql can run the output.
-        say(format!("{}{}", if sql { "-- " } else { "" }, planned.name));
         if sql {
+            say(format!("-- {}", out.of_schema(planned.name)));
             say(planned.sql);
+        } else {
+            out.say(planned.name);
         }
     }
     let Preflight { notes, obstacles } = plan.preflight;
     // Beside SQL, the notes are no part of the output.
-    let show = if sql { tell } else { say };
-    notes.iter().for_each(|note| show(format!("\n{note}")));
+    for note in notes {
+        let note = format!("\n{note}");
+        if sql { out.tell(note) } else { out.say(note) }
+    }
     if !obstacles.is_empty() {
-        tell(format!(
+        out.tell(format!(
             "warning: run would refuse: {}",
             Refusal::Obstacles(obstacles)
         ));
     }
 }
 
-fn show_adopted(recorded: &[String]) {
+fn show_adopted(out: &Output, recorded: &[String]) {
     if recorded.is_empty() {
-        say("Nothing to adopt.");
+        out.say("Nothing to adopt.");
     }
     for name in recorded {
-        say(format!("recorded  {name}"));
+        out.say(format!("recorded  {name}"));
     }
 }
 
-fn show_verification(verification: &Verification) {
+fn show_verification(out: &Output, verification: &Verification) {
     let Verification {
         version,
         pending,
@@ -522,15 +705,16 @@ fn show_verification(verification: &Verification) {
         lacking,
         fingerprint,
     } = verification;
-    show_group("Missing", missing);
-    show_group("Changed", changed);
+    show_group(out, "Missing", missing);
+    show_group(out, "Changed", changed);
     show_group(
+        out,
         "Rights that are not intended (--trust accepts a role)",
         rights,
     );
-    show_group("Extra, no drift", extra);
-    show_group("Not granted, no drift (`grant` gives it)", lacking);
-    say(match version {
+    show_group(out, "Extra, no drift", extra);
+    show_group(out, "Not granted, no drift (`grant` gives it)", lacking);
+    out.say(match version {
         None if !verification.has_drift() => "Nothing is applied, and nothing is expected.".into(),
         _ => {
             let version = version.as_deref().unwrap_or("an empty schema");
@@ -543,52 +727,52 @@ fn show_verification(verification: &Verification) {
         }
     });
     if !pending.is_empty() {
-        say(format!("Pending: {}.", pending.join(", ")));
+        out.say(format!("Pending: {}.", pending.join(", ")));
     }
 }
 
-fn show_group(title: &str, items: &[impl Display]) {
+fn show_group(out: &Output, title: &str, items: &[impl Display]) {
     if !items.is_empty() {
-        say(format!("{title}:"));
+        out.say(format!("{title}:"));
         for item in items {
-            say(format!("  {}", item.to_string().replace('\n', "\n  ")));
+            out.say(format!("  {}", item.to_string().replace('\n', "\n  ")));
         }
     }
 }
 
-fn show_granted(granted: &Granted) {
+fn show_granted(out: &Output, granted: &Granted) {
     for role in &granted.roles {
-        say(format!("granted   {role}"));
+        out.say(format!("granted   {role}"));
     }
     for role in &granted.missing {
-        say(format!(
+        out.say(format!(
             "missing   {role}: create the role, then grant again"
         ));
     }
     if !granted.newer.is_empty() {
-        say("Nothing was granted.");
+        out.say("Nothing was granted.");
     }
-    show_newer(&granted.newer);
+    show_newer(out, &granted.newer);
 }
 
 /// Shows what would be lost, and asks if there is a terminal.
-fn confirm(reversal: &Reversal, yes: bool) -> bool {
+fn confirm(out: &Output, reversal: &Reversal, yes: bool) -> bool {
     match &reversal.losses {
-        None => tell(
+        None => out.tell(
             "A migration does not run in a transaction, so what would be lost can't be counted \
              beforehand.",
         ),
         Some(losses) if losses.is_empty() => return true,
         Some(losses) => {
-            tell("This loses:");
-            losses.iter().for_each(|loss| tell(format!("  {loss}")));
+            out.tell("This loses:");
+            losses.iter().for_each(|loss| out.tell(format!("  {loss}")));
         }
     }
     if yes {
         return true;
     }
     if !(io::stdin().is_terminal() && io::stderr().is_terminal()) {
-        tell("There is no terminal to ask at. Add --yes to confirm.");
+        out.tell("There is no terminal to ask at. Add --yes to confirm.");
         return false;
     }
     let names = reversal.names.join(", ");
@@ -617,8 +801,9 @@ fn kind(error: &Error) -> &'static str {
 
 /// Returns a watcher that prints a line for each migration, and one every [`LIVE`] while it runs.
 /// Its thread ends when the watcher is dropped.
-fn progress() -> impl FnMut(Event<'_>) + Send + 'static {
+fn progress(out: Output) -> impl FnMut(Event<'_>) + Send + 'static {
     let (sender, running) = mpsc::channel();
+    let of_thread = out.clone();
     thread::spawn(move || {
         let mut now: Option<(String, Instant)> = None;
         loop {
@@ -628,22 +813,22 @@ fn progress() -> impl FnMut(Event<'_>) + Send + 'static {
                 (Err(RecvTimeoutError::Timeout), None) => {}
                 (Err(RecvTimeoutError::Timeout), Some((what, begin))) => {
                     let seconds = begin.elapsed().as_secs();
-                    tell(format!("{what}: running for {seconds} s"));
+                    of_thread.tell(format!("{what}: running for {seconds} s"));
                 }
             }
         }
     });
     move |event| match event {
-        Event::Waiting(holder) => tell(format!("Waiting for another runner: {holder}.")),
-        Event::Lifted(settings) => tell(format!(
+        Event::Waiting(holder) => out.tell(format!("Waiting for another runner: {holder}.")),
+        Event::Lifted(settings) => out.tell(format!(
             "These settings don't apply to the run: {}.",
             settings.join(", ")
         )),
         Event::Blocked(name, blockers) => {
             let blockers: Vec<String> = blockers.iter().map(ToString::to_string).collect();
-            tell(format!("{name} waits for {}.", blockers.join("; ")));
+            out.tell(format!("{name} waits for {}.", blockers.join("; ")));
         }
-        Event::Retrying(name, pause) => tell(format!(
+        Event::Retrying(name, pause) => out.tell(format!(
             "{name} waited too long for a lock and was rolled back. Next try in {} s.",
             pause.as_secs()
         )),
@@ -658,7 +843,7 @@ fn progress() -> impl FnMut(Event<'_>) + Send + 'static {
                 Direction::Down => "reverted",
             };
             let milliseconds = step.duration.as_secs_f64() * 1e3;
-            say(format!("{done:8}  {:42} {milliseconds:>9.1} ms", step.name));
+            out.say(format!("{done:8}  {:42} {milliseconds:>9.1} ms", step.name));
         }
     }
 }

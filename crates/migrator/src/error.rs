@@ -120,6 +120,17 @@ pub enum Refusal {
     /// A migration to revert has no `down.sql`.
     #[error("{0} can't be reverted: it has no down.sql.")]
     NoDown(String),
+    /// The schema of the migrations does not exist.
+    #[error(
+        "the schema {} does not exist. Create it as its owner: CREATE SCHEMA {};",
+        .0, quoted(.0)
+    )]
+    NoSchema(String),
+    /// No schema of the database has a migration of this program.
+    #[error(
+        "no schema has a __diesel_schema_migrations with a migration of this program. Name one."
+    )]
+    NoLedgers,
     /// Unqualified names would not be created in the schema of the migrations.
     #[error(
         "the role's search_path begins with {}, but the migrations belong to the schema {schema}. \
@@ -224,6 +235,11 @@ pub enum Refusal {
     /// `confirm` returned `false`.
     #[error("the revert was not confirmed.")]
     NotConfirmed,
+}
+
+/// Quotes an identifier for SQL.
+pub(crate) fn quoted(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
 }
 
 /// Joins the first lines.

@@ -55,6 +55,8 @@ pub(crate) struct Settings {
     pub(crate) conninfo: Conninfo,
     pub(crate) program: String,
     pub(crate) schema: String,
+    /// Whether a run sets the `search_path` of its session to the schema, or only checks it.
+    pub(crate) sets_path: bool,
     pub(crate) lock_key: Option<i64>,
     pub(crate) secret_tables: Vec<String>,
     pub(crate) connect_wait: Duration,
@@ -118,6 +120,7 @@ impl Runner {
                 conninfo: Conninfo::parse(url).map_err(Error::Url)?,
                 program: program.to_owned(),
                 schema: "public".to_owned(),
+                sets_path: false,
                 lock_key: None,
                 secret_tables: Vec::new(),
                 connect_wait: Duration::ZERO,
@@ -135,15 +138,20 @@ impl Runner {
         })
     }
 
-    /// Sets the schema of the migrations and of `__diesel_schema_migrations`. Default: `public`.
+    /// Sets the schema of the migrations and of `__diesel_schema_migrations`, and makes it the
+    /// `search_path` of each run, whatever the role and the URL say. It must exist.
+    ///
+    /// Default: `public`, which must come first in the session's `search_path`.
     #[must_use]
     pub fn schema(mut self, schema: &str) -> Self {
         schema.clone_into(&mut self.settings.schema);
+        self.settings.sets_path = true;
         self
     }
 
-    /// Sets the key of the advisory lock. By default it is derived from the schema, so that all
-    /// programs that migrate one schema share the lock.
+    /// Sets the key of the advisory lock, for every schema. By default it is derived from the
+    /// schema, so that all programs that migrate one schema share the lock, and two schemas of a
+    /// database can be migrated at once.
     #[must_use]
     pub fn lock_key(mut self, key: i64) -> Self {
         self.settings.lock_key = Some(key);
@@ -254,6 +262,27 @@ impl Runner {
     pub fn status(&mut self) -> Result<Status, Error> {
         let migrations = self.migrations()?;
         self.status_of(&migrations)
+    }
+
+    /// Returns the schemas of the database that have a migration of this program in a
+    /// `__diesel_schema_migrations` that the role may read, sorted by name. Only reads.
+    ///
+    /// # Errors
+    /// As [`status`](Self::status); [`Error::Refused`] if there is none.
+    pub fn schemas(&self) -> Result<Vec<String>, Error> {
+        let migrations = self.migrations()?;
+        let mut connection = session::connect(&self.settings)?;
+        let mut own = Vec::new();
+        for schema in session::schemas(&mut connection)? {
+            let ledger = session::ledger(&mut connection, &schema)?;
+            if migrations.status(ledger).applied().next().is_some() {
+                own.push(schema);
+            }
+        }
+        if own.is_empty() {
+            return Err(Refusal::NoLedgers.into());
+        }
+        Ok(own)
     }
 
     /// Returns what [`run_to`](Self::run_to) would do. Only reads.

@@ -20,7 +20,7 @@ use diesel::sql_types::{Array, BigInt, Bool, Integer, Nullable, Text, Timestampt
 use diesel::{ConnectionError, sql_query};
 use libpq_conninfo::{Attempt, Conninfo};
 
-use crate::error::{Error, Holder, Refusal, ServerReport};
+use crate::error::{Error, Holder, Refusal, ServerReport, quoted};
 use crate::report::{Event, Report, Watcher};
 use crate::runner::Settings;
 use crate::watch::{Seen, Watch};
@@ -93,27 +93,44 @@ fn establish(mut conninfo: Conninfo, wait: Duration) -> Result<PgConnection, Err
     }
 }
 
-/// Reads the applied versions of `schema`, whatever the search_path is.
+/// Reads the applied versions of `schema`, whatever the search_path is. Refuses if there is no such
+/// schema.
 pub(crate) fn ledger(connection: &mut PgConnection, schema: &str) -> Result<Ledger, Error> {
-    let table = format!(
-        "\"{}\".__diesel_schema_migrations",
-        schema.replace('"', "\"\"")
-    );
+    let table = format!("{}.__diesel_schema_migrations", quoted(schema));
     let read = |connection: &mut PgConnection| {
-        let exists = sql::<Bool>("to_regclass(")
+        // The first compares the whole name; the second cuts a longer one than the server allows.
+        let exists = sql::<(Bool, Bool)>("EXISTS (SELECT FROM pg_namespace WHERE nspname = ")
+            .bind::<Text, _>(schema)
+            .sql("), to_regclass(")
             .bind::<Text, _>(&table)
             .sql(") IS NOT NULL");
-        if !select(exists).get_result(connection)? {
-            return Ok(Vec::new());
+        match select(exists).get_result(connection)? {
+            (false, _) => return Ok(None),
+            (true, false) => return Ok(Some(Vec::new())),
+            (true, true) => {}
         }
         // run_on has no time zone. Diesel sets the zone of each of its sessions to UTC.
-        sql::<(Text, Timestamptz)>(&format!(
+        let rows = sql::<(Text, Timestamptz)>(&format!(
             "SELECT version::text, run_on AT TIME ZONE 'UTC' FROM {table}"
-        ))
-        .load(connection)
+        ));
+        rows.load(connection).map(Some)
     };
     let rows = read(connection).map_err(Error::database("reading __diesel_schema_migrations"))?;
+    let rows = rows.ok_or_else(|| Refusal::NoSchema(schema.to_owned()))?;
     Ok(rows.into_iter().collect())
+}
+
+/// Returns the schemas whose ledger this role may read.
+pub(crate) fn schemas(connection: &mut PgConnection) -> Result<Vec<String>, Error> {
+    sql::<Text>(
+        "SELECT nspname::text
+         FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+         WHERE c.relname = '__diesel_schema_migrations' AND c.relkind IN ('r', 'p')
+             AND has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT')
+         ORDER BY nspname",
+    )
+    .load(connection)
+    .map_err(Error::database("looking for __diesel_schema_migrations"))
 }
 
 /// Adds versions to the ledger, and creates it if there is none.
@@ -176,7 +193,10 @@ impl Session {
         let conninfo = &settings.conninfo;
         let token = RandomState::new().build_hasher().finish().to_string();
         let options = conninfo.effective("options").unwrap_or_default();
-        let options = format!("{options} -c diesel_pg_migrator.session={token}");
+        let mut options = format!("{options} -c diesel_pg_migrator.session={token}");
+        if settings.sets_path {
+            options += &format!(" -c search_path={}", option(&quoted(&settings.schema)));
+        }
         let conninfo = conninfo.clone().with("options", &options);
         let wait = settings.limits.bound(settings.connect_wait);
         let mut connection = establish(conninfo, wait)?;
@@ -298,6 +318,15 @@ impl Session {
             })
         }
     }
+}
+
+/// Escapes a value in a connection's `options`.
+fn option(value: &str) -> String {
+    let escaped = value.chars().flat_map(|letter| {
+        let escape = letter == '\\' || letter.is_ascii_whitespace() || letter == '\x0b';
+        escape.then_some('\\').into_iter().chain([letter])
+    });
+    escaped.collect()
 }
 
 /// Checks that a run can work in this session, and returns the server's process id.

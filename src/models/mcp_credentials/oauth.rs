@@ -1,7 +1,7 @@
 //! The authorization flow: `begin_oauth`, `consume_state`, then `complete_oauth` or `fail_oauth`.
 
 use chrono::{DateTime, TimeDelta, Utc};
-use diesel::dsl::{case_when, exists, now, sql};
+use diesel::dsl::{exists, now, sql};
 use diesel::prelude::*;
 use diesel::sql_types::{Interval, Nullable, Timestamptz};
 
@@ -10,7 +10,6 @@ use crate::enums::{InstanceStatus, OauthStatus};
 use crate::error::violates;
 use crate::ids::{CredentialId, UserId};
 use crate::models::UserPlan;
-use crate::schema::sql_types::McpInstanceStatus;
 use crate::schema::{mcp_credentials, mcp_service_table};
 use crate::secret::{Sealed, StateDigest};
 
@@ -175,16 +174,11 @@ impl McpCredential {
                 return Err(CredentialError::Conflict(Box::new(pending)));
             }
             let instance = mcp_service_table::table.find(pending.instance_id);
-            let expired = InstanceStatus::Expired.into_sql::<McpInstanceStatus>();
+            diesel::update(instance.filter(mcp_service_table::expires_at.le(now)))
+                .set(mcp_service_table::status.eq(InstanceStatus::Expired))
+                .execute(conn)?;
             let status: InstanceStatus = diesel::update(instance)
-                .set((
-                    mcp_service_table::credentials_updated_at.eq(now),
-                    mcp_service_table::status.eq(case_when(
-                        mcp_service_table::expires_at.le(now),
-                        expired,
-                    )
-                    .otherwise(mcp_service_table::status)),
-                ))
+                .set(mcp_service_table::credentials_updated_at.eq(now))
                 .returning(mcp_service_table::status)
                 .get_result(conn)?;
 
