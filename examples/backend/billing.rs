@@ -1,0 +1,320 @@
+//! What the gateway's events mean: a change of a subscription, a payment, a refund, or nothing.
+//! Everything here can come twice and in any order.
+
+use bruhmcp_db::enums::{PlanType, TransactionStatus};
+use bruhmcp_db::ids::{TransactionId, UserId};
+use bruhmcp_db::models::{
+    GatewayChange, GatewayEvent, GatewayPayment, GatewayPeriod, NewRefund,
+    NewSubscriptionTransaction, ProPlan, Recorded, SubscriptionTransaction, User, UserPlan,
+    UserSubscription, WebhookEvent,
+};
+use chrono::{DateTime, TimeDelta, Utc};
+use diesel::pg::PgConnection;
+use diesel::prelude::QueryResult;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::errors::Error;
+
+/// What a month of the pro plan costs, in paise.
+pub(crate) const PRICE: i64 = 99_900;
+const CURRENCY: &str = "INR";
+/// What a payment without a subscription buys.
+const PAID: TimeDelta = TimeDelta::days(31);
+
+#[derive(Deserialize)]
+struct Subscription {
+    id: String,
+    /// The paid period. Times are in seconds since 1970.
+    current_start: Option<i64>,
+    current_end: Option<i64>,
+}
+
+#[derive(Deserialize)]
+struct Payment {
+    id: String,
+    /// In paise; so is the fee, which includes the tax on it.
+    amount: i64,
+    currency: String,
+    fee: Option<i64>,
+    created_at: i64,
+    method: Option<String>,
+    error_description: Option<String>,
+    /// Only payments of subscriptions have an invoice.
+    invoice_id: Option<String>,
+    /// An empty list if there are none.
+    #[serde(default)]
+    notes: Value,
+}
+
+#[derive(Deserialize)]
+struct Refund {
+    id: String,
+    amount: i64,
+    created_at: i64,
+}
+
+/// Does what the event means, and returns whether it means anything to this service.
+pub(crate) fn carry_out(conn: &mut PgConnection, event: &WebhookEvent) -> Result<bool, Error> {
+    match event.event_type.as_str() {
+        "payment.captured" => {
+            let payment: Payment = part(event, "payment")?;
+            // The event of the subscription carries the same payment, with the period it pays.
+            if payment.invoice_id.is_some() {
+                return Ok(false);
+            }
+            record_payment(conn, &payment)?;
+            Ok(true)
+        }
+        "refund.processed" => {
+            let (payment, refund) = (part(event, "payment")?, part(event, "refund")?);
+            record_refund(conn, event, &payment, &refund)?;
+            Ok(true)
+        }
+        name if name.starts_with("subscription.") => change_subscription(conn, event),
+        _ => Ok(false),
+    }
+}
+
+/// Returns whom the event is about, so that the payload is erased with the account.
+pub(crate) fn user_of(
+    conn: &mut PgConnection,
+    event: &WebhookEvent,
+) -> QueryResult<Option<UserId>> {
+    let payload = &event.payload["payload"];
+    if let Some(id) = payload["subscription"]["entity"]["id"].as_str() {
+        if let Some(row) = UserSubscription::find_by_razorpay_id(conn, id)? {
+            return Ok(Some(row.user_id));
+        }
+    }
+    let payment = &payload["payment"]["entity"];
+    if let Some(user_id) = noted_user(&payment["notes"]) {
+        return Ok(Some(user_id));
+    }
+    match payment["id"].as_str() {
+        Some(id) => {
+            let row = SubscriptionTransaction::find_by_razorpay_id(conn, id)?;
+            Ok(row.map(|row| row.user_id))
+        }
+        None => Ok(None),
+    }
+}
+
+fn change_subscription(conn: &mut PgConnection, event: &WebhookEvent) -> Result<bool, Error> {
+    let subscription: Subscription = part(event, "subscription")?;
+    let payment: Option<Payment> = optional_part(event, "payment")?;
+    let payment = payment.as_ref().map(Payment::reported).transpose()?;
+    let change = match (event.event_type.as_str(), payment) {
+        ("subscription.authenticated", _) => GatewayChange::Authenticated,
+        ("subscription.activated", payment) => GatewayChange::Activated {
+            period: subscription.period()?,
+            payment,
+        },
+        ("subscription.charged", Some(payment)) => GatewayChange::Renewed {
+            period: subscription.period()?,
+            payment,
+        },
+        ("subscription.charged", None) => return Err(MALFORMED),
+        ("subscription.pending", Some(payment)) => GatewayChange::PaymentFailed { payment },
+        ("subscription.halted", _) => GatewayChange::Halted,
+        ("subscription.cancelled", _) => GatewayChange::Cancelled,
+        ("subscription.completed", _) => GatewayChange::Completed,
+        ("subscription.paused", _) => GatewayChange::Paused { resume_at: None },
+        ("subscription.resumed", _) => GatewayChange::Resumed,
+        _ => return Ok(false),
+    };
+    apply(conn, event, &subscription.id, change)?;
+    Ok(true)
+}
+
+/// Takes a change through subscription, payment and plan, unless the payment is less than the price:
+/// then nothing is changed, and people decide.
+fn apply(
+    conn: &mut PgConnection,
+    event: &WebhookEvent,
+    razorpay_subscription_id: &str,
+    change: GatewayChange<'_>,
+) -> Result<(), Error> {
+    let pays = matches!(
+        change,
+        GatewayChange::Activated { .. } | GatewayChange::Renewed { .. }
+    );
+    let at = event.payload["created_at"].as_i64().ok_or(MALFORMED)?;
+    let event = GatewayEvent {
+        razorpay_subscription_id,
+        at: time(at)?,
+        change,
+    };
+    let applied = UserSubscription::apply(conn, &event)?;
+    let price = applied.subscription.total_amount;
+    match applied.payment {
+        Some(it) if pays && (it.amount < price || it.currency != CURRENCY) => {
+            Err(Error::Refused(422, "the payment is less than the price"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Records a payment that a user made without a subscription, and extends the plan once.
+fn record_payment(
+    conn: &mut PgConnection,
+    payment: &Payment,
+) -> Result<SubscriptionTransaction, Error> {
+    let user_id = noted_user(&payment.notes).ok_or(Error::Refused(
+        422,
+        "the payment was not made through this service",
+    ))?;
+    User::lock(conn, user_id)?;
+    let plan = UserPlan::find_by_user(conn, user_id)?
+        .ok_or(Error::Refused(422, "there is no such user"))?;
+    let reported = payment.reported()?;
+    let new = NewSubscriptionTransaction {
+        id: Some(TransactionId::new()),
+        razorpay_payment_id: Some(reported.razorpay_payment_id),
+        currency: Some(reported.currency),
+        fee_amount: Some(reported.fee_amount),
+        method: reported.method,
+        processed_at: Some(reported.at),
+        ..NewSubscriptionTransaction::new(
+            user_id,
+            reported.amount,
+            reported.amount.saturating_sub(reported.fee_amount),
+            TransactionStatus::Captured,
+        )
+    };
+    let paid = match SubscriptionTransaction::record_payment(conn, &new)? {
+        Recorded::New(paid) => paid,
+        // Another event has reported this payment.
+        Recorded::Existing(paid) => return Ok(paid),
+    };
+    let never_ends = plan.plan_type == PlanType::Pro && plan.expires_at.is_none();
+    // A payment of less is recorded, and people decide what becomes of it.
+    if buys_the_plan(&paid) && !never_ends {
+        // A payment before the plan ends extends it. Without the subscription's id, the plan lasts
+        // until then whatever the subscription does.
+        let begin = plan.expires_at.unwrap_or_default().max(Utc::now());
+        let pro = ProPlan {
+            expires_at: Some(begin + PAID),
+            ..ProPlan::default()
+        };
+        UserPlan::upgrade(conn, user_id, &pro)?;
+    }
+    Ok(paid)
+}
+
+fn record_refund(
+    conn: &mut PgConnection,
+    event: &WebhookEvent,
+    payment: &Payment,
+    refund: &Refund,
+) -> Result<(), Error> {
+    let new = NewRefund {
+        processed_at: Some(time(refund.created_at)?),
+        ..NewRefund::new(&refund.id, refund.amount)
+    };
+    if payment.invoice_id.is_some() {
+        let id = subscription_of(conn, &payment.id)?;
+        // The invoice doesn't name the subscription; the event of the payment does.
+        let id = id.ok_or(Error::Refused(409, "the payment is not recorded yet"))?;
+        let payment = payment.reported()?;
+        let refund = new;
+        return apply(
+            conn,
+            event,
+            &id,
+            GatewayChange::Refunded { payment, refund },
+        );
+    }
+    let paid = record_payment(conn, payment)?;
+    let recorded = SubscriptionTransaction::refund(conn, paid.id, &new)?;
+    let paid = SubscriptionTransaction::find(conn, paid.id)?.unwrap_or(paid);
+    let in_whole = paid.status == TransactionStatus::Refunded;
+    if matches!(recorded, Recorded::New(_)) && in_whole && buys_the_plan(&paid) {
+        take_back(conn, paid.user_id)?;
+    }
+    Ok(())
+}
+
+/// Takes the time back that a payment bought. The worker ends a plan whose time is over.
+fn take_back(conn: &mut PgConnection, user_id: UserId) -> Result<(), Error> {
+    let plan = UserPlan::find_by_user(conn, user_id)?;
+    // A plan that a subscription has taken over lasts as long as that is paid.
+    let granted = plan.filter(|plan| plan.subscription_id.is_none());
+    if let Some(end) = granted.and_then(|plan| plan.expires_at) {
+        let pro = ProPlan {
+            expires_at: Some(end - PAID),
+            ..ProPlan::default()
+        };
+        UserPlan::upgrade(conn, user_id, &pro)?;
+    }
+    Ok(())
+}
+
+fn subscription_of(conn: &mut PgConnection, payment_id: &str) -> QueryResult<Option<String>> {
+    let payment = SubscriptionTransaction::find_by_razorpay_id(conn, payment_id)?;
+    match payment.and_then(|payment| payment.subscription_id) {
+        Some(id) => {
+            let subscription = UserSubscription::find(conn, id)?;
+            Ok(subscription.and_then(|row| row.razorpay_subscription_id))
+        }
+        None => Ok(None),
+    }
+}
+
+fn buys_the_plan(paid: &SubscriptionTransaction) -> bool {
+    paid.amount >= PRICE && paid.currency == CURRENCY
+}
+
+impl Subscription {
+    fn period(&self) -> Result<GatewayPeriod, Error> {
+        let (start, end) = self.current_start.zip(self.current_end).ok_or(MALFORMED)?;
+        Ok(GatewayPeriod {
+            start: time(start)?,
+            end: time(end)?,
+        })
+    }
+}
+
+impl Payment {
+    fn reported(&self) -> Result<GatewayPayment<'_>, Error> {
+        Ok(GatewayPayment {
+            razorpay_payment_id: &self.id,
+            amount: self.amount,
+            fee_amount: self.fee.unwrap_or_default(),
+            currency: &self.currency,
+            at: time(self.created_at)?,
+            method: self.method.as_deref(),
+            failure_reason: self.error_description.as_deref(),
+        })
+    }
+}
+
+const MALFORMED: Error = Error::Refused(422, "a part of the event is missing or malformed");
+
+/// The user whom this service noted on the order.
+fn noted_user(notes: &Value) -> Option<UserId> {
+    UserId::deserialize(&notes["user_id"]).ok()
+}
+
+fn part<T: DeserializeOwned>(event: &WebhookEvent, name: &str) -> Result<T, Error> {
+    T::deserialize(&event.payload["payload"][name]["entity"]).map_err(|_| MALFORMED)
+}
+
+fn optional_part<T: DeserializeOwned>(
+    event: &WebhookEvent,
+    name: &str,
+) -> Result<Option<T>, Error> {
+    match event.payload["payload"][name] {
+        Value::Null => Ok(None),
+        _ => part(event, name).map(Some),
+    }
+}
+
+/// Refuses what PostgreSQL can't store.
+fn time(seconds: i64) -> Result<DateTime<Utc>, Error> {
+    // Until the end of the year 9999.
+    let seconds = Some(seconds).filter(|seconds| (0..253_402_300_800).contains(seconds));
+    let time = seconds.and_then(|seconds| DateTime::from_timestamp(seconds, 0));
+    time.ok_or(MALFORMED)
+}
