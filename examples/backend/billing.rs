@@ -4,56 +4,23 @@
 use bruhmcp_db::enums::{PlanType, TransactionStatus};
 use bruhmcp_db::ids::{TransactionId, UserId};
 use bruhmcp_db::models::{
-    GatewayChange, GatewayEvent, GatewayPayment, GatewayPeriod, NewRefund,
-    NewSubscriptionTransaction, ProPlan, Recorded, SubscriptionTransaction, User, UserPlan,
-    UserSubscription, WebhookEvent,
+    GatewayChange, GatewayEvent, NewRefund, NewSubscriptionTransaction, ProPlan, Recorded,
+    SubscriptionTransaction, User, UserPlan, UserSubscription, WebhookEvent,
 };
-use chrono::{DateTime, TimeDelta, Utc};
+use chrono::{TimeDelta, Utc};
 use diesel::pg::PgConnection;
 use diesel::prelude::QueryResult;
-use serde::Deserialize;
-use serde::de::DeserializeOwned;
-use serde_json::Value;
 
 use crate::errors::Error;
+use crate::payload::{
+    MALFORMED, Payment, Refund, Subscription, noted_user, optional_part, part, time,
+};
 
 /// What a month of the pro plan costs, in paise.
 pub(crate) const PRICE: i64 = 99_900;
 const CURRENCY: &str = "INR";
 /// What a payment without a subscription buys.
 const PAID: TimeDelta = TimeDelta::days(31);
-
-#[derive(Deserialize)]
-struct Subscription {
-    id: String,
-    /// The paid period. Times are in seconds since 1970.
-    current_start: Option<i64>,
-    current_end: Option<i64>,
-}
-
-#[derive(Deserialize)]
-struct Payment {
-    id: String,
-    /// In paise; so is the fee, which includes the tax on it.
-    amount: i64,
-    currency: String,
-    fee: Option<i64>,
-    created_at: i64,
-    method: Option<String>,
-    error_description: Option<String>,
-    /// Only payments of subscriptions have an invoice.
-    invoice_id: Option<String>,
-    /// An empty list if there are none.
-    #[serde(default)]
-    notes: Value,
-}
-
-#[derive(Deserialize)]
-struct Refund {
-    id: String,
-    amount: i64,
-    created_at: i64,
-}
 
 /// Does what the event means, and returns whether it means anything to this service.
 pub(crate) fn carry_out(conn: &mut PgConnection, event: &WebhookEvent) -> Result<bool, Error> {
@@ -264,57 +231,4 @@ fn subscription_of(conn: &mut PgConnection, payment_id: &str) -> QueryResult<Opt
 
 fn buys_the_plan(paid: &SubscriptionTransaction) -> bool {
     paid.amount >= PRICE && paid.currency == CURRENCY
-}
-
-impl Subscription {
-    fn period(&self) -> Result<GatewayPeriod, Error> {
-        let (start, end) = self.current_start.zip(self.current_end).ok_or(MALFORMED)?;
-        Ok(GatewayPeriod {
-            start: time(start)?,
-            end: time(end)?,
-        })
-    }
-}
-
-impl Payment {
-    fn reported(&self) -> Result<GatewayPayment<'_>, Error> {
-        Ok(GatewayPayment {
-            razorpay_payment_id: &self.id,
-            amount: self.amount,
-            fee_amount: self.fee.unwrap_or_default(),
-            currency: &self.currency,
-            at: time(self.created_at)?,
-            method: self.method.as_deref(),
-            failure_reason: self.error_description.as_deref(),
-        })
-    }
-}
-
-const MALFORMED: Error = Error::Refused(422, "a part of the event is missing or malformed");
-
-/// The user whom this service noted on the order.
-fn noted_user(notes: &Value) -> Option<UserId> {
-    UserId::deserialize(&notes["user_id"]).ok()
-}
-
-fn part<T: DeserializeOwned>(event: &WebhookEvent, name: &str) -> Result<T, Error> {
-    T::deserialize(&event.payload["payload"][name]["entity"]).map_err(|_| MALFORMED)
-}
-
-fn optional_part<T: DeserializeOwned>(
-    event: &WebhookEvent,
-    name: &str,
-) -> Result<Option<T>, Error> {
-    match event.payload["payload"][name] {
-        Value::Null => Ok(None),
-        _ => part(event, name).map(Some),
-    }
-}
-
-/// Refuses what PostgreSQL can't store.
-fn time(seconds: i64) -> Result<DateTime<Utc>, Error> {
-    // Until the end of the year 9999.
-    let seconds = Some(seconds).filter(|seconds| (0..253_402_300_800).contains(seconds));
-    let time = seconds.and_then(|seconds| DateTime::from_timestamp(seconds, 0));
-    time.ok_or(MALFORMED)
 }

@@ -53,6 +53,7 @@ mod instances;
 mod limits;
 mod outbox;
 mod passwords;
+mod payload;
 mod plans;
 mod provider;
 mod sessions;

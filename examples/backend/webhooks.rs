@@ -43,10 +43,13 @@ fn receive(app: &App, headers: &HeaderMap, body: &[u8]) -> Answer {
 
     let payload: Value = parse(body)?;
     let conn = &mut app.db()?;
+    let is_short = |text: &&str| (1..=255).contains(&text.len());
     let external_id = header(headers, "x-razorpay-event-id")
+        .filter(is_short)
         .ok_or(Error::Refused(400, "the event id is missing"))?;
     let event_type = payload["event"]
         .as_str()
+        .filter(is_short)
         .ok_or(Error::Refused(422, "the event type is missing"))?;
     // The id isn't signed: who has seen an event can send it again with another one. So processing
     // doesn't rely on it, and does nothing twice.
