@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use axum::extract::State;
 use axum::http::StatusCode;
-use bruhmcp_db::SecretText;
 use bruhmcp_db::crypto::{TokenPurpose, new_secret};
 use bruhmcp_db::models::{
     AuthToken, NewUser, Release, User, UserChangeset, UserError, canonical_email,
 };
+use bruhmcp_db::{Isolation, SecretText, retry_transaction};
 use chrono::TimeDelta;
 use diesel::Connection;
 use diesel::pg::PgConnection;
@@ -119,6 +119,38 @@ pub(crate) async fn me(State(app): State<Arc<App>>, bearer: Bearer) -> Answer {
         let user_id = user(app, &bearer)?;
         let user = User::find_active(&mut *app.db()?, user_id)?.ok_or(ENDED)?;
         answer(StatusCode::OK, json!(user))
+    })
+    .await
+}
+
+/// Everything that is stored about the user.
+pub(crate) async fn export(State(app): State<Arc<App>>, bearer: Bearer) -> Answer {
+    blocking(app, move |app| {
+        let user_id = user(app, &bearer)?;
+        let export = User::export(&mut *app.db()?, user_id)?.ok_or(ENDED)?;
+        answer(StatusCode::OK, export)
+    })
+    .await
+}
+
+#[derive(Deserialize)]
+pub(crate) struct Close {
+    password: SecretText,
+}
+
+/// Removes the person for good. A stolen session is not enough.
+pub(crate) async fn close(
+    State(app): State<Arc<App>>,
+    bearer: Bearer,
+    Payload(close): Payload<Close>,
+) -> Answer {
+    blocking(app, move |app| {
+        let user = passwords::confirm(app, &bearer, &close.password)?;
+        // Here the backend ends the subscription at the gateway.
+        retry_transaction(&mut *app.db()?, Isolation::ReadCommitted, |conn| {
+            User::anonymise(conn, user.id)
+        })?;
+        answer(StatusCode::OK, json!({}))
     })
     .await
 }

@@ -188,9 +188,12 @@ pub(crate) async fn call(
         let found =
             McpInstance::find_with_credentials(&mut *app.db()?, id, &service, Some(user_id))?;
         let (_, service, credential) = found.map_err(not_callable)?;
-        let column = match service.type_ {
-            AuthType::ApiKey => SecretColumn::ApiKey,
-            AuthType::Oauth => SecretColumn::AccessToken,
+        let (credential, column) = match service.type_ {
+            AuthType::ApiKey => (credential, SecretColumn::ApiKey),
+            AuthType::Oauth => {
+                let credential = provider::with_fresh_token(app, credential)?;
+                (credential, SecretColumn::AccessToken)
+            }
         };
         let secret = provider::open(app, &credential, column)?;
         McpInstance::record_call(&mut *app.db()?, id, Some(user_id))?.map_err(not_callable)?;

@@ -196,6 +196,8 @@ fn routes(app: Arc<App>) -> Router {
         .route("/users", post(accounts::sign_up))
         .route("/users/verification", post(accounts::verify_email))
         .route("/users/me", get(accounts::me))
+        .route("/users/me", delete(accounts::close))
+        .route("/users/me/export", get(accounts::export))
         .route("/users/me/password", put(passwords::change))
         .route("/passwords/link", post(passwords::ask))
         .route("/passwords", put(passwords::reset))

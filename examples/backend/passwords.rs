@@ -87,20 +87,25 @@ pub(crate) async fn change(
 ) -> Answer {
     check(&change.new)?;
     blocking(app, move |app| {
-        let user_id = sessions::user(app, &bearer)?;
-        let user = User::find_active(&mut *app.db()?, user_id)?.ok_or(ENDED)?;
-        // Who has stolen a session must not guess faster than others.
-        app.logins.check(&user.email)?;
-        // A user without a password sets one by a link.
-        let is_right = user.password.is_some_and(|it| verify(&change.old, &it));
-        if !is_right {
-            return Err(WRONG);
-        }
+        let user_id = confirm(app, &bearer, &change.old)?.id;
         let password = hash(&change.new)?;
         User::change_password(&mut *app.db()?, user_id, Some(&password))?.ok_or(ENDED)?;
         sessions::begin(app, user_id)
     })
     .await
+}
+
+/// Returns the user of the session, if this is the password. A user without one sets it by a link.
+pub(crate) fn confirm(app: &App, bearer: &Bearer, password: &SecretText) -> Result<User, Error> {
+    let user_id = sessions::user(app, bearer)?;
+    let user = User::find_active(&mut *app.db()?, user_id)?.ok_or(ENDED)?;
+    // Who has stolen a session must not guess faster than others.
+    app.logins.check(&user.email)?;
+    let is_right = user
+        .password
+        .as_ref()
+        .is_some_and(|hash| verify(password, hash));
+    if is_right { Ok(user) } else { Err(WRONG) }
 }
 
 pub(crate) fn check(password: &SecretText) -> Result<(), Error> {

@@ -2,7 +2,7 @@
 
 use bruhmcp_db::SecretText;
 use bruhmcp_db::crypto::SecretColumn;
-use bruhmcp_db::models::{McpCredential, McpService, OauthTokens};
+use bruhmcp_db::models::{McpCredential, McpService, OauthTokens, RefreshLease};
 use chrono::{TimeDelta, Utc};
 
 use crate::App;
@@ -15,24 +15,50 @@ const LEASE: TimeDelta = TimeDelta::minutes(1);
 pub(crate) fn refresh_due(app: &App) -> Result<bool, Error> {
     let soon = Utc::now() + TimeDelta::minutes(10);
     let due = McpCredential::claim_due(&mut *app.db()?, soon, LEASE, 1)?;
-    let Some(old) = due.first() else {
-        return Ok(false);
+    match due.first() {
+        Some(old) => refresh(app, old).map(|_| true),
+        None => Ok(false),
+    }
+}
+
+/// Returns the credentials with an access token that is valid for some seconds. Of many requests
+/// that find it expired, one refreshes it.
+pub(crate) fn with_fresh_token(app: &App, read: McpCredential) -> Result<McpCredential, Error> {
+    let due = Utc::now() + TimeDelta::seconds(5);
+    if read.token_expires_at.is_none_or(|end| end >= due) {
+        return Ok(read);
+    }
+    let id = read.credential_id;
+    let lease = McpCredential::lease_refresh(&mut *app.db()?, id, due, LEASE)?;
+    let refreshed = match lease {
+        RefreshLease::Leased(old) => refresh(app, &old)?,
+        RefreshLease::Fresh(row) => Some(row),
+        RefreshLease::Wait { .. } => {
+            return Err(Error::Refused(503, "the access is being refreshed"));
+        }
+        RefreshLease::Unrefreshable(_) => None,
     };
-    let client_secret = open(app, old, SecretColumn::ClientSecret)?;
-    let refresh_token = open(app, old, SecretColumn::RefreshToken)?;
+    refreshed.ok_or(Error::Refused(409, "the access has ended: grant it again"))
+}
+
+/// Spends a leased refresh token. Returns `None` if the provider refuses it.
+fn refresh(app: &App, leased: &McpCredential) -> Result<Option<McpCredential>, Error> {
+    let client_secret = open(app, leased, SecretColumn::ClientSecret)?;
+    let refresh_token = open(app, leased, SecretColumn::RefreshToken)?;
     // No connection of the pool waits for the provider.
-    let refreshed = refresh(old, &client_secret, &refresh_token);
+    let granted = redeem_refresh_token(leased, &client_secret, &refresh_token);
     let conn = &mut app.db()?;
-    match refreshed {
+    match granted {
         Some(granted) => {
-            McpCredential::store_refreshed(conn, old, &granted.seal(app, old)?)?;
+            let tokens = granted.seal(app, leased)?;
+            Ok(Some(McpCredential::store_refreshed(conn, leased, &tokens)?))
         }
         // The user must grant access again.
         None => {
-            McpCredential::refresh_refused(conn, old)?;
+            McpCredential::refresh_refused(conn, leased)?;
+            Ok(None)
         }
     }
-    Ok(true)
 }
 
 pub(crate) fn open(
@@ -89,7 +115,7 @@ pub(crate) fn redeem_code(
 
 /// Stands for the HTTP request, with a timeout, that redeems a refresh token. Returns `None` if the
 /// provider refuses, because the user has withdrawn access.
-fn refresh(
+fn redeem_refresh_token(
     _client: &McpCredential,
     _client_secret: &SecretText,
     refresh_token: &SecretText,

@@ -202,10 +202,15 @@ impl Service {
         self.send("POST", "/webhooks/razorpay", &headers, body)
     }
 
-    /// Stops the service as a process manager does, and returns what it printed.
-    fn stop(&mut self) -> String {
+    /// Sends SIGTERM.
+    fn terminate(&self) {
         let pid = self.child.id().to_string();
         assert!(Command::new("kill").arg(pid).status().unwrap().success());
+    }
+
+    /// Stops the service as a process manager does, and returns what it printed.
+    fn stop(&mut self) -> String {
+        self.terminate();
         self.child.wait().unwrap();
         let output = mem::take(&mut self.output).into_iter();
         output.map(|reader| reader.join().unwrap()).collect()
@@ -852,8 +857,7 @@ fn requests_that_have_begun_are_finished_after_sigterm() {
     while database.psql(waiting).unwrap() == "0\n" {
         assert!(began.elapsed() < PATIENCE);
     }
-    let pid = service.child.id().to_string();
-    assert!(Command::new("kill").arg(pid).status().unwrap().success());
+    service.terminate();
     // No new connections.
     let began = Instant::now();
     while TcpStream::connect(&service.address).is_ok() {

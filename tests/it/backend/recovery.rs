@@ -301,3 +301,53 @@ fn a_proof_of_the_address_does_not_prove_an_attackers_password() {
         service.post("/users/verification", &json!({ "token": stale })),
     );
 }
+
+#[test]
+fn a_mail_that_was_promised_is_sent_after_sigterm() {
+    let database = database();
+    let mut service = Service::start(&database);
+    service.sign_up("asha@example.in");
+    let mut conn = database.connect_as_owner();
+    conn.batch_execute("BEGIN; LOCK TABLE auth_tokens").unwrap();
+    expect(202, service.ask("/codes", "asha@example.in"));
+    let waiting = "SELECT count(*) FROM pg_stat_activity
+                    WHERE datname = current_database() AND wait_event_type = 'Lock'";
+    // The worker's purge may wait too.
+    let began = Instant::now();
+    while database.psql(waiting).unwrap() == "0\n" {
+        assert!(began.elapsed() < PATIENCE);
+    }
+    service.terminate();
+    conn.batch_execute("COMMIT").unwrap();
+    assert!(service.child.wait().unwrap().success());
+    assert_eq!(service.mail().len(), 6);
+}
+
+#[test]
+fn an_account_is_exported_and_closed_by_its_user() {
+    let database = database();
+    as_admin(&mut database.connect(), add_services);
+    let service = Service::start(&database);
+    service.sign_up("asha@example.in");
+    let asha = service.log_in("asha@example.in");
+    let figma = json!({ "service": "figma", "api_key": API_KEY });
+    expect(201, asha.create(&figma));
+    let export = expect(200, asha.get("/users/me/export")).to_string();
+    assert!(export.contains("asha@example.in"));
+    assert_no_secrets(&export, &[&asha.token]);
+
+    let close = |session: &Session<'_>, password: &str| {
+        let body = json!({ "password": password }).to_string();
+        session.send("DELETE", "/users/me", &body).0
+    };
+    assert_eq!(close(&asha, "a guess at it"), 401);
+    assert_eq!(close(&asha, PASSWORD), 200);
+    expect(401, asha.get("/users/me"));
+    assert_eq!(close(&asha, PASSWORD), 401);
+    assert!(!database.dump(&[]).contains("asha@example.in"));
+    // The address is free, and nothing is left to sign in to.
+    expect(401, service.try_password("asha@example.in", PASSWORD));
+    service.sign_up("asha@example.in");
+    let new = service.log_in("asha@example.in");
+    assert_eq!(expect(200, new.get("/instances"))["instances"], json!([]));
+}

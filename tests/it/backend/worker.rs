@@ -131,8 +131,7 @@ fn the_worker_finishes_its_step_after_sigterm_and_starves_nobody() {
             scope.spawn(|| expect(200, asha.get("/users/me")));
         }
     });
-    let pid = service.child.id().to_string();
-    assert!(Command::new("kill").arg(pid).status().unwrap().success());
+    service.terminate();
     let began = Instant::now();
     while TcpStream::connect(&service.address).is_ok() {
         assert!(began.elapsed() < PATIENCE);
@@ -142,4 +141,56 @@ fn the_worker_finishes_its_step_after_sigterm_and_starves_nobody() {
     assert!(service.child.wait().unwrap().success());
     let done = "SELECT processing_status, attempts, plan_type FROM webhook_events, user_plans";
     assert_eq!(database.psql(done).unwrap(), "processed|1|pro\n");
+}
+
+/// Calls and the worker find the same access token expired; the refresh token is spent once.
+#[test]
+fn one_of_many_calls_refreshes_the_access() {
+    let database = database();
+    as_admin(&mut database.connect(), add_services);
+    let service = Service::start(&database);
+    service.sign_up("asha@example.in");
+    let asha = service.log_in("asha@example.in");
+    let gmail =
+        json!({ "service": "gmail", "client_id": "client", "client_secret": CLIENT_SECRET });
+    let connect = |code: &str| {
+        let begun = expect(201, asha.create(&gmail));
+        let url = text(&begun["authorization_url"]);
+        let granting = json!({ "code": code, "state": state_in(&url) });
+        expect(200, asha.post("/oauth/callback", &granting));
+        text(&begun["instance"]["instance_id"])
+    };
+    let end_access = "UPDATE mcp_credentials SET token_expires_at = now()";
+    let refreshes = "SELECT count(*) FROM token_audit_log WHERE operation = 'token_refresh'";
+
+    let id = connect(CODE);
+    database.psql(end_access).unwrap();
+    let statuses: BTreeSet<u16> = thread::scope(|scope| {
+        let calls: Vec<_> = (0..16)
+            .map(|_| scope.spawn(|| asha.call("gmail", &id).0))
+            .collect();
+        calls.into_iter().map(|call| call.join().unwrap()).collect()
+    });
+    // The others may find it just being refreshed.
+    assert!(
+        statuses.is_subset(&BTreeSet::from([200, 503])),
+        "{statuses:?}"
+    );
+    await_result(&database, refreshes, "1\n");
+    expect(200, asha.call("gmail", &id));
+
+    expect(200, asha.toggle(&id, false));
+    let withdrawn = connect("withdrawn");
+    database.psql(end_access).unwrap();
+    let began = Instant::now();
+    let refused = loop {
+        let status = asha.call("gmail", &withdrawn).0;
+        if ![200, 503].contains(&status) {
+            break status;
+        }
+        assert!(began.elapsed() < PATIENCE);
+    };
+    // By the call that refreshed, or after it.
+    assert!([404, 409].contains(&refused), "{refused}");
+    expect(404, asha.call("gmail", &withdrawn));
 }
