@@ -671,6 +671,15 @@ fn it_refuses_to_start_with_a_wrong_configuration() {
     }
 }
 
+/// Says that it is over when it is dropped.
+struct Ending<'a>(&'a AtomicBool);
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 #[test]
 fn the_database_goes_away_and_comes_back() {
     let server = Server::private(&[]).unwrap();
@@ -694,6 +703,8 @@ fn the_database_goes_away_and_comes_back() {
     for immediate in [false, true] {
         let over = AtomicBool::new(false);
         let statuses = thread::scope(|scope| {
+            // Also after a panic, or the clients go on for ever.
+            let end = Ending(&over);
             // Some requests are running at that time.
             let clients: Vec<_> = (0..4)
                 .map(|_| {
@@ -716,7 +727,7 @@ fn the_database_goes_away_and_comes_back() {
             );
             server.start_again().unwrap();
             answers(200);
-            over.store(true, Ordering::Relaxed);
+            drop(end);
             let statuses = clients.into_iter().map(|client| client.join().unwrap());
             statuses.flatten().collect::<BTreeSet<_>>()
         });

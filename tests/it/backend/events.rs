@@ -318,6 +318,29 @@ fn a_refund_takes_back_what_the_payment_bought() {
     assert_eq!(database.psql(sum).unwrap(), "0|6\n");
 }
 
+#[test]
+fn a_refund_that_comes_again_takes_back_nothing_more() {
+    let database = database();
+    let service = Service::start(&database);
+    service.sign_up("asha@example.in");
+    let user = expect(200, service.log_in("asha@example.in").get("/users/me"));
+    for payment in ["pay_1", "pay_2"] {
+        let captured = paid(payment, 99_900, "INR", &user);
+        deliver(&service, payment, &captured);
+    }
+    let captured: Value = serde_json::from_str(&paid("pay_1", 99_900, "INR", &user)).unwrap();
+    let payment = &captured["payload"]["payment"]["entity"];
+    let now = Utc::now().timestamp();
+    let parts = json!({ "payment": payment, "refund": refund("rfnd_1", 99_900, now) });
+    let refunded = event("refund.processed", now, &parts);
+    for event_id in ["evt_1", "evt_2", "evt_3"] {
+        assert_eq!(deliver(&service, event_id, &refunded), "processed");
+    }
+    let left = "SELECT plan_type, expires_at > now() + interval '30 days',
+                       expires_at < now() + interval '32 days' FROM user_plans";
+    assert_eq!(database.psql(left).unwrap(), "pro|t|t\n");
+}
+
 /// One payment more doesn't shorten a plan, and a subscription doesn't take its time away.
 #[test]
 fn a_payment_extends_each_plan() {
