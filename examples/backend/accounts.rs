@@ -37,22 +37,23 @@ pub(crate) struct SignUp {
 /// The answer is the same if the address has an account; only its owner gets another mail.
 pub(crate) async fn sign_up(State(app): State<Arc<App>>, Payload(new): Payload<SignUp>) -> Answer {
     passwords::check(&new.password)?;
-    canonical_email(&new.email).map_err(UserError::from)?;
+    // The spelling of the account: another one may be somebody else's mailbox.
+    let email = canonical_email(&new.email).map_err(UserError::from)?;
     let is_name = |name: &str| name.chars().count() <= 255;
     if new.first_name.is_empty() || !is_name(&new.first_name) || !is_name(&new.last_name) {
         return Err(UserError::InvalidField("name").into());
     }
-    app.mails.check(&new.email)?;
+    app.mails.check(&email)?;
     deferred(app, move |app| {
         let password = passwords::hash(&new.password)?;
         let row = NewUser {
             password: Some(&password),
-            ..NewUser::new(&new.first_name, &new.last_name, &new.email)
+            ..NewUser::new(&new.first_name, &new.last_name, &email)
         };
         let user = match insert(&mut *app.db()?, &row) {
             Ok(user) => user,
             Err(UserError::EmailTaken) => {
-                return app.outbox.send(&new.email, "you have an account");
+                return app.outbox.send(&email, "you have an account");
             }
             Err(error) => return Err(error.into()),
         };

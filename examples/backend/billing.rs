@@ -70,25 +70,31 @@ pub(crate) fn user_of(
 
 fn change_subscription(conn: &mut PgConnection, event: &WebhookEvent) -> Result<bool, Error> {
     let subscription: Subscription = part(event, "subscription")?;
-    let payment: Option<Payment> = optional_part(event, "payment")?;
-    let payment = payment.as_ref().map(Payment::reported).transpose()?;
-    let change = match (event.event_type.as_str(), payment) {
-        ("subscription.authenticated", _) => GatewayChange::Authenticated,
-        ("subscription.activated", payment) => GatewayChange::Activated {
+    // The last attempt to pay, also one that failed.
+    let attempt: Option<Payment> = optional_part(event, "payment")?;
+    let status = attempt.as_ref().map(|it| it.status.as_str());
+    let payment = attempt.as_ref().map(Payment::reported).transpose()?;
+    let change = match (event.event_type.as_str(), payment, status) {
+        ("subscription.authenticated", ..) => GatewayChange::Authenticated,
+        ("subscription.activated", Some(payment), Some("captured")) => GatewayChange::Activated {
+            period: subscription.period()?,
+            payment: Some(payment),
+        },
+        // Active, but this period is not paid yet. This service sells no trial.
+        ("subscription.activated", ..) => GatewayChange::Resumed,
+        ("subscription.charged", Some(payment), Some("captured")) => GatewayChange::Renewed {
             period: subscription.period()?,
             payment,
         },
-        ("subscription.charged", Some(payment)) => GatewayChange::Renewed {
-            period: subscription.period()?,
-            payment,
-        },
-        ("subscription.charged", None) => return Err(MALFORMED),
-        ("subscription.pending", Some(payment)) => GatewayChange::PaymentFailed { payment },
-        ("subscription.halted", _) => GatewayChange::Halted,
-        ("subscription.cancelled", _) => GatewayChange::Cancelled,
-        ("subscription.completed", _) => GatewayChange::Completed,
-        ("subscription.paused", _) => GatewayChange::Paused { resume_at: None },
-        ("subscription.resumed", _) => GatewayChange::Resumed,
+        ("subscription.charged", ..) => return Err(MALFORMED),
+        ("subscription.pending", Some(payment), Some("failed")) => {
+            GatewayChange::PaymentFailed { payment }
+        }
+        ("subscription.halted", ..) => GatewayChange::Halted,
+        ("subscription.cancelled", ..) => GatewayChange::Cancelled,
+        ("subscription.completed", ..) => GatewayChange::Completed,
+        ("subscription.paused", ..) => GatewayChange::Paused { resume_at: None },
+        ("subscription.resumed", ..) => GatewayChange::Resumed,
         _ => return Ok(false),
     };
     apply(conn, event, &subscription.id, change)?;

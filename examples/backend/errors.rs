@@ -43,13 +43,16 @@ impl Error {
         }
     }
 
-    /// An error of an operation that has an error of its own for a reached limit.
+    /// Why no code or link was issued: the database, or a limit that the crate keeps.
     pub(crate) fn of_issue(error: impl StdError + 'static) -> Self {
-        let error: Box<dyn StdError> = Box::new(error);
-        match error.downcast() {
-            Ok(error) => Self::Database(*error),
-            Err(_) => Self::Refused(429, "no more mails for now"),
+        let mut cause: Option<&(dyn StdError + 'static)> = Some(&error);
+        while let Some(error) = cause {
+            if error.is::<DieselError>() {
+                return Self::Internal("no token was issued: database error");
+            }
+            cause = error.source();
         }
+        Self::Refused(429, "no more mails for now")
     }
 
     /// Prints the kind of a failure only, because PostgreSQL's messages may quote values.

@@ -25,6 +25,9 @@ pub(crate) struct Payment {
     pub(crate) currency: String,
     pub(crate) fee: Option<i64>,
     pub(crate) created_at: i64,
+    /// Such as captured or failed.
+    #[serde(default)]
+    pub(crate) status: String,
     pub(crate) method: Option<String>,
     pub(crate) error_description: Option<String>,
     /// Only payments of subscriptions have an invoice.

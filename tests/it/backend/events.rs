@@ -25,7 +25,7 @@ fn period(id: &str, start: i64, end: i64) -> Value {
 fn invoiced(id: &str, amount: i64, currency: &str, at: i64) -> Value {
     json!({
         "id": id, "amount": amount, "currency": currency, "fee": 2358, "created_at": at,
-        "method": "upi", "invoice_id": format!("inv_{id}"), "notes": [],
+        "status": "captured", "method": "upi", "invoice_id": format!("inv_{id}"), "notes": [],
     })
 }
 
@@ -197,6 +197,52 @@ fn a_subscription_for_less_than_its_price_changes_nothing() {
         "processed"
     );
     assert_eq!(database.psql(state).unwrap(), "active|pro|1\n");
+}
+
+/// The gateway sends the last attempt to pay with each event, whatever became of it.
+#[test]
+fn only_a_captured_payment_buys_a_period() {
+    let database = database();
+    let service = Service::start(&database);
+    service.sign_up("asha@example.in");
+    let id = subscribe(&service.log_in("asha@example.in"));
+    let now = Utc::now().timestamp();
+    let state = "SELECT s.status, s.failed_payment_count, p.plan_type, p.payment_status
+                   FROM user_subscriptions s JOIN user_plans p USING (user_id)";
+    let mut event_id = 0;
+    let mut send = |name: &str, status: Option<&str>, expected: &str| {
+        event_id += 1;
+        let at = now + event_id;
+        let mut parts = json!({ "subscription": period(&id, now, now + 30 * DAY) });
+        if let Some(status) = status {
+            let payment = invoiced(&format!("pay_{event_id}"), 99_900, "INR", at);
+            parts["payment"] = payment;
+            parts["payment"]["status"] = json!(status);
+        }
+        let body = event(name, at, &parts);
+        assert_eq!(
+            deliver(&service, &format!("evt_{event_id}"), &body),
+            expected
+        );
+        database.psql(state).unwrap()
+    };
+    for status in [None, Some("failed"), Some("authorized"), Some("refunded")] {
+        let state = send("subscription.activated", status, "processed");
+        assert_eq!(state, "active|0|free|none\n");
+        let state = send("subscription.charged", status, "failed");
+        assert_eq!(state, "active|0|free|none\n");
+    }
+    let state = send("subscription.charged", Some("captured"), "processed");
+    assert_eq!(state, "active|0|pro|active\n");
+    let state = send("subscription.pending", Some("failed"), "processed");
+    assert_eq!(state, "past_due|1|pro|past_due\n");
+    let state = send("subscription.pending", Some("captured"), "skipped");
+    assert_eq!(state, "past_due|1|pro|past_due\n");
+    let state = send("subscription.halted", Some("failed"), "processed");
+    assert_eq!(state, "halted|1|free|failed\n");
+    // The user has paid in the end.
+    let state = send("subscription.charged", Some("captured"), "processed");
+    assert_eq!(state, "active|0|pro|active\n");
 }
 
 #[test]
