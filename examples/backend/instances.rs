@@ -9,17 +9,19 @@ use bruhmcp_db::enums::AuthType;
 use bruhmcp_db::ids::{InstanceId, UserId};
 use bruhmcp_db::models::{
     CompletedInstance, InstanceDetails, InstanceFilter, McpCredential, McpInstance, McpService,
-    NewMcpCredential, NewMcpInstance, NotCallable, OauthTokens,
+    NewMcpCredential, NewMcpInstance, NotCallable,
 };
 use bruhmcp_db::{Cursor, Page, SecretText};
-use chrono::{DateTime, Datelike, TimeDelta, Utc};
+use chrono::{DateTime, Datelike};
 use diesel::Connection;
 use serde::Deserialize;
 use serde_json::json;
 
 use crate::App;
-use crate::accounts::user;
-use crate::http::{Answer, Bearer, Error, NOT_FOUND, Payload, answer, blocking};
+use crate::errors::{Error, NOT_FOUND};
+use crate::http::{Answer, Bearer, Payload, answer, blocking};
+use crate::provider;
+use crate::sessions::user;
 
 #[derive(Deserialize)]
 pub(crate) struct Create {
@@ -186,13 +188,16 @@ pub(crate) async fn call(
         let found =
             McpInstance::find_with_credentials(&mut *app.db()?, id, &service, Some(user_id))?;
         let (_, service, credential) = found.map_err(not_callable)?;
-        let column = match service.type_ {
-            AuthType::ApiKey => SecretColumn::ApiKey,
-            AuthType::Oauth => SecretColumn::AccessToken,
+        let (credential, column) = match service.type_ {
+            AuthType::ApiKey => (credential, SecretColumn::ApiKey),
+            AuthType::Oauth => {
+                let credential = provider::with_fresh_token(app, credential)?;
+                (credential, SecretColumn::AccessToken)
+            }
         };
-        let secret = open(app, &credential, column)?;
+        let secret = provider::open(app, &credential, column)?;
         McpInstance::record_call(&mut *app.db()?, id, Some(user_id))?.map_err(not_callable)?;
-        let said = stand_in_for_calling_the_service(&service, &secret);
+        let said = provider::call(&service, &secret);
         answer(StatusCode::OK, json!({ "answer": said }))
     })
     .await
@@ -231,23 +236,16 @@ pub(crate) async fn oauth_callback(
         let credential = McpCredential::consume_state(&mut *app.db()?, user_id, &state)?;
         let id = credential.credential_id;
 
-        let client_secret = open(app, &credential, SecretColumn::ClientSecret)?;
-        let verifier = open(app, &credential, SecretColumn::OauthCodeVerifier)?;
-        let granted = granting.code.and_then(|code| {
-            stand_in_for_the_token_endpoint(&credential, &client_secret, &verifier, &code)
-        });
+        let client_secret = provider::open(app, &credential, SecretColumn::ClientSecret)?;
+        let verifier = provider::open(app, &credential, SecretColumn::OauthCodeVerifier)?;
+        let granted = granting
+            .code
+            .and_then(|code| provider::redeem_code(&credential, &client_secret, &verifier, &code));
         let Some(granted) = granted else {
             McpCredential::fail_oauth(&mut *app.db()?, id)?;
             return Err(Error::Refused(409, "the authorization failed"));
         };
-        let tokens = OauthTokens::seal(
-            &app.key_ring,
-            credential.instance_id,
-            &granted.access_token,
-            Some(&granted.refresh_token),
-            Some(Utc::now() + granted.lifetime),
-            None,
-        )?;
+        let tokens = granted.seal(app, &credential)?;
         let completion = McpCredential::complete_oauth(&mut *app.db()?, id, &tokens)?;
         let body = json!({
             "instance_id": completion.credential.instance_id,
@@ -260,44 +258,10 @@ pub(crate) async fn oauth_callback(
     .await
 }
 
-fn open(app: &App, from: &McpCredential, column: SecretColumn) -> Result<SecretText, Error> {
-    match from.open(&app.key_ring, column) {
-        Ok(Some(secret)) => Ok(secret),
-        Ok(None) => Err(Error::Internal("the credentials have no secret")),
-        Err(_) => Err(Error::Internal("the credentials can't be opened")),
-    }
-}
-
 fn instance_id(text: &str) -> Result<InstanceId, Error> {
     text.parse().map_err(|_| NOT_FOUND)
 }
 
 fn needs_no_escape(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"-._~".contains(&byte)
-}
-
-struct Granted {
-    access_token: SecretText,
-    refresh_token: SecretText,
-    lifetime: TimeDelta,
-}
-
-/// Stands for the HTTP request, with a timeout, that redeems the code at the provider's token
-/// endpoint. Returns `None` if the provider refuses.
-fn stand_in_for_the_token_endpoint(
-    _client: &McpCredential,
-    _client_secret: &SecretText,
-    _code_verifier: &SecretText,
-    code: &str,
-) -> Option<Granted> {
-    (code != "refused").then(|| Granted {
-        access_token: format!("access-{code}").into(),
-        refresh_token: format!("refresh-{code}").into(),
-        lifetime: TimeDelta::hours(1),
-    })
-}
-
-/// Stands for the request, with a timeout, to the service that listens on `service.port`.
-fn stand_in_for_calling_the_service(service: &McpService, _secret: &SecretText) -> String {
-    format!("hello from {}", service.display_name)
 }

@@ -11,16 +11,16 @@
 //! - `CREDENTIAL_KEYS`: the keys that seal credentials, newest first: `2:<64 hexadecimal
 //!   digits>,1:…`
 //! - `WEBHOOK_SECRET`: the secret with which the gateway signs its webhooks
-//! - `OUTBOX`: the folder that stands for a mail server
+//! - `OUTBOX`: the folder that stands for a mail server. Each mail is a file that only this user can
+//!   read; nothing else shows a code or a link
 //!
-//! After SIGTERM or Ctrl-C it finishes the requests that it has begun.
+//! A worker does what no request waits for ([`worker`]). After SIGTERM or Ctrl-C the program finishes
+//! the requests and the work that it has begun.
 
 use std::env;
 use std::net::Ipv4Addr;
-use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::thread;
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use axum::Router;
@@ -36,16 +36,29 @@ use diesel::pg::PgConnection;
 use diesel::r2d2::{self, ConnectionManager, CustomizeConnection, Pool, PooledConnection};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{Semaphore, oneshot};
 use tower_http::set_header::SetResponseHeaderLayer;
 use tower_http::timeout::TimeoutLayer;
 
-use crate::accounts::Guesses;
-use crate::http::{Error, NOT_FOUND};
+use crate::errors::{Error, NOT_FOUND};
+use crate::http::MAX_DEFERRED;
+use crate::limits::Limit;
+use crate::outbox::Outbox;
 
 mod accounts;
+mod billing;
+mod errors;
 mod http;
 mod instances;
+mod limits;
+mod outbox;
+mod passwords;
+mod payload;
+mod plans;
+mod provider;
+mod sessions;
 mod webhooks;
+mod worker;
 
 /// The state that all requests share.
 struct App {
@@ -55,8 +68,11 @@ struct App {
     webhook_secret: SecretText,
     /// A hash to verify against if there is no such user.
     nobodys_password: SecretText,
-    guesses: Guesses,
-    outbox: PathBuf,
+    logins: Limit,
+    mails: Limit,
+    outbox: Outbox,
+    /// A permit for each request whose work waits until after its answer.
+    deferred: Arc<Semaphore>,
 }
 
 impl App {
@@ -80,10 +96,12 @@ impl App {
             key_ring: KeyRing::new(keys.iter().map(|(id, key)| (*id, &key[..])))
                 .map_err(|_| "CREDENTIAL_KEYS needs different ids, and 32 bytes for each key")?,
             webhook_secret: variable("WEBHOOK_SECRET")?.into(),
-            nobodys_password: accounts::hash(&crypto::new_secret())
+            nobodys_password: passwords::hash(&crypto::new_secret())
                 .map_err(|_| "hashing a password failed")?,
-            guesses: Guesses::default(),
-            outbox: variable("OUTBOX")?.into(),
+            logins: Limit::of_logins(),
+            mails: Limit::of_mails(),
+            outbox: Outbox(variable("OUTBOX")?.into()),
+            deferred: Arc::new(Semaphore::new(MAX_DEFERRED as usize)),
         })
     }
 
@@ -127,11 +145,9 @@ fn run() -> Result<(), &'static str> {
         Ok(port) => port.parse().map_err(|_| "PORT isn't a port")?,
         Err(_) => 0,
     };
-    let worker = Arc::clone(&app);
-    thread::spawn(move || webhooks::work(&worker));
     tokio::runtime::Builder::new_multi_thread()
-        // Argon2 takes 19 MiB in each.
-        .max_blocking_threads(16)
+        // Argon2 takes 19 MiB in each. One more is for the worker.
+        .max_blocking_threads(17)
         .enable_all()
         .build()
         .map_err(|_| "the threads can't be started")?
@@ -145,15 +161,34 @@ async fn serve(app: Arc<App>, port: u16) -> Result<(), &'static str> {
         .map_err(|_| "the port is taken")?;
     let address = listener.local_addr().map_err(|_| "the port is taken")?;
     println!("http://{address}");
-    axum::serve(listener, routes(app))
-        .with_graceful_shutdown(async move {
-            tokio::select! {
-                _ = terminated.recv() => {}
-                _ = tokio::signal::ctrl_c() => {}
-            }
-        })
-        .await
-        .map_err(|_| "the server failed")
+    let (stop, stopped) = mpsc::channel();
+    let app_of_worker = Arc::clone(&app);
+    let mut worker = tokio::task::spawn_blocking(move || worker::run(&app_of_worker, &stopped));
+    let (quit, quitting) = oneshot::channel::<()>();
+    let server = axum::serve(listener, routes(Arc::clone(&app))).with_graceful_shutdown(async {
+        let _ = quitting.await;
+    });
+    let server = tokio::spawn(server.into_future());
+
+    let ended_early = tokio::select! {
+        _ = terminated.recv() => None,
+        _ = tokio::signal::ctrl_c() => None,
+        // A panic: the process ends, and whoever started it starts another one.
+        ended = &mut worker => Some(ended),
+    };
+    drop((quit, stop));
+    let served = server.await;
+    // The work of requests that were answered before.
+    let _ = app.deferred.acquire_many(MAX_DEFERRED).await;
+    let worked = match ended_early {
+        Some(ended) => ended,
+        None => worker.await,
+    };
+    match (served, worked) {
+        (Ok(Ok(())), Ok(())) => Ok(()),
+        (_, Err(_)) => Err("the worker failed"),
+        _ => Err("the server failed"),
+    }
 }
 
 fn routes(app: Arc<App>) -> Router {
@@ -161,9 +196,21 @@ fn routes(app: Arc<App>) -> Router {
         .route("/users", post(accounts::sign_up))
         .route("/users/verification", post(accounts::verify_email))
         .route("/users/me", get(accounts::me))
-        .route("/sessions", post(accounts::log_in))
-        .route("/sessions", put(accounts::renew))
-        .route("/sessions", delete(accounts::log_out))
+        .route("/users/me", delete(accounts::close))
+        .route("/users/me/export", get(accounts::export))
+        .route("/users/me/password", put(passwords::change))
+        .route("/passwords/link", post(passwords::ask))
+        .route("/passwords", put(passwords::reset))
+        .route("/sessions", post(sessions::log_in))
+        .route("/sessions", put(sessions::renew))
+        .route("/sessions", delete(sessions::log_out))
+        .route("/sessions", get(sessions::list))
+        .route("/sessions/{id}", delete(sessions::end))
+        .route("/sessions/code", post(sessions::log_in_by_code))
+        .route("/codes", post(sessions::ask_code))
+        .route("/plan", get(plans::show))
+        .route("/plan/subscription", post(plans::subscribe))
+        .route("/plan/subscription", delete(plans::cancel))
         .route("/instances", get(instances::list))
         .route("/instances", post(instances::create))
         .route("/instances/{id}", patch(instances::toggle))

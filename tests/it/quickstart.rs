@@ -53,6 +53,7 @@ fn the_quickstart_runs_and_leaves_nothing_behind() {
         ("mcp_table", 9),
         ("mcp_service_table", 2),
         ("mcp_credentials", 2),
+        ("token_audit_log", 4),
         ("user_plans", 1),
         ("webhook_events", 1),
         ("user_billing_details", 1),
