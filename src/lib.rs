@@ -97,6 +97,7 @@ pub mod ids;
 pub mod migrations;
 pub mod models;
 mod page;
+mod prepared;
 #[expect(
     missing_docs,
     reason = "generated: `schema.rs` carries the database's comments and no others"

@@ -2,10 +2,10 @@
 
 use chrono::{DateTime, Utc};
 use diesel::connection::SimpleConnection;
-use diesel::dsl::{case_when, exists, now};
+use diesel::dsl::{case_when, exists, now, sql};
 use diesel::pg::Pg;
 use diesel::prelude::*;
-use diesel::sql_types::{Nullable, Timestamptz};
+use diesel::sql_types::{Bool, Nullable, Timestamptz};
 use serde::Serialize;
 
 use crate::enums::{InstanceStatus, OauthStatus};
@@ -13,6 +13,7 @@ use crate::error::violates;
 use crate::ids::{InstanceId, ServiceId, UserId};
 use crate::models::{McpCredential, McpService, NewMcpCredential, User, UserPlan};
 use crate::page::{Cursor, Page, newest_first};
+use crate::prepared::Prepare;
 use crate::schema::sql_types::McpInstanceStatus;
 use crate::schema::{mcp_credentials, mcp_service_table, mcp_table, user_plans, users};
 
@@ -232,6 +233,7 @@ impl McpInstance {
             let of_user = user_plans::table.filter(user_plans::user_id.eq(new.user_id));
             let locked = diesel::update(of_user)
                 .set(user_plans::max_instances.eq(user_plans::max_instances))
+                .prepared()
                 .execute(conn)?;
             if locked == 0 {
                 return Err(InstanceError::PlanMissing);
@@ -308,9 +310,12 @@ impl McpInstance {
     pub fn count_active(conn: &mut PgConnection, user_id: UserId) -> QueryResult<i64> {
         mcp_service_table::table
             .filter(mcp_service_table::user_id.eq(user_id))
-            .filter(mcp_service_table::status.eq(InstanceStatus::Active))
-            .filter(mcp_service_table::oauth_status.eq(OauthStatus::Completed))
+            // A literal: the planner can't match bind parameters with a partial index.
+            .filter(sql::<Bool>(
+                "status = 'active' AND oauth_status = 'completed'",
+            ))
             .count()
+            .prepared()
             .get_result(conn)
     }
 
@@ -352,6 +357,7 @@ impl McpInstance {
             .otherwise(mcp_service_table::status)),
         )
         .returning(Self::as_returning())
+        .prepared()
         .get_result(conn)
         .optional()
     }
@@ -421,6 +427,7 @@ impl McpInstance {
         let renamed = diesel::update(of_user.filter(mcp_service_table::version.eq(version)))
             .set(mcp_service_table::custom_name.eq(custom_name))
             .returning(Self::as_returning())
+            .prepared()
             .get_result(conn)
             .optional()?;
         if let Some(renamed) = renamed {
@@ -463,6 +470,7 @@ impl McpInstance {
                 mcp_service_table::status.eq(InstanceStatus::Active),
             ))
             .returning(Self::as_returning())
+            .prepared()
             .get_result(conn)
             .optional()?
             .map_or_else(|| Err(not_switched_on(conn, instance_id, user_id)), Ok)
@@ -515,6 +523,7 @@ impl McpInstance {
         )
         .set(mcp_service_table::status.eq(InstanceStatus::Active))
         .returning(Self::as_returning())
+        .prepared()
         .get_result(conn)
         .optional()?
         .map_or_else(|| Err(not_switched_on(conn, instance_id, user_id)), Ok)

@@ -6,9 +6,10 @@ use diesel::prelude::*;
 use diesel::sql_types::{Interval, Timestamptz};
 use serde::Serialize;
 
-use super::{AuthToken, lock_owner};
+use super::{AuthToken, is_of, lock_owner};
 use crate::enums::AuthTokenType::Refresh;
 use crate::ids::{FamilyId, UserId};
+use crate::prepared::Prepare;
 use crate::schema::{auth_tokens, users};
 use crate::secret::HashedToken;
 
@@ -77,8 +78,9 @@ impl AuthToken {
                 .find(user_id)
                 .filter(users::is_active)
                 .select(session_end)
-                .for_no_key_update();
-            let Some(session_end) = active.first(conn).optional()? else {
+                .for_no_key_update()
+                .prepared();
+            let Some(session_end) = active.get_result(conn).optional()? else {
                 return Ok(None);
             };
             let sessions = Self::list_sessions(conn, user_id)?;
@@ -159,22 +161,24 @@ impl AuthToken {
             return Ok(Rotation::NotFound);
         }
         conn.transaction(|conn| {
-            let Some(user_id) = lock_owner(presented).first(conn).optional()? else {
+            let owner = lock_owner(presented).prepared();
+            let Some(user_id) = owner.get_result(conn).optional()? else {
                 return Ok(Rotation::NotFound);
             };
             let first_use = Self::use_up(conn, presented)?.is_some();
             let leeway = sql::<Timestamptz>("now() - ").bind::<Interval, _>(REUSE_LEEWAY);
             let used = auth_tokens::table
-                .filter(auth_tokens::type_.eq(Refresh))
+                .filter(is_of("auth_tokens", Refresh))
                 .filter(auth_tokens::token.eq(&presented.digest))
                 .filter(auth_tokens::is_used)
                 .select((
                     auth_tokens::family_id.assume_not_null(),
                     auth_tokens::session_expires_at.assume_not_null(),
                     auth_tokens::used_at.assume_not_null().gt(leeway),
-                ));
+                ))
+                .prepared();
             let Some((family_id, session_end, recent)) = used
-                .first::<(FamilyId, DateTime<Utc>, bool)>(conn)
+                .get_result::<(FamilyId, DateTime<Utc>, bool)>(conn)
                 .optional()?
             else {
                 return Ok(Rotation::Expired);
@@ -209,6 +213,7 @@ impl AuthToken {
             .filter(not(auth_tokens::is_used))
             .filter(auth_tokens::expires_at.gt(now))
             .set((auth_tokens::is_used.eq(true), auth_tokens::used_at.eq(now)))
+            .prepared()
             .execute(conn)
     }
 
@@ -220,6 +225,7 @@ impl AuthToken {
             .filter(not(auth_tokens::is_used))
             .filter(auth_tokens::expires_at.gt(now))
             .set(auth_tokens::is_used.eq(false))
+            .prepared()
             .execute(conn)
             .map(|live| live > 0)
     }

@@ -10,6 +10,7 @@ use crate::enums::{InstanceStatus, OauthStatus};
 use crate::error::violates;
 use crate::ids::{CredentialId, UserId};
 use crate::models::UserPlan;
+use crate::prepared::Prepare;
 use crate::schema::sql_types::McpInstanceStatus;
 use crate::schema::{mcp_credentials, mcp_service_table};
 use crate::secret::{Sealed, StateDigest};
@@ -95,6 +96,7 @@ impl McpCredential {
                     mcp_credentials::oauth_authorization_url.eq(authorization_url),
                 ))
                 .returning(Self::as_returning())
+                .prepared()
                 .get_result(conn)
                 .optional()?
                 .ok_or(CredentialError::NotFound)
@@ -133,6 +135,7 @@ impl McpCredential {
                 mcp_credentials::oauth_authorization_url.eq(None::<&Sealed>),
             ))
             .returning(Self::as_returning())
+            .prepared()
             .get_result(conn)
             .optional()?
             .ok_or(CredentialError::UnknownState)
@@ -186,6 +189,7 @@ impl McpCredential {
                     .otherwise(mcp_service_table::status)),
                 ))
                 .returning(mcp_service_table::status)
+                .prepared()
                 .get_result(conn)?;
 
             // The database decides whether the plan allows it. A refusal loses only the savepoint.
@@ -203,6 +207,7 @@ impl McpCredential {
                     let refused = CompletedInstance::refused_by(&error).ok_or(error)?;
                     diesel::update(instance)
                         .set(mcp_service_table::status.eq(InstanceStatus::Inactive))
+                        .prepared()
                         .execute(conn)?;
                     Ok(OauthCompletion {
                         credential: Self::store_tokens(conn, credential_id, tokens)?,
@@ -230,6 +235,7 @@ impl McpCredential {
                 FORGOTTEN,
             ))
             .returning(Self::as_returning())
+            .prepared()
             .get_result(conn)
     }
 
@@ -255,6 +261,7 @@ impl McpCredential {
                     FORGOTTEN,
                 ))
                 .returning(Self::as_returning())
+                .prepared()
                 .get_result(conn)
                 .optional()?;
             Self::or_oauth_conflict(conn, failed, credential_id)

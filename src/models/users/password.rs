@@ -7,6 +7,7 @@ use super::{User, UserError, check};
 use crate::enums::AuthTokenType;
 use crate::ids::UserId;
 use crate::models::{AuthToken, TokenError};
+use crate::prepared::Prepare;
 use crate::schema::users;
 use crate::secret::{HashedToken, SecretText};
 
@@ -103,6 +104,7 @@ fn set_password(
         .filter(users::is_active)
         .set(users::password.eq(password))
         .returning(User::as_returning())
+        .prepared()
         .get_result(conn)
         .optional()?;
     if user.is_some() {
