@@ -159,7 +159,7 @@ impl AccountCredit {
     /// Grants a credit, or a debit if the amount is negative. A refund or downgrade is granted once
     /// per `source_id`, any other source each time.
     ///
-    /// It waits for a transaction that grants for the same source.
+    /// It waits for a transaction that grants for the same source. Four round trips.
     ///
     /// # Errors
     /// [`CreditError::Differs`]. Violated constraints, such as an amount of 0 or a refund without
@@ -241,8 +241,8 @@ impl AccountCredit {
     /// `source_id` is the old credit's id. Every call spends: call it in the transaction that
     /// records the purchase.
     ///
-    /// One transaction, which locks the user, then the credits: a user's calls run one after
-    /// another.
+    /// One transaction of five or six round trips, which locks the user, then the credits: a user's
+    /// calls run one after another.
     ///
     /// # Errors
     /// [`CreditError::NotPositive`]; [`CreditError::Insufficient`]; [`CreditError::OutOfRange`].

@@ -184,8 +184,8 @@ impl AuthToken {
     /// Issues a token that expires after `lifetime`, by the database's clock; returns `None` if
     /// there is no such active user.
     ///
-    /// It replaces the user's live token of its type, which counts as used then. A refresh token
-    /// replaces none: it begins a session that ends with it, see
+    /// It replaces the user's live token of its type, which counts as used then. Five round trips.
+    /// A refresh token replaces none: it begins a session that ends with it, see
     /// [`begin_session`](Self::begin_session) for one that is renewed.
     ///
     /// # Errors
@@ -304,8 +304,8 @@ impl AuthToken {
     /// types are not found). At most [`MAX_CODE_ATTEMPTS`] guesses within [`CODE_WINDOW`] are
     /// compared, also concurrent ones and those at replaced codes.
     ///
-    /// A transaction of its own, because a rollback would take back the count. If no account has
-    /// the email address, answer as for [`CodeCheck::Wrong`].
+    /// A transaction of its own, five round trips, because a rollback would take back the count. If
+    /// no account has the email address, answer as for [`CodeCheck::Wrong`].
     ///
     /// # Errors
     /// [`Error::AlreadyInTransaction`] inside a transaction of Diesel's; nothing was compared. One
@@ -392,8 +392,8 @@ impl AuthToken {
     }
 
     /// Revokes a live token of an active user; of a refresh token its session, as
-    /// [`end_session`](Self::end_session) does, also if it was replaced since. Returns whether there
-    /// was one.
+    /// [`end_session`](Self::end_session) does, also if it was replaced since. Returns whether
+    /// there was one. Of a refresh token, five round trips.
     pub fn revoke(conn: &mut PgConnection, token: &HashedToken) -> QueryResult<bool> {
         if token.type_ != AuthTokenType::Refresh {
             return Ok(Self::use_up(conn, token)?.is_some());
@@ -414,7 +414,7 @@ impl AuthToken {
     }
 
     /// Revokes the user's tokens of the types in `only` (`None`: all types). Presenting a refresh
-    /// token later, also a used one, is not a reuse.
+    /// token later, also a used one, is not a reuse. Four round trips.
     pub fn revoke_all(
         conn: &mut PgConnection,
         user_id: UserId,

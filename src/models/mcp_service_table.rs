@@ -211,7 +211,7 @@ impl McpInstance {
     /// Creates an instance with its credentials. If these are completed (an API key is), the
     /// instance counts against the plan.
     ///
-    /// One transaction. Locks the user's plan. Other users don't wait.
+    /// One transaction, six round trips. Locks the user's plan. Other users don't wait.
     ///
     /// # Errors
     /// `LimitReached`, `PlanExpired`, `PlanMissing`, `UserInactive`, `ServiceDisabled`,
@@ -321,7 +321,7 @@ impl McpInstance {
 
     /// Activates a user's instance. It counts against the plan once its authorization is completed.
     ///
-    /// One transaction. Locks the plan, then the instance.
+    /// One transaction, four round trips. Locks the plan, then the instance.
     ///
     /// # Errors
     /// `LimitReached`, `PlanExpired`, `PlanMissing`, `UserInactive`, `NotFound`; `InstanceExpired`,
@@ -442,7 +442,7 @@ impl McpInstance {
     /// Sets a new end for a user's instance (`None`: never), counts the renewal and activates the
     /// instance.
     ///
-    /// One transaction. Locks the plan, then the instance.
+    /// One transaction, four round trips. Locks the plan, then the instance.
     ///
     /// # Errors
     /// `LimitReached`, `PlanExpired`, `PlanMissing`, `UserInactive`, `NotFound`; `InstanceExpired` if
@@ -479,7 +479,7 @@ impl McpInstance {
 
     /// Deletes a user's instance and its credentials, and returns whether it existed.
     ///
-    /// One transaction. Locks the plan, the credentials, then the instance.
+    /// One transaction, five round trips. Locks the plan, the credentials, then the instance.
     pub fn delete(
         conn: &mut PgConnection,
         instance_id: InstanceId,

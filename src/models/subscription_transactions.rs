@@ -393,7 +393,7 @@ impl SubscriptionTransaction {
 
     /// Records a payment once per gateway id.
     ///
-    /// It waits for a transaction that records the same payment.
+    /// It waits for a transaction that records the same payment. Four round trips.
     ///
     /// # Errors
     /// [`PaymentError::NotAPayment`]; [`PaymentError::CardSecret`]; [`PaymentError::Differs`].
@@ -509,8 +509,8 @@ impl SubscriptionTransaction {
     /// left, the payment becomes refunded.
     ///
     /// The refund is a row with the payment's user, subscription and currency. Its amounts are
-    /// **negative**, so the sum of all amounts is what the user has paid. One transaction, which
-    /// locks the payment. Failed and cancelled refunds don't count.
+    /// **negative**, so the sum of all amounts is what the user has paid. One transaction, nine or
+    /// ten round trips, which locks the payment. Failed and cancelled refunds don't count.
     ///
     /// `subscription_transactions_refund_exceeds` keeps the refunds of a payment within it,
     /// whichever statement records them.

@@ -264,7 +264,7 @@ impl UserBillingDetails {
 
     /// Sets an active user's address: inserts the row, or changes the one that exists. Cards stay.
     ///
-    /// One transaction, which locks the user (`FOR KEY SHARE`).
+    /// One transaction of four round trips, which locks the user (`FOR KEY SHARE`).
     ///
     /// # Errors
     /// [`BillingError::InvalidField`]; [`BillingError::NoUser`].

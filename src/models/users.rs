@@ -267,7 +267,7 @@ impl User {
     }
 
     /// Locks the user's plan (`FOR NO KEY UPDATE`) and then the user (`FOR UPDATE`) until the
-    /// transaction ends.
+    /// transaction ends. Two round trips.
     ///
     /// A transaction that calls several operations on one user's rows starts with this call. The
     /// operations can then follow in any order without a deadlock.

@@ -344,11 +344,12 @@ impl WebhookEvent {
 
     /// Marks a claimed event as processed, and links it with the user it is about.
     ///
-    /// Call it in the transaction that processes the event, as its last operation: it updates the
-    /// user (`FOR NO KEY UPDATE`), then the event. Name the user whenever the payload tells:
-    /// [`User::anonymise`](crate::models::User::anonymise) erases the payloads of linked events, and
-    /// only those. A user who doesn't exist gets no link. If the user was anonymised, the event gets
-    /// no link either and is erased at once; one that failed is skipped then.
+    /// Call it in the transaction that processes the event, as its last operation, in four round
+    /// trips: it updates the user (`FOR NO KEY UPDATE`), then the event. Name the user whenever the
+    /// payload tells: [`User::anonymise`](crate::models::User::anonymise) erases the payloads of
+    /// linked events, and only those. A user who doesn't exist gets no link. If the user was
+    /// anonymised, the event gets no link either and is erased at once; one that failed is skipped
+    /// then.
     ///
     /// # Errors
     /// [`WebhookError::LeaseLost`].

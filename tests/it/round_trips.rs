@@ -16,6 +16,8 @@ use bruhmcp_db::{HashedToken, Page, SecretText, StateDigest};
 use chrono::{TimeDelta, Utc};
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
+use diesel::sql_query;
+use diesel::sql_types::{BigInt, Integer, Text};
 use serde_json::{Value, json};
 
 use crate::fixtures::{self, create, create_inactive, create_pending, sealed};
@@ -833,4 +835,108 @@ fn claimed(conn: &mut PgConnection, id: &str, payload: &Value) -> WebhookEvent {
     WebhookEvent::record_claimed(conn, &new, hour())
         .unwrap()
         .into_inner()
+}
+
+/// Connecting takes two: Diesel sets the time zone and the encoding.
+#[cfg(feature = "migrator")]
+#[test]
+fn a_runner_with_nothing_to_do() {
+    let database = database();
+    let proxy = Proxy::start(&database);
+    let url = database.url_with(&proxy.parameters());
+    let report = bruhmcp_db::migrations::runner(&url).unwrap().run().unwrap();
+    assert!(report.steps.is_empty());
+    let sent = proxy.sent();
+    let answered = sent.iter().filter(|sent| !matches!(sent, Sent::Parse(_)));
+    assert_eq!(answered.count(), 2 + 2, "{sent:#?}");
+}
+
+#[derive(Debug, QueryableByName)]
+struct Statement {
+    #[diesel(sql_type = Text)]
+    name: String,
+    #[diesel(sql_type = Text)]
+    statement: String,
+    #[diesel(sql_type = BigInt)]
+    generic_plans: i64,
+    #[diesel(sql_type = BigInt)]
+    custom_plans: i64,
+    #[diesel(sql_type = Integer)]
+    parameters: i32,
+}
+
+#[derive(QueryableByName)]
+struct Line {
+    #[diesel(sql_type = Text, column_name = "QUERY PLAN")]
+    line: String,
+}
+
+/// The statements that look for this text, and the plan of each. All are planned once, after the
+/// five times in which PostgreSQL learns what a plan for the values costs.
+fn plans(conn: &mut PgConnection, text: &str) -> Vec<(String, String)> {
+    let statements: Vec<Statement> = sql_query(
+        "SELECT name, statement, generic_plans, custom_plans,
+                cardinality(parameter_types) AS parameters
+           FROM pg_prepared_statements
+          WHERE strpos(statement, $1) > 0 AND statement NOT LIKE '%pg_prepared_statements%'",
+    )
+    .bind::<Text, _>(text)
+    .load(conn)
+    .unwrap();
+    let plan = |statement: Statement| {
+        assert!(
+            statement.generic_plans > 0 && statement.custom_plans <= 5,
+            "{statement:#?}"
+        );
+        let nulls = vec!["NULL"; usize::try_from(statement.parameters).unwrap()].join(", ");
+        let explain = format!("EXPLAIN (COSTS off) EXECUTE {} ({nulls})", statement.name);
+        let lines: Vec<Line> = sql_query(explain).load(conn).unwrap();
+        let lines: Vec<_> = lines.into_iter().map(|line| line.line).collect();
+        (statement.statement, lines.join("\n"))
+    };
+    statements.into_iter().map(plan).collect()
+}
+
+#[test]
+fn a_token_is_planned_once_and_found_by_its_index() {
+    use AuthTokenType::{EmailVerification, PasswordReset, Refresh};
+    let database = database();
+    let (user, ..) = people(&database);
+    database
+        .psql(
+            "INSERT INTO users (first_name, last_name, email)
+             SELECT 'a', '', n || '@example.in' FROM generate_series(1, 3000) AS n;
+             INSERT INTO auth_tokens (user_id, token, type, expires_at)
+             SELECT id, sha256(id::text::bytea), 'password_reset', now() + interval '1 hour'
+               FROM users;
+             INSERT INTO auth_tokens
+                 (user_id, token, type, expires_at, family_id, session_expires_at)
+             SELECT id, sha256((id || 'refresh')::bytea), 'refresh', now() + interval '1 hour',
+                    gen_random_uuid(), now() + interval '1 day'
+               FROM users;
+             ANALYZE",
+        )
+        .unwrap();
+    let conn = &mut database.connect();
+    for _ in 0..20 {
+        let reset = issue(conn, user, PasswordReset);
+        AuthToken::find_live(conn, &reset).unwrap().unwrap();
+        AuthToken::consume(conn, &reset).unwrap();
+        AuthToken::consume(conn, &reset).unwrap_err();
+        assert!(!AuthToken::revoke(conn, &hashed(EmailVerification)).unwrap());
+        let session = issue(conn, user, Refresh);
+        AuthToken::find_live(conn, &session).unwrap().unwrap();
+        let next = hashed(Refresh);
+        AuthToken::rotate(conn, &session, &next, hour()).unwrap();
+        assert!(AuthToken::revoke(conn, &next).unwrap());
+    }
+    let plans = plans(conn, "\"token\" = $");
+    // By type, those of `find_live`, `consume` with its refusal, `rotate` with its lock, `revoke`.
+    assert_eq!(plans.len(), 9, "{plans:#?}");
+    for (statement, plan) in plans {
+        assert!(
+            plan.contains("auth_tokens_token_key") && !plan.contains("Seq Scan on auth_tokens"),
+            "{statement}\n{plan}"
+        );
+    }
 }

@@ -58,7 +58,8 @@ impl AuthToken {
     /// user. The token expires after `lifetime`, and the session after `session_lifetime`, however
     /// often the token is [replaced](Self::rotate).
     ///
-    /// If the user has [`MAX_SESSIONS`], the one that was renewed least recently ends.
+    /// If the user has [`MAX_SESSIONS`], the one that was renewed least recently ends. Five round
+    /// trips, or six then.
     ///
     /// # Errors
     /// Those of [`issue`](Self::issue). A session lives at most 365 days.
@@ -141,7 +142,7 @@ impl AuthToken {
     ///
     /// A token that is presented again within [`REUSE_LEEWAY`] gets another successor in the same
     /// session. After that it counts as stolen: the session is revoked, and its device must sign in
-    /// again. A token of a session that has ended is only expired.
+    /// again. A token of a session that has ended is only expired. Six round trips.
     ///
     /// **Commit after [`Rotation::Reused`]**: a rollback takes back the revocation. This is why it
     /// is not an error.

@@ -66,6 +66,7 @@ impl McpCredential {
     /// until new ones are stored. `state` is the digest of at least 128 random bits, and is valid
     /// for `lifetime` by the database's clock. `code_verifier` is that of PKCE (RFC 7636); the
     /// credentials keep it until the authorization ends. Store the URL only if it is shown again.
+    /// Four round trips.
     ///
     /// # Errors
     /// `NotFound`, `StateTaken`; `Invalid` unless `lifetime` is positive and at most an hour.
@@ -146,8 +147,9 @@ impl McpCredential {
     /// An active instance can be called from now on. If the plan refuses that, the instance becomes
     /// inactive and the tokens are stored all the same. An instance past its end becomes expired.
     ///
-    /// One transaction. Locks the plan, the credentials, then the instance. The caller must not
-    /// defer the constraint `mcp_service_table_active_limit_update`, or a refusal fails the commit.
+    /// One transaction, nine round trips. Locks the plan, the credentials, then the instance. The
+    /// caller must not defer the constraint `mcp_service_table_active_limit_update`, or a refusal
+    /// fails the commit.
     ///
     /// # Errors
     /// `NotFound`; `Conflict` if the credentials are not pending; `Invalid`.

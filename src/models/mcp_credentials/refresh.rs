@@ -203,7 +203,7 @@ impl McpCredential {
     }
 
     /// Stores refreshed tokens, if the row still has the version of `claimed`, ends the lease, and
-    /// records it in the audit log.
+    /// records it in the audit log. Six round trips.
     ///
     /// # Errors
     /// `NotFound`; `Invalid`; `Conflict`. If the row in `Conflict` still has the spent refresh
@@ -249,7 +249,7 @@ impl McpCredential {
     ///
     /// The pause takes the place of the lease of `claimed`; if others have the row by now, only the
     /// audit log tells. `error_type` and `error_message` go to the audit log and must not contain a
-    /// secret.
+    /// secret. Four round trips.
     pub fn refresh_failed(
         conn: &mut PgConnection,
         claimed: &Self,
@@ -281,7 +281,7 @@ impl McpCredential {
 
     /// Marks the authorization as expired, because the provider refused the refresh token
     /// (`invalid_grant`), if the row still has the version of `claimed`. Records it in the audit
-    /// log. The user must grant access again.
+    /// log. The user must grant access again. Five round trips.
     ///
     /// # Errors
     /// `NotFound`; `Conflict`: the refused token may not be the latest.
