@@ -1,15 +1,17 @@
 //! Costs of frequent writes, as counts that don't depend on the machine: bytes of WAL, the share of
 //! HOT updates, the growth of indexes. Each is compared with the rejected alternative in the same
-//! run.
+//! run. Rates are for comparison within a run only.
 //!
 //! `cargo bench --bench costs` starts a private server and removes it at the end.
 
 use std::error::Error;
+use std::time::Instant;
 
+use bruhmcp_db::Durability;
 use bruhmcp_db::enums::TransactionStatus;
 use bruhmcp_db::ids::{InstanceId, TransactionId, UserId};
 use bruhmcp_db::migrations::MIGRATIONS;
-use bruhmcp_db::models::{McpInstance, NewSubscriptionTransaction, User};
+use bruhmcp_db::models::{InstanceCalls, McpInstance, NewSubscriptionTransaction, User};
 use bruhmcp_db::schema::{mcp_service_table, subscription_transactions};
 use bruhmcp_devdb::{Database, Server};
 use diesel::connection::SimpleConnection;
@@ -26,6 +28,7 @@ const INSTANCES: i64 = 10_000;
 const CALLS: usize = 20_000;
 const ROWS: usize = 100_000;
 const INSERTS: usize = 5_000;
+const ROUNDS: usize = 5;
 
 fn main() -> Result {
     // As in production: the first change of a page after a checkpoint writes the whole page to the
@@ -42,6 +45,60 @@ fn main() -> Result {
     let taken = inserts(&server, "keys that ascend (UUIDv7)", Uuid::now_v7)?;
     let other = inserts(&server, "random keys (UUIDv4)", Uuid::new_v4)?;
     println!("  ratio of WAL: 1 to {:.2}", ratio(other, taken));
+
+    batches()
+}
+
+/// Calls of one hot instance and of many, counted one by one and in batches, on a server that syncs
+/// its commits to disk.
+fn batches() -> Result {
+    let server = Server::private(&[("fsync", "on"), ("synchronous_commit", "on")])?;
+    let (_database, mut conn) = database(&server)?;
+    let conn = &mut conn;
+    let all = instances(conn, None)?;
+    println!("Calls per second, with the minimum and maximum of {ROUNDS} rounds");
+    for (name, ids) in [
+        ("one instance", &all[..1]),
+        ("1,000 instances", &all[..1_000]),
+    ] {
+        let of = |number: usize| ids.iter().copied().cycle().take(number);
+        rate(&format!("{name}, one by one"), 200, || {
+            for id in of(200) {
+                McpInstance::record_call(conn, id, None)?.map_err(|reason| reason.to_string())?;
+            }
+            Ok(())
+        })?;
+        for durability in [Durability::Synced, Durability::Unsynced] {
+            rate(
+                &format!("{name}, batches of 1,000, {durability:?}"),
+                20_000,
+                || {
+                    let calls: Vec<_> = of(1_000).map(InstanceCalls::one).collect();
+                    for _ in 0..20 {
+                        McpInstance::record_calls(conn, &calls, durability)?;
+                    }
+                    Ok(())
+                },
+            )?;
+        }
+    }
+    Ok(())
+}
+
+/// Prints how often a second `work`, which does `number` things, does one.
+fn rate(name: &str, number: u32, mut work: impl FnMut() -> Result) -> Result {
+    let mut rates = Vec::new();
+    for _ in 0..ROUNDS {
+        let start = Instant::now();
+        work()?;
+        rates.push(f64::from(number) / start.elapsed().as_secs_f64());
+    }
+    rates.sort_by(f64::total_cmp);
+    println!(
+        "  {name:<48} {:>9.0} to {:>9.0}",
+        rates[0],
+        rates[ROUNDS - 1]
+    );
     Ok(())
 }
 
@@ -80,9 +137,8 @@ fn wal(
     Ok(number(conn, position)? - before)
 }
 
-fn calls(server: &Server, name: &str, index: Option<&str>) -> Result<i64> {
-    let (_database, mut conn) = database(server)?;
-    let conn = &mut conn;
+/// Creates instances that can be called, and an index; returns their keys, spread over the table.
+fn instances(conn: &mut PgConnection, index: Option<&str>) -> Result<Vec<InstanceId>> {
     conn.batch_execute(&format!(
         "INSERT INTO mcp_table (mcp_service_name, display_name, port, type) VALUES ('figma', 'Figma', 49280, 'api_key');
          INSERT INTO mcp_service_table (user_id, mcp_service_id)
@@ -96,11 +152,18 @@ fn calls(server: &Server, name: &str, index: Option<&str>) -> Result<i64> {
         conn.batch_execute(index)?;
     }
     conn.batch_execute("VACUUM ANALYZE")?;
-    // Ordered by random keys: spread over the table.
-    let ids: Vec<InstanceId> = mcp_service_table::table
+    conn.batch_execute("SELECT pg_stat_force_next_flush(), pg_stat_reset()")?;
+    let ids = mcp_service_table::table
         .select(mcp_service_table::instance_id)
         .order(mcp_service_table::instance_id)
         .load(conn)?;
+    Ok(ids)
+}
+
+fn calls(server: &Server, name: &str, index: Option<&str>) -> Result<i64> {
+    let (_database, mut conn) = database(server)?;
+    let conn = &mut conn;
+    let ids = instances(conn, index)?;
     let size = "pg_indexes_size('mcp_service_table')";
     let size_before = number(conn, size)?;
     let bytes = wal(conn, |conn| {

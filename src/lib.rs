@@ -91,6 +91,7 @@
 //! Rules that must always hold are kept by the database, also for statements written by hand.
 #![deny(missing_docs)]
 
+mod buffer;
 #[cfg(feature = "crypto")]
 pub mod crypto;
 pub mod enums;
@@ -113,10 +114,11 @@ pub mod views;
 /// Crates whose types appear in this crate's API.
 pub use {bigdecimal, chrono, diesel, serde_json, uuid};
 
+pub use buffer::{Buffer, BufferLimits};
 pub use error::{ConstraintKind, ConstraintViolation, NegativeSpan};
 pub use page::{Cursor, Page};
 pub use secret::{HashedToken, Sealed, SecretText, StateDigest, TokenDigest};
-pub use transaction::{Isolation, MAX_ATTEMPTS, is_transient, retry_transaction};
+pub use transaction::{Durability, Isolation, MAX_ATTEMPTS, is_transient, retry_transaction};
 
 /// The README's example compiles.
 #[cfg(all(doctest, feature = "crypto"))]

@@ -4,8 +4,10 @@ use std::error::Error as StdError;
 use std::thread;
 use std::time::Duration;
 
+use diesel::QueryResult;
 use diesel::connection::{
-    Connection, Instrumentation, InstrumentationEvent, get_default_instrumentation,
+    Connection, Instrumentation, InstrumentationEvent, SimpleConnection,
+    get_default_instrumentation,
 };
 use diesel::pg::PgConnection;
 use diesel::result::{DatabaseErrorKind, Error};
@@ -46,6 +48,35 @@ pub enum Isolation {
     RepeatableRead,
     /// Transactions behave as if they ran one after another.
     Serializable,
+}
+
+/// Whether an operation waits until the server has written its commit to disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Durability {
+    /// It waits: what it reports is never lost.
+    #[default]
+    Synced,
+    /// It doesn't wait (`synchronous_commit = off`, for this operation only). A crash of the server
+    /// may lose what was committed in the last 3 × `wal_writer_delay`, 0.6 s by default. The rest
+    /// stays consistent. Not inside a transaction, whose other writes would be lost as well.
+    Unsynced,
+}
+
+impl Durability {
+    /// Runs `work`; three more round trips if unsynced.
+    pub(crate) fn run<T>(
+        self,
+        conn: &mut PgConnection,
+        work: impl FnOnce(&mut PgConnection) -> QueryResult<T>,
+    ) -> QueryResult<T> {
+        match self {
+            Self::Synced => work(conn),
+            Self::Unsynced => conn.build_transaction().run(|conn| {
+                conn.batch_execute("SET LOCAL synchronous_commit = off")?;
+                work(conn)
+            }),
+        }
+    }
 }
 
 /// Runs `work` in a transaction and retries it after a serialization failure (SQLSTATE 40001) or a

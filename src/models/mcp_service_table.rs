@@ -17,9 +17,11 @@ use crate::prepared::Prepare;
 use crate::schema::sql_types::McpInstanceStatus;
 use crate::schema::{mcp_credentials, mcp_service_table, mcp_table, user_plans, users};
 
+mod batch;
 mod calls;
 mod monitor;
 
+pub use batch::InstanceCalls;
 pub use calls::{InstanceWithCredentials, NotCallable};
 
 /// A row of `mcp_service_table`: a user's connection to a service.

@@ -33,8 +33,8 @@ pub use mcp_credentials::{
     OauthTokens, RefreshLease,
 };
 pub use mcp_service_table::{
-    CredentialState, InstanceDetails, InstanceError, InstanceFilter, InstanceWithCredentials,
-    McpInstance, NewMcpInstance, NotCallable,
+    CredentialState, InstanceCalls, InstanceDetails, InstanceError, InstanceFilter,
+    InstanceWithCredentials, McpInstance, NewMcpInstance, NotCallable,
 };
 pub use mcp_table::{McpService, NewMcpService};
 pub use subscription_transactions::{

@@ -18,7 +18,7 @@ use bruhmcp_db::ids::{
     CredentialId, InstanceId, ServiceId, SubscriptionId, TransactionId, UserId, WebhookEventId,
 };
 use bruhmcp_db::models::*;
-use bruhmcp_db::{ConstraintViolation, HashedToken, Sealed, StateDigest};
+use bruhmcp_db::{ConstraintViolation, Durability, HashedToken, Sealed, StateDigest};
 use chrono::{TimeDelta, Utc};
 use diesel::connection::{InstrumentationEvent, SimpleConnection};
 use diesel::pg::PgConnection;
@@ -624,6 +624,11 @@ pub(crate) static OPERATIONS: &[Operation] = &[
     }),
     operation("McpInstance::record_call", |conn| {
         Ok(McpInstance::record_call(conn, AUTHORISED, Some(USER))?.is_ok())
+    }),
+    operation("McpInstance::record_calls", |conn| {
+        let calls = [AUTHORISED, KEYED, INACTIVE].map(InstanceCalls::one);
+        let locked = McpInstance::record_calls(conn, &calls, Durability::Synced)?;
+        Ok(locked.len() < calls.len())
     }),
     operation("McpInstance::expire_due", |conn| {
         Ok(!McpInstance::expire_due(conn, 10)?.is_empty())

@@ -7,6 +7,7 @@ mod archive;
 mod audit;
 #[cfg(all(feature = "crypto", feature = "migrator", feature = "r2d2"))]
 mod backend;
+mod batches;
 mod billing;
 #[cfg(feature = "cli")]
 mod cli;
