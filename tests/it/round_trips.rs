@@ -12,7 +12,7 @@ use bruhmcp_db::enums::{
 };
 use bruhmcp_db::ids::{InstanceId, ServiceId, UserId};
 use bruhmcp_db::models::*;
-use bruhmcp_db::{HashedToken, Page, SecretText, StateDigest};
+use bruhmcp_db::{Durability, HashedToken, Page, SecretText, StateDigest};
 use chrono::{TimeDelta, Utc};
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
@@ -168,6 +168,7 @@ fn is_control(statement: &str) -> bool {
         "SAVEPOINT ",
         "RELEASE ",
         "SET CONSTRAINTS ",
+        "SET LOCAL ",
     ]
     .iter()
     .any(|control| statement.starts_with(control))
@@ -475,6 +476,17 @@ fn instances_and_credentials() {
                 .unwrap();
         },
     );
+    for (durability, round_trips) in [(Durability::Synced, 1), (Durability::Unsynced, 4)] {
+        counter.prepared(
+            "McpInstance::record_calls",
+            round_trips,
+            |_| (),
+            |conn, ()| {
+                McpInstance::record_calls(conn, &[InstanceCalls::one(instance)], durability)
+                    .unwrap();
+            },
+        );
+    }
     let inactive = |conn: &mut PgConnection| create_inactive(conn, user, service);
     counter.prepared(
         "McpInstance::record_call, refused",
