@@ -112,22 +112,20 @@ impl McpInstance {
         instance_id: InstanceId,
         caller: Option<UserId>,
     ) -> QueryResult<Option<InstanceWithCredentials>> {
-        let mut rows = mcp_service_table::table
+        let found = mcp_service_table::table
             .inner_join(users::table)
             .inner_join(mcp_table::table)
             .left_join(mcp_credentials::table)
             .filter(mcp_service_table::instance_id.eq(instance_id))
+            .filter(is_of(caller))
             .select((
                 Self::as_select(),
                 McpService::as_select(),
                 Option::<McpCredential>::as_select(),
                 CallState::as_select(),
             ))
-            .into_boxed();
-        if let Some(caller) = caller {
-            rows = rows.filter(mcp_service_table::user_id.eq(caller));
-        }
-        let found: Option<(_, _, _, CallState)> = rows.first(conn).optional()?;
+            .first(conn);
+        let found: Option<(_, _, _, CallState)> = found.optional()?;
         Ok(found.map(
             |(instance, service, credential, state)| InstanceWithCredentials {
                 instance,
@@ -161,6 +159,16 @@ impl McpInstance {
     }
 }
 
+/// Whether an instance is this user's. Not a boxed query: Diesel would write its text on each call.
+#[diesel::dsl::auto_type]
+fn is_of(caller: Option<UserId>) -> _ {
+    let caller: diesel::dsl::AsExprOf<Option<UserId>, Nullable<Uuid>> =
+        caller.into_sql::<Nullable<Uuid>>();
+    caller
+        .is_null()
+        .or(mcp_service_table::user_id.nullable().eq(caller))
+}
+
 /// The conditions are those of [`CallState`].
 fn count_call(
     conn: &mut PgConnection,
@@ -173,13 +181,8 @@ fn count_call(
     let active_service = mcp_table::table
         .filter(mcp_table::mcp_service_id.eq(mcp_service_table::mcp_service_id))
         .filter(mcp_table::is_active);
-    let caller = caller.into_sql::<Nullable<Uuid>>();
     diesel::update(mcp_service_table::table.find(instance_id))
-        .filter(
-            caller
-                .is_null()
-                .or(mcp_service_table::user_id.nullable().eq(caller)),
-        )
+        .filter(is_of(caller))
         .filter(mcp_service_table::status.eq(InstanceStatus::Active))
         .filter(mcp_service_table::oauth_status.eq(OauthStatus::Completed))
         .filter(
@@ -203,15 +206,13 @@ fn not_callable(
     instance_id: InstanceId,
     caller: Option<UserId>,
 ) -> QueryResult<Option<NotCallable>> {
-    let mut rows = mcp_service_table::table
+    let state = mcp_service_table::table
         .inner_join(users::table)
         .inner_join(mcp_table::table)
         .filter(mcp_service_table::instance_id.eq(instance_id))
+        .filter(is_of(caller))
         .select(CallState::as_select())
-        .into_boxed();
-    if let Some(caller) = caller {
-        rows = rows.filter(mcp_service_table::user_id.eq(caller));
-    }
-    let state = rows.first(conn).optional()?;
+        .first(conn)
+        .optional()?;
     Ok(state.map_or(Some(NotCallable::NotFound), |state| state.not_callable()))
 }
