@@ -268,7 +268,8 @@ fn create_instance(
     let instance = new.instance_id;
     directory.reserve(&Key::Instance(instance), user, cell)?;
     // In a service the key is sealed: see the quickstart.
-    let key = NewMcpCredential::sealed_api_key(instance, Sealed::from_ciphertext(vec![2; 42]));
+    let sealed = Sealed::from_ciphertext(vec![2; 42])?;
+    let key = NewMcpCredential::sealed_api_key(instance, sealed);
     if let Err(error) = McpInstance::create(conn, &new, &key) {
         directory.release(&Key::Instance(instance))?;
         return Err(error.into());

@@ -72,6 +72,8 @@
 //! - **Connection.** Each takes a [`PgConnection`](diesel::PgConnection) first. It works alone and
 //!   inside a transaction of the caller; an operation with several statements opens a transaction
 //!   or a savepoint.
+//! - **Round trips.** One, unless the doc says more; BEGIN and COMMIT, or SAVEPOINT and RELEASE, are
+//!   in its number. Statements are prepared at their first use on a connection, so keep connections.
 //! - **Errors.** A function that returns `QueryResult` returns errors of the connection, and of
 //!   constraints that its doc names. An outcome that a caller branches on is a variant of the
 //!   table's error type. [`ConstraintViolation`] names the constraint that any other error
@@ -98,6 +100,7 @@ pub mod ids;
 pub mod migrations;
 pub mod models;
 mod page;
+mod prepared;
 #[expect(
     missing_docs,
     reason = "generated: `schema.rs` carries the database's comments and no others"

@@ -5,21 +5,23 @@
 //! `docs/performance.md`.
 
 mod report;
+mod wire;
 
 use std::error::Error;
 use std::time::{Duration, Instant};
 
-use bruhmcp_db::Durability;
-use bruhmcp_db::enums::TransactionStatus;
+use bruhmcp_db::enums::{AuditStatus, AuthTokenType, TransactionStatus};
 use bruhmcp_db::ids::{InstanceId, TransactionId, UserId};
 use bruhmcp_db::migrations::MIGRATIONS;
 use bruhmcp_db::models::{
-    InstanceCalls, McpInstance, NewSubscriptionTransaction, User, WebhookEvent,
+    AuthToken, InstanceCalls, McpInstance, NewSubscriptionTransaction, NewTokenAudit, TokenAudit,
+    User, WebhookEvent,
 };
 use bruhmcp_db::schema::{mcp_service_table, subscription_transactions};
+use bruhmcp_db::{Durability, HashedToken};
 use bruhmcp_devdb::{Database, Server};
 use chrono::TimeDelta;
-use diesel::connection::SimpleConnection;
+use diesel::connection::{CacheSize, SimpleConnection};
 use diesel::dsl::sql;
 use diesel::prelude::*;
 use diesel::sql_types::{Array, BigInt, Text, Uuid as SqlUuid};
@@ -27,6 +29,7 @@ use diesel_migrations::MigrationHarness;
 use indicatif::{ProgressBar, ProgressStyle};
 use report::{Range, Report, Section};
 use uuid::Uuid;
+use wire::{Wire, cpu};
 
 type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
 
@@ -36,6 +39,7 @@ const CALLS: usize = 20_000;
 const ROWS: usize = 100_000;
 const INSERTS: usize = 5_000;
 const ROUNDS: usize = 5;
+const TURNS: usize = 30;
 
 fn main() -> Result {
     let cores = std::thread::available_parallelism()?;
@@ -50,12 +54,16 @@ fn main() -> Result {
          each other, not with another machine's. A range is the lowest and the highest of {ROUNDS} \
          rounds, and a ratio that of their middles to the first line's."
     ));
-    let steps: [fn(&Servers) -> Result<Section>; 4] = [
+    let mut steps: Vec<fn(&Servers) -> Result<Section>> = vec![
         wal_of_calls,
         wal_of_payments,
         rate_of_calls,
         rate_of_webhooks,
     ];
+    // The CPU of a process is read the Linux way.
+    if cfg!(target_os = "linux") {
+        steps.push(client_library);
+    }
     let servers = Servers { server, synced };
     // Only on a terminal.
     let style = ProgressStyle::with_template("{bar:40} {pos}/{len}, {elapsed}, {eta} left")?;
@@ -371,4 +379,152 @@ fn inserts(server: &Server, new_key: fn() -> Uuid) -> Result<f64> {
         Ok(())
     })?;
     Ok(each(bytes, INSERTS))
+}
+
+/// What Diesel adds to a statement that is prepared by hand, and what it would be unprepared: CPU
+/// of this thread and of the server's process together.
+fn client_library(servers: &Servers) -> Result<Section> {
+    let server = &servers.server;
+    let (database, mut conn) = database(server)?;
+    let instance = instances(&mut conn, None)?[0];
+    let user: UserId = mcp_service_table::table
+        .filter(mcp_service_table::instance_id.eq(instance))
+        .select(mcp_service_table::user_id)
+        .first(&mut conn)?;
+    let token = HashedToken::new(AuthTokenType::Refresh, [7; 32]);
+    AuthToken::issue(&mut conn, user, &token, TimeDelta::hours(1))?.ok_or("no token")?;
+    let audit = NewTokenAudit::new(instance, "call", AuditStatus::Success);
+
+    let folder = server.folder().ok_or("a server of its own")?;
+    let mut wire = Wire::connect(folder, database.name())?;
+    let (instance_id, user_id) = (instance.0.as_bytes(), user.0.as_bytes());
+    type Operation<'a> = Box<dyn Fn(&mut PgConnection) -> Result + 'a>;
+    type Values<'a> = Vec<Option<&'a [u8]>>;
+    let operations: [(&str, Operation<'_>, &str, Values<'_>); 5] = [
+        (
+            "McpInstance::record_call",
+            Box::new(|conn| {
+                McpInstance::record_call(conn, instance, Some(user))??;
+                Ok(())
+            }),
+            "UPDATE mcp_service_table AS instance
+                SET usage_count = usage_count + 1, last_used_at = now()
+              WHERE status = 'active' AND oauth_status = 'completed'
+                AND (expires_at IS NULL OR expires_at > now())
+                AND EXISTS (SELECT FROM users WHERE id = instance.user_id AND is_active)
+                AND EXISTS (SELECT FROM mcp_table AS service
+                             WHERE service.mcp_service_id = instance.mcp_service_id
+                               AND service.is_active)
+                AND instance_id = $1 AND user_id = $2",
+            vec![Some(instance_id), Some(user_id)],
+        ),
+        (
+            "McpInstance::find_with_credentials",
+            Box::new(|conn| {
+                McpInstance::find_with_credentials(conn, instance, "figma", Some(user))??;
+                Ok(())
+            }),
+            "SELECT instance.*, service.*, credentials.*, users.is_active
+               FROM mcp_service_table AS instance
+               JOIN users ON users.id = instance.user_id
+               JOIN mcp_table AS service USING (mcp_service_id)
+               LEFT JOIN mcp_credentials AS credentials USING (instance_id)
+              WHERE instance_id = $1 AND instance.user_id = $2",
+            vec![Some(instance_id), Some(user_id)],
+        ),
+        (
+            "AuthToken::find_live",
+            Box::new(|conn| {
+                AuthToken::find_live(conn, &token)?.ok_or("no token")?;
+                Ok(())
+            }),
+            "SELECT auth_tokens.* FROM auth_tokens JOIN users ON users.id = user_id
+              WHERE type = 'refresh' AND token = $1 AND NOT is_used AND expires_at > now()
+                AND users.is_active",
+            vec![Some(token.digest.as_bytes())],
+        ),
+        (
+            "User::record_login",
+            Box::new(|conn| {
+                User::record_login(conn, user)?.ok_or("no user")?;
+                Ok(())
+            }),
+            "UPDATE users SET last_login_at = now() WHERE id = $1 AND is_active RETURNING *",
+            vec![Some(user_id)],
+        ),
+        (
+            "TokenAudit::insert",
+            Box::new(|conn| {
+                TokenAudit::insert(conn, &audit)?;
+                Ok(())
+            }),
+            "INSERT INTO token_audit_log
+                 (instance_id, user_id, operation, status, method, error_type, error_message,
+                  metadata)
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8) RETURNING *",
+            vec![
+                Some(instance_id),
+                None,
+                Some(b"call"),
+                Some(b"success"),
+                None,
+                None,
+                None,
+                None,
+            ],
+        ),
+    ];
+    let mut unprepared = PgConnection::establish(&database.url())?;
+    unprepared.set_prepared_statement_cache_size(CacheSize::Disabled);
+    let of_conn = |conn: &mut PgConnection| number(conn, "pg_backend_pid()");
+    let (pid, unprepared_pid) = (of_conn(&mut conn)?, of_conn(&mut unprepared)?);
+    let mut rows = Vec::new();
+    for (name, operation, statement, values) in operations {
+        wire.prepare(name, statement)?;
+        let (mut ratios, mut unprepared_ratios) = (Vec::new(), Vec::new());
+        for _ in 0..ROUNDS {
+            let mut costs = [const { Vec::new() }; 3];
+            // In turns, so that what else the machine does is spread over all.
+            for _ in 0..TURNS {
+                costs[0].push(cpu_of(
+                    wire.pid.into(),
+                    || Ok(wire.execute(name, &values)?),
+                )?);
+                costs[1].push(cpu_of(pid, || operation(&mut conn))?);
+                costs[2].push(cpu_of(unprepared_pid, || operation(&mut unprepared))?);
+            }
+            let [by_hand, by_diesel, anew] = costs.map(median);
+            ratios.push(by_diesel / by_hand);
+            unprepared_ratios.push(anew / by_hand);
+        }
+        rows.push((name.to_owned(), Range::of(&ratios)));
+        rows.push((format!("{name}, unprepared"), Range::of(&unprepared_ratios)));
+    }
+    Ok(Section {
+        name: "cpu-by-client",
+        title: "CPU of a call by client",
+        text:
+            "Client and server together, as a multiple of the same statement prepared by hand over \
+               the wire protocol, whose answer is not decoded. *Unprepared* is Diesel without its \
+               statement cache."
+                .into(),
+        unit: "times the CPU by hand",
+        rows,
+    })
+}
+
+fn median(mut costs: Vec<f64>) -> f64 {
+    costs.sort_by(f64::total_cmp);
+    costs[costs.len() / 2]
+}
+
+/// Nanoseconds of CPU that 100 calls take here and in the server's process.
+fn cpu_of(server: i64, mut call: impl FnMut() -> Result) -> Result<f64> {
+    let server = server.to_string();
+    let taken = || -> Result<u64> { Ok(cpu("thread-self")? + cpu(&server)?) };
+    let before = taken()?;
+    for _ in 0..100 {
+        call()?;
+    }
+    Ok(f64::from(u32::try_from(taken()? - before)?))
 }

@@ -3,6 +3,7 @@
 use bigdecimal::{BigDecimal, ToPrimitive};
 use chrono::{DateTime, Utc};
 use diesel::dsl::{now, sql};
+use diesel::expression::SqlLiteral;
 use diesel::pg::Pg;
 use diesel::prelude::*;
 use diesel::result::Error;
@@ -13,6 +14,7 @@ use crate::enums::CreditSource;
 use crate::ids::{CreditId, UserId};
 use crate::models::{DEFAULT_CURRENCY, Recorded, User, lock_user_key};
 use crate::page::{Cursor, Page, newest_first};
+use crate::prepared::Prepare;
 use crate::schema::{account_credits, users};
 
 /// A row of `account_credits`.
@@ -43,12 +45,14 @@ pub struct AccountCredit {
 
 /// Values of a new [`AccountCredit`]; `None` uses the column's default.
 #[derive(Debug, Clone, Insertable)]
-#[diesel(table_name = account_credits, check_for_backend(Pg))]
+#[diesel(table_name = account_credits, treat_none_as_default_value = false, check_for_backend(Pg))]
 #[expect(missing_docs, reason = "the fields are those of `AccountCredit`")]
 pub struct NewAccountCredit<'a> {
+    #[diesel(treat_none_as_default_value = true)]
     pub id: Option<CreditId>,
     pub user_id: UserId,
     pub amount: i64,
+    #[diesel(treat_none_as_default_value = true)]
     pub currency: Option<&'a str>,
     pub description: Option<&'a str>,
     pub source_type: Option<CreditSource>,
@@ -116,6 +120,11 @@ fn is_open() -> _ {
     )
 }
 
+/// Granted once per source. A literal: the planner can't match bind parameters with a partial index.
+fn is_unique() -> SqlLiteral<Bool> {
+    sql("source_type IN ('refund', 'downgrade')")
+}
+
 impl AccountCredit {
     /// Returns the credit with this id.
     pub fn find(conn: &mut PgConnection, id: CreditId) -> QueryResult<Option<Self>> {
@@ -150,7 +159,7 @@ impl AccountCredit {
     /// Grants a credit, or a debit if the amount is negative. A refund or downgrade is granted once
     /// per `source_id`, any other source each time.
     ///
-    /// It waits for a transaction that grants for the same source.
+    /// It waits for a transaction that grants for the same source. Four round trips.
     ///
     /// # Errors
     /// [`CreditError::Differs`]. Violated constraints, such as an amount of 0 or a refund without
@@ -173,20 +182,22 @@ impl AccountCredit {
             let granted = diesel::insert_into(account_credits::table)
                 .values(new)
                 .on_conflict((account_credits::source_type, account_credits::source_id))
-                // A literal: the planner can't match bind parameters with a partial index.
-                .filter_target(sql::<Bool>("source_type IN ('refund', 'downgrade')"))
+                .filter_target(is_unique())
                 .do_nothing()
                 .returning(Self::as_returning())
+                .prepared()
                 .get_result(conn)
                 .optional()?;
             if let Some(row) = granted {
                 return Ok(Recorded::New(row));
             }
             let existing = account_credits::table
+                .filter(is_unique())
                 .filter(account_credits::source_type.eq(new.source_type))
                 .filter(account_credits::source_id.eq(new.source_id))
                 .select(Self::as_select())
-                .first(conn)
+                .prepared()
+                .get_result(conn)
                 .optional()?;
             // If the other row was deleted meanwhile, the source is free again.
             if let Some(row) = existing {
@@ -230,8 +241,8 @@ impl AccountCredit {
     /// `source_id` is the old credit's id. Every call spends: call it in the transaction that
     /// records the purchase.
     ///
-    /// One transaction, which locks the user, then the credits: a user's calls run one after
-    /// another.
+    /// One transaction of five or six round trips, which locks the user, then the credits: a user's
+    /// calls run one after another.
     ///
     /// # Errors
     /// [`CreditError::NotPositive`]; [`CreditError::Insufficient`]; [`CreditError::OutOfRange`].
@@ -293,6 +304,7 @@ impl AccountCredit {
                         account_credits::used_at.eq(now),
                     ))
                     .returning(Self::as_returning())
+                    .prepared()
                     .get_results(conn)?;
             used.sort_by_key(|credit| {
                 let expires_at = credit.expires_at;

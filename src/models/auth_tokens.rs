@@ -3,10 +3,11 @@
 use chrono::{DateTime, TimeDelta, Utc};
 use diesel::connection::{AnsiTransactionManager, TransactionManager};
 use diesel::dsl::{not, now, sql, sum};
+use diesel::expression::SqlLiteral;
 use diesel::pg::Pg;
 use diesel::prelude::*;
 use diesel::result::Error;
-use diesel::sql_types::{BigInt, Interval, Nullable, Timestamptz};
+use diesel::sql_types::{BigInt, Bool, Interval, Nullable, Timestamptz};
 use serde::Serialize;
 
 use crate::enums::AuthTokenType;
@@ -14,6 +15,7 @@ use crate::error::NegativeSpan;
 use crate::ids::{AuthTokenId, FamilyId, UserId};
 use crate::models::User;
 use crate::page::{Cursor, Page, newest_first};
+use crate::prepared::Prepare;
 use crate::schema::{auth_tokens, users};
 use crate::secret::{HashedToken, TokenDigest};
 
@@ -95,14 +97,19 @@ pub enum CodeCheck {
 // Diesel can't tell a table from itself in a subquery.
 diesel::alias!(const PRESENTED: Alias<Presented> = auth_tokens as presented);
 
+/// A literal, because a bind can't match the predicate of the index on digests in a generic plan.
+fn is_of(table: &str, type_: AuthTokenType) -> SqlLiteral<Bool> {
+    sql(&format!("{table}.type = '{type_}'"))
+}
+
 /// A subquery for the active owner of a token, which locks the user. PostgreSQL runs it once,
 /// before the statement around it locks the token.
 #[diesel::dsl::auto_type]
 fn lock_owner<'a>(token: &'a HashedToken) -> _ {
-    let type_: AuthTokenType = token.type_;
+    let is_presented: SqlLiteral<Bool> = is_of("presented", token.type_);
     let digest: &'a TokenDigest = &token.digest;
     let owner = PRESENTED
-        .filter(PRESENTED.field(auth_tokens::type_).eq(type_))
+        .filter(is_presented)
         .filter(PRESENTED.field(auth_tokens::token).eq(digest))
         .select(PRESENTED.field(auth_tokens::user_id));
     users::table
@@ -163,21 +170,22 @@ impl AuthToken {
         }
         auth_tokens::table
             .inner_join(users::table)
-            .filter(auth_tokens::type_.eq(token.type_))
+            .filter(is_of("auth_tokens", token.type_))
             .filter(auth_tokens::token.eq(&token.digest))
             .filter(not(auth_tokens::is_used))
             .filter(auth_tokens::expires_at.gt(now))
             .filter(users::is_active)
             .select(Self::as_select())
-            .first(conn)
+            .prepared()
+            .get_result(conn)
             .optional()
     }
 
     /// Issues a token that expires after `lifetime`, by the database's clock; returns `None` if
     /// there is no such active user.
     ///
-    /// It replaces the user's live token of its type, which counts as used then. A refresh token
-    /// replaces none: it begins a session that ends with it, see
+    /// It replaces the user's live token of its type, which counts as used then. Five round trips.
+    /// A refresh token replaces none: it begins a session that ends with it, see
     /// [`begin_session`](Self::begin_session) for one that is renewed.
     ///
     /// # Errors
@@ -203,6 +211,7 @@ impl AuthToken {
                 .filter(auth_tokens::type_.eq(token.type_))
                 .filter(not(auth_tokens::is_used))
                 .set((auth_tokens::is_used.eq(true), auth_tokens::used_at.eq(now)))
+                .prepared()
                 .execute(conn)?;
             Self::insert_live(conn, user_id, token, lifetime, None).map(Some)
         })
@@ -234,6 +243,7 @@ impl AuthToken {
                 auth_tokens::session_expires_at.eq(session_expires_at),
             ))
             .returning(Self::as_returning())
+            .prepared()
             .get_result(conn)
     }
 
@@ -255,12 +265,13 @@ impl AuthToken {
             return Ok(row);
         }
         let state = auth_tokens::table
-            .filter(auth_tokens::type_.eq(token.type_))
+            .filter(is_of("auth_tokens", token.type_))
             .filter(auth_tokens::token.eq(&token.digest))
             .inner_join(users::table)
             .filter(users::is_active)
             .select((auth_tokens::is_used, auth_tokens::expires_at.le(now)))
-            .first(conn)
+            .prepared()
+            .get_result(conn)
             .optional()?;
         Err(match state {
             Some((true, _)) => TokenError::Used,
@@ -273,7 +284,7 @@ impl AuthToken {
     /// Marks a live token as used.
     fn use_up(conn: &mut PgConnection, token: &HashedToken) -> QueryResult<Option<Self>> {
         diesel::update(auth_tokens::table)
-            .filter(auth_tokens::type_.eq(token.type_))
+            .filter(is_of("auth_tokens", token.type_))
             .filter(auth_tokens::token.eq(&token.digest))
             .filter(not(auth_tokens::is_used))
             .filter(auth_tokens::expires_at.gt(now))
@@ -284,6 +295,7 @@ impl AuthToken {
             )
             .set((auth_tokens::is_used.eq(true), auth_tokens::used_at.eq(now)))
             .returning(Self::as_returning())
+            .prepared()
             .get_result(conn)
             .optional()
     }
@@ -292,8 +304,8 @@ impl AuthToken {
     /// types are not found). At most [`MAX_CODE_ATTEMPTS`] guesses within [`CODE_WINDOW`] are
     /// compared, also concurrent ones and those at replaced codes.
     ///
-    /// A transaction of its own, because a rollback would take back the count. If no account has
-    /// the email address, answer as for [`CodeCheck::Wrong`].
+    /// A transaction of its own, five round trips, because a rollback would take back the count. If
+    /// no account has the email address, answer as for [`CodeCheck::Wrong`].
     ///
     /// # Errors
     /// [`Error::AlreadyInTransaction`] inside a transaction of Diesel's; nothing was compared. One
@@ -323,7 +335,8 @@ impl AuthToken {
                 .filter(auth_tokens::type_.eq(guess.type_))
                 .filter(auth_tokens::created_at.gt(window_start))
                 .select(sum(auth_tokens::attempts))
-                .first::<Option<i64>>(conn)?
+                .prepared()
+                .get_result::<Option<i64>>(conn)?
                 .unwrap_or(0);
             let left = i64::from(MAX_CODE_ATTEMPTS) - guessed;
             if left > 0
@@ -369,6 +382,7 @@ impl AuthToken {
         let right = diesel::update(live().filter(auth_tokens::token.eq(&guess.digest)))
             .set((auth_tokens::is_used.eq(true), auth_tokens::used_at.eq(now)))
             .returning(Self::as_returning())
+            .prepared()
             .get_result(conn)
             .optional()?;
         if right.is_some() {
@@ -377,24 +391,27 @@ impl AuthToken {
         diesel::update(live())
             .set(auth_tokens::attempts.eq(auth_tokens::attempts + 1))
             .returning(Self::as_returning())
+            .prepared()
             .get_result(conn)
             .optional()
     }
 
     /// Revokes a live token of an active user; of a refresh token its session, as
-    /// [`end_session`](Self::end_session) does, also if it was replaced since. Returns whether there
-    /// was one.
+    /// [`end_session`](Self::end_session) does, also if it was replaced since. Returns whether
+    /// there was one. Of a refresh token, five round trips.
     pub fn revoke(conn: &mut PgConnection, token: &HashedToken) -> QueryResult<bool> {
         if token.type_ != AuthTokenType::Refresh {
             return Ok(Self::use_up(conn, token)?.is_some());
         }
         conn.transaction(|conn| {
-            let owner = lock_owner(token).first::<UserId>(conn).optional()?;
+            let owner = lock_owner(token).prepared();
+            let owner = owner.get_result::<UserId>(conn).optional()?;
             let family = auth_tokens::table
-                .filter(auth_tokens::type_.eq(token.type_))
+                .filter(is_of("auth_tokens", token.type_))
                 .filter(auth_tokens::token.eq(&token.digest))
-                .select(auth_tokens::family_id.assume_not_null());
-            match (owner, family.first(conn).optional()?) {
+                .select(auth_tokens::family_id.assume_not_null())
+                .prepared();
+            match (owner, family.get_result(conn).optional()?) {
                 (Some(_), Some(family)) => Ok(Self::end_families(conn, &[family])? > 0),
                 _ => Ok(false),
             }
@@ -402,7 +419,7 @@ impl AuthToken {
     }
 
     /// Revokes the user's tokens of the types in `only` (`None`: all types). Presenting a refresh
-    /// token later, also a used one, is not a reuse.
+    /// token later, also a used one, is not a reuse. Four round trips.
     pub fn revoke_all(
         conn: &mut PgConnection,
         user_id: UserId,
@@ -419,7 +436,7 @@ impl AuthToken {
             if let Some(types) = only {
                 update = update.filter(auth_tokens::type_.eq_any(types));
             }
-            update.execute(conn)?;
+            update.prepared().execute(conn)?;
             Ok(())
         })
     }

@@ -11,6 +11,7 @@ use crate::enums::OauthStatus;
 use crate::error::violates;
 use crate::ids::{CredentialId, InstanceId};
 use crate::models::McpInstance;
+use crate::prepared::Prepare;
 use crate::schema::{mcp_credentials, mcp_service_table, users};
 use crate::secret::{Sealed, StateDigest};
 
@@ -233,6 +234,7 @@ impl McpCredential {
                 .filter(mcp_credentials::api_key.is_not_null())
                 .set(mcp_credentials::api_key.eq(api_key))
                 .returning(Self::as_returning())
+                .prepared()
                 .get_result(conn)
                 .optional()?;
             let Some(credential) = replaced else {
@@ -276,6 +278,7 @@ impl McpCredential {
                     mcp_credentials::client_secret.eq(client_secret),
                 ))
                 .returning(Self::as_returning())
+                .prepared()
                 .get_result(conn)
                 .optional()?;
             let credential = Self::or_oauth_conflict(conn, replaced, credential_id)?;
@@ -304,6 +307,7 @@ impl McpCredential {
     fn note_update(&self, conn: &mut PgConnection) -> QueryResult<()> {
         diesel::update(mcp_service_table::table.find(self.instance_id))
             .set(mcp_service_table::credentials_updated_at.eq(now))
+            .prepared()
             .execute(conn)
             .map(drop)
     }

@@ -2,10 +2,10 @@
 
 use chrono::{DateTime, Utc};
 use diesel::connection::SimpleConnection;
-use diesel::dsl::{case_when, exists, now};
+use diesel::dsl::{case_when, exists, now, sql};
 use diesel::pg::Pg;
 use diesel::prelude::*;
-use diesel::sql_types::{Nullable, Timestamptz};
+use diesel::sql_types::{Bool, Nullable, Timestamptz};
 use serde::Serialize;
 
 use crate::enums::{InstanceStatus, OauthStatus};
@@ -13,6 +13,7 @@ use crate::error::violates;
 use crate::ids::{InstanceId, ServiceId, UserId};
 use crate::models::{McpCredential, McpService, NewMcpCredential, User, UserPlan};
 use crate::page::{Cursor, Page, newest_first};
+use crate::prepared::Prepare;
 use crate::schema::sql_types::McpInstanceStatus;
 use crate::schema::{mcp_credentials, mcp_service_table, mcp_table, user_plans, users};
 
@@ -212,7 +213,7 @@ impl McpInstance {
     /// Creates an instance with its credentials. If these are completed (an API key is), the
     /// instance counts against the plan.
     ///
-    /// One transaction. Locks the user's plan. Other users don't wait.
+    /// One transaction, six round trips. Locks the user's plan. Other users don't wait.
     ///
     /// # Errors
     /// `LimitReached`, `PlanExpired`, `PlanMissing`, `UserInactive`, `ServiceDisabled`,
@@ -234,6 +235,7 @@ impl McpInstance {
             let of_user = user_plans::table.filter(user_plans::user_id.eq(new.user_id));
             let locked = diesel::update(of_user)
                 .set(user_plans::max_instances.eq(user_plans::max_instances))
+                .prepared()
                 .execute(conn)?;
             if locked == 0 {
                 return Err(InstanceError::PlanMissing);
@@ -310,15 +312,18 @@ impl McpInstance {
     pub fn count_active(conn: &mut PgConnection, user_id: UserId) -> QueryResult<i64> {
         mcp_service_table::table
             .filter(mcp_service_table::user_id.eq(user_id))
-            .filter(mcp_service_table::status.eq(InstanceStatus::Active))
-            .filter(mcp_service_table::oauth_status.eq(OauthStatus::Completed))
+            // A literal: the planner can't match bind parameters with a partial index.
+            .filter(sql::<Bool>(
+                "status = 'active' AND oauth_status = 'completed'",
+            ))
             .count()
+            .prepared()
             .get_result(conn)
     }
 
     /// Activates a user's instance. It counts against the plan once its authorization is completed.
     ///
-    /// One transaction. Locks the plan, then the instance.
+    /// One transaction, four round trips. Locks the plan, then the instance.
     ///
     /// # Errors
     /// `LimitReached`, `PlanExpired`, `PlanMissing`, `UserInactive`, `NotFound`; `InstanceExpired`,
@@ -354,6 +359,7 @@ impl McpInstance {
             .otherwise(mcp_service_table::status)),
         )
         .returning(Self::as_returning())
+        .prepared()
         .get_result(conn)
         .optional()
     }
@@ -423,6 +429,7 @@ impl McpInstance {
         let renamed = diesel::update(of_user.filter(mcp_service_table::version.eq(version)))
             .set(mcp_service_table::custom_name.eq(custom_name))
             .returning(Self::as_returning())
+            .prepared()
             .get_result(conn)
             .optional()?;
         if let Some(renamed) = renamed {
@@ -437,7 +444,7 @@ impl McpInstance {
     /// Sets a new end for a user's instance (`None`: never), counts the renewal and activates the
     /// instance.
     ///
-    /// One transaction. Locks the plan, then the instance.
+    /// One transaction, four round trips. Locks the plan, then the instance.
     ///
     /// # Errors
     /// `LimitReached`, `PlanExpired`, `PlanMissing`, `UserInactive`, `NotFound`; `InstanceExpired` if
@@ -465,6 +472,7 @@ impl McpInstance {
                 mcp_service_table::status.eq(InstanceStatus::Active),
             ))
             .returning(Self::as_returning())
+            .prepared()
             .get_result(conn)
             .optional()?
             .map_or_else(|| Err(not_switched_on(conn, instance_id, user_id)), Ok)
@@ -473,7 +481,7 @@ impl McpInstance {
 
     /// Deletes a user's instance and its credentials, and returns whether it existed.
     ///
-    /// One transaction. Locks the plan, the credentials, then the instance.
+    /// One transaction, five round trips. Locks the plan, the credentials, then the instance.
     pub fn delete(
         conn: &mut PgConnection,
         instance_id: InstanceId,
@@ -517,6 +525,7 @@ impl McpInstance {
         )
         .set(mcp_service_table::status.eq(InstanceStatus::Active))
         .returning(Self::as_returning())
+        .prepared()
         .get_result(conn)
         .optional()?
         .map_or_else(|| Err(not_switched_on(conn, instance_id, user_id)), Ok)

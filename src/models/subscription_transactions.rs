@@ -15,6 +15,7 @@ use crate::ids::{SubscriptionId, TransactionId, UserId};
 use crate::models::user_billing_details::looks_like_card_number;
 use crate::models::{DEFAULT_CURRENCY, Recorded, User, lock_user_key};
 use crate::page::{Cursor, Page, newest_first};
+use crate::prepared::Prepare;
 use crate::schema::subscription_transactions;
 
 /// A row of `subscription_transactions`. Amounts are in minor units (paise) of `currency`.
@@ -123,24 +124,31 @@ pub struct SubscriptionTransaction {
 
 /// Values of a new [`SubscriptionTransaction`]; `None` uses the column's default.
 #[derive(Debug, Clone, Insertable)]
-#[diesel(table_name = subscription_transactions, check_for_backend(Pg))]
+#[diesel(table_name = subscription_transactions, treat_none_as_default_value = false, check_for_backend(Pg))]
 #[expect(
     missing_docs,
     reason = "the fields are those of `SubscriptionTransaction`"
 )]
 pub struct NewSubscriptionTransaction<'a> {
+    #[diesel(treat_none_as_default_value = true)]
     pub id: Option<TransactionId>,
     pub user_id: UserId,
     pub subscription_id: Option<SubscriptionId>,
     pub razorpay_payment_id: Option<&'a str>,
     pub razorpay_order_id: Option<&'a str>,
+    #[diesel(treat_none_as_default_value = true)]
     pub transaction_type: Option<TransactionType>,
     pub amount: i64,
+    #[diesel(treat_none_as_default_value = true)]
     pub tax_amount: Option<i64>,
+    #[diesel(treat_none_as_default_value = true)]
     pub discount_amount: Option<i64>,
+    #[diesel(treat_none_as_default_value = true)]
     pub fee_amount: Option<i64>,
     pub net_amount: i64,
+    #[diesel(treat_none_as_default_value = true)]
     pub currency: Option<&'a str>,
+    #[diesel(treat_none_as_default_value = true)]
     pub exchange_rate: Option<&'a BigDecimal>,
     pub status: TransactionStatus,
     pub gateway_status: Option<&'a str>,
@@ -385,7 +393,7 @@ impl SubscriptionTransaction {
 
     /// Records a payment once per gateway id.
     ///
-    /// It waits for a transaction that records the same payment.
+    /// It waits for a transaction that records the same payment. Four round trips.
     ///
     /// # Errors
     /// [`PaymentError::NotAPayment`]; [`PaymentError::CardSecret`]; [`PaymentError::Differs`].
@@ -420,6 +428,7 @@ impl SubscriptionTransaction {
                 .on_conflict(subscription_transactions::razorpay_payment_id)
                 .do_nothing()
                 .returning(Self::as_returning())
+                .prepared()
                 .get_result(conn)
                 .optional()?;
             if let Some(row) = inserted {
@@ -500,8 +509,8 @@ impl SubscriptionTransaction {
     /// left, the payment becomes refunded.
     ///
     /// The refund is a row with the payment's user, subscription and currency. Its amounts are
-    /// **negative**, so the sum of all amounts is what the user has paid. One transaction, which
-    /// locks the payment. Failed and cancelled refunds don't count.
+    /// **negative**, so the sum of all amounts is what the user has paid. One transaction, nine or
+    /// ten round trips, which locks the payment. Failed and cancelled refunds don't count.
     ///
     /// `subscription_transactions_refund_exceeds` keeps the refunds of a payment within it,
     /// whichever statement records them.
@@ -530,6 +539,7 @@ impl SubscriptionTransaction {
             let payment = diesel::update(subscription_transactions::table.find(payment_id))
                 .set(subscription_transactions::status.eq(subscription_transactions::status))
                 .returning(Self::as_returning())
+                .prepared()
                 .get_result(conn)
                 .optional()?
                 .ok_or(PaymentError::NotFound)?;
@@ -577,6 +587,7 @@ impl SubscriptionTransaction {
                         subscription_transactions::status.eq(TransactionStatus::Refunded),
                         subscription_transactions::refunded_at.eq(now),
                     ))
+                    .prepared()
                     .execute(conn)?;
             }
             Ok(recorded)

@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 use crate::ids::{BillingId, UserId};
 use crate::models::User;
 use crate::models::users::has_length;
+use crate::prepared::Prepare;
 use crate::schema::{user_billing_details, users};
 use crate::secret::SecretText;
 
@@ -174,7 +175,7 @@ pub struct UserBillingDetails {
 
 /// The address of a new or changed [`UserBillingDetails`].
 #[derive(Debug, Clone, Insertable)]
-#[diesel(table_name = user_billing_details, check_for_backend(Pg))]
+#[diesel(table_name = user_billing_details, treat_none_as_default_value = false, check_for_backend(Pg))]
 #[expect(missing_docs, reason = "the fields are those of `UserBillingDetails`")]
 pub struct NewUserBillingDetails<'a> {
     pub user_id: UserId,
@@ -263,7 +264,7 @@ impl UserBillingDetails {
 
     /// Sets an active user's address: inserts the row, or changes the one that exists. Cards stay.
     ///
-    /// One transaction, which locks the user (`FOR KEY SHARE`).
+    /// One transaction of four round trips, which locks the user (`FOR KEY SHARE`).
     ///
     /// # Errors
     /// [`BillingError::InvalidField`]; [`BillingError::NoUser`].
@@ -297,6 +298,7 @@ impl UserBillingDetails {
                     t::zip_code.eq(excluded(t::zip_code)),
                 ))
                 .returning(Self::as_returning())
+                .prepared()
                 .get_result(conn)?;
             Ok(row)
         })
@@ -330,6 +332,7 @@ impl UserBillingDetails {
                 .sql(" ELSE default_card_id END")),
             ))
             .returning(Self::as_returning())
+            .prepared()
             .get_result(conn)
             .optional()?
             .ok_or(BillingError::NotFound)
@@ -357,6 +360,7 @@ impl UserBillingDetails {
                     .sql(")")),
                 ))
                 .returning(Self::as_returning())
+                .prepared()
                 .get_result(conn)
                 .optional()?;
         updated.map_or_else(|| Err(Self::missed(conn, user_id)), Ok)
@@ -375,6 +379,7 @@ impl UserBillingDetails {
             diesel::update(user_billing_details::table.filter(has_card(user_id, card_id)))
                 .set(user_billing_details::default_card_id.eq(card_id))
                 .returning(Self::as_returning())
+                .prepared()
                 .get_result(conn)
                 .optional()?;
         updated.map_or_else(|| Err(Self::missed(conn, user_id)), Ok)

@@ -11,6 +11,7 @@ use crate::enums::{InstanceStatus, OauthStatus, PlanPaymentStatus, PlanType};
 use crate::error::violates;
 use crate::ids::{InstanceId, PlanId, UserId};
 use crate::models::{McpInstance, User};
+use crate::prepared::Prepare;
 use crate::schema::{mcp_service_table, user_plans};
 
 /// A row of `user_plans`. Each user has exactly one.
@@ -170,6 +171,7 @@ impl UserPlan {
                 user_plans::payment_status.eq(PlanPaymentStatus::Active),
             ))
             .returning(Self::as_returning())
+            .prepared()
             .get_result(conn)
             .optional()?
             .ok_or(PlanError::NotFound)
@@ -190,10 +192,12 @@ impl UserPlan {
             Some(value) => diesel::update(of_user)
                 .set(user_plans::features.eq(user_plans::features.concat(json!({ name: value }))))
                 .returning(Self::as_returning())
+                .prepared()
                 .get_result(conn),
             None => diesel::update(of_user)
                 .set(user_plans::features.eq(user_plans::features.remove(name)))
                 .returning(Self::as_returning())
+                .prepared()
                 .get_result(conn),
         };
         changed.optional()
@@ -266,6 +270,7 @@ impl UserPlan {
                 user_plans::payment_status.eq(payment_status),
             ))
             .returning(Self::as_returning())
+            .prepared()
             .get_result(conn)?;
         let switched_off = mcp_service_table::table
             .filter(mcp_service_table::instance_id.eq_any(active))

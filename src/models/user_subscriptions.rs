@@ -16,6 +16,7 @@ use crate::error::violates;
 use crate::ids::{SubscriptionId, UserId};
 use crate::models::{User, lock_user_key};
 use crate::page::{Cursor, Page, newest_first};
+use crate::prepared::Prepare;
 use crate::schema::user_subscriptions;
 
 mod charges;
@@ -237,7 +238,8 @@ impl UserSubscription {
             .filter(user_subscriptions::user_id.eq(user_id))
             .filter(is_live())
             .select(Self::as_select())
-            .first(conn)
+            .prepared()
+            .get_result(conn)
             .optional()
     }
 
@@ -406,6 +408,7 @@ impl UserSubscription {
                     user_subscriptions::paused_at.eq(None::<DateTime<Utc>>),
                     user_subscriptions::resume_at.eq(None::<DateTime<Utc>>),
                 ))
+                .prepared()
                 .execute(conn)?;
             if ended == 0 {
                 return match Self::missed(conn, id) {

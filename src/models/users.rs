@@ -26,6 +26,7 @@ use crate::error::violates;
 use crate::ids::UserId;
 use crate::models::{AuthToken, UserPlan, found};
 use crate::page::{Cursor, Page, newest_first};
+use crate::prepared::Prepare;
 use crate::schema::users;
 use crate::secret::SecretText;
 
@@ -57,17 +58,20 @@ pub struct User {
 
 /// Values of a new [`User`]; `None` uses the column's default.
 #[derive(Debug, Clone, Insertable)]
-#[diesel(table_name = users, check_for_backend(Pg))]
+#[diesel(table_name = users, treat_none_as_default_value = false, check_for_backend(Pg))]
 #[expect(missing_docs, reason = "the fields are those of `User`")]
 pub struct NewUser<'a> {
+    #[diesel(treat_none_as_default_value = true)]
     pub id: Option<UserId>,
     pub first_name: &'a str,
     pub last_name: &'a str,
     /// In any spelling: [`User::sign_up`] makes it canonical.
     pub email: &'a str,
     pub password: Option<&'a SecretText>,
+    #[diesel(treat_none_as_default_value = true)]
     pub email_verified: Option<bool>,
     pub razorpay_customer_id: Option<&'a str>,
+    #[diesel(treat_none_as_default_value = true)]
     pub is_active: Option<bool>,
 }
 
@@ -186,6 +190,7 @@ impl User {
             .on_conflict(users::email)
             .do_nothing()
             .returning(Self::as_returning())
+            .prepared()
             .get_result(conn)
             .optional()?
             .ok_or(UserError::EmailTaken)
@@ -262,7 +267,7 @@ impl User {
     }
 
     /// Locks the user's plan (`FOR NO KEY UPDATE`) and then the user (`FOR UPDATE`) until the
-    /// transaction ends.
+    /// transaction ends. Two round trips.
     ///
     /// A transaction that calls several operations on one user's rows starts with this call. The
     /// operations can then follow in any order without a deadlock.
@@ -297,6 +302,7 @@ impl User {
             .filter(users::email.ne(anonymised_email(id)))
             .set(changes)
             .returning(Self::as_returning())
+            .prepared()
             .get_result(conn)
             .optional_empty_changeset();
         let user = found(updated, || Self::find(conn, id))?;
@@ -311,6 +317,7 @@ impl User {
             .filter(users::is_active)
             .set(users::last_login_at.eq(now))
             .returning(Self::as_returning())
+            .prepared()
             .get_result(conn)
             .optional()
     }
@@ -324,6 +331,7 @@ impl User {
             let user = diesel::update(users::table.find(id))
                 .set(users::is_active.eq(false))
                 .returning(Self::as_returning())
+                .prepared()
                 .get_result(conn)
                 .optional()?;
             if user.is_some() {
@@ -342,6 +350,7 @@ impl User {
             .filter(users::email.ne(anonymised_email(id)))
             .set(users::is_active.eq(true))
             .returning(Self::as_returning())
+            .prepared()
             .get_result(conn)
             .optional()
     }

@@ -14,6 +14,7 @@ use crate::enums::{PaymentGateway, WebhookStatus};
 use crate::ids::{UserId, WebhookEventId};
 use crate::models::Recorded;
 use crate::models::users::anonymised_email;
+use crate::prepared::Prepare;
 use crate::schema::{users, webhook_events};
 
 /// A row of `webhook_events`.
@@ -184,7 +185,9 @@ macro_rules! claim {
                 SET attempts = attempts + 1, available_at = now() + $1
                FROM due
               WHERE webhook_events.event_id = due.event_id
-             RETURNING webhook_events.*"
+             RETURNING webhook_events.event_id, external_event_id, event_type, payment_gateway,
+                 processed_at, payload, processing_status, error_message, created_at, user_id,
+                 attempts, available_at"
         ))
     };
 }
@@ -261,6 +264,7 @@ impl WebhookEvent {
                 ))
                 .do_nothing()
                 .returning(Self::as_returning())
+                .prepared()
                 .get_result(conn)
                 .optional()?;
             if let Some(event) = inserted {
@@ -289,6 +293,7 @@ impl WebhookEvent {
         claim!("attempts < 10 AND event_id = $2")
             .bind::<Interval, _>(lease)
             .bind::<Uuid, _>(event_id)
+            .prepared()
             .get_result(conn)
             .optional()
     }
@@ -303,6 +308,7 @@ impl WebhookEvent {
         let mut claimed: Vec<Self> = claim!("attempts < 10 ORDER BY available_at LIMIT $2")
             .bind::<Interval, _>(lease)
             .bind::<BigInt, _>(i64::from(limit))
+            .prepared()
             .load(conn)?;
         claimed.sort_by_key(|event| (event.created_at, event.event_id));
         Ok(claimed)
@@ -331,17 +337,19 @@ impl WebhookEvent {
         claim!("attempts >= 10 AND event_id = $2")
             .bind::<Interval, _>(lease)
             .bind::<Uuid, _>(event_id)
+            .prepared()
             .get_result(conn)
             .optional()
     }
 
     /// Marks a claimed event as processed, and links it with the user it is about.
     ///
-    /// Call it in the transaction that processes the event, as its last operation: it updates the
-    /// user (`FOR NO KEY UPDATE`), then the event. Name the user whenever the payload tells:
-    /// [`User::anonymise`](crate::models::User::anonymise) erases the payloads of linked events, and
-    /// only those. A user who doesn't exist gets no link. If the user was anonymised, the event gets
-    /// no link either and is erased at once; one that failed is skipped then.
+    /// Call it in the transaction that processes the event, as its last operation, in four round
+    /// trips: it updates the user (`FOR NO KEY UPDATE`), then the event. Name the user whenever the
+    /// payload tells: [`User::anonymise`](crate::models::User::anonymise) erases the payloads of
+    /// linked events, and only those. A user who doesn't exist gets no link. If the user was
+    /// anonymised, the event gets no link either and is erased at once; one that failed is skipped
+    /// then.
     ///
     /// # Errors
     /// [`WebhookError::LeaseLost`].
@@ -403,6 +411,7 @@ impl WebhookEvent {
                 let email: Option<String> = diesel::update(users::table.find(user_id))
                     .set(users::is_active.eq(users::is_active))
                     .returning(users::email)
+                    .prepared()
                     .get_result(conn)
                     .optional()?;
                 erased = email.as_ref() == Some(&anonymised_email(user_id));
@@ -422,6 +431,7 @@ impl WebhookEvent {
                     webhook_events::user_id.eq(linked),
                     webhook_events::available_at.eq(after(pause)),
                 ))
+                .prepared()
                 .execute(conn)?;
             if marked == 0 {
                 return Err(WebhookError::LeaseLost);
@@ -429,6 +439,7 @@ impl WebhookEvent {
             if erased {
                 diesel::update(webhook_events::table.find(claimed.event_id))
                     .set(webhook_events::payload.eq(json!({})))
+                    .prepared()
                     .execute(conn)?;
             }
             Ok(())

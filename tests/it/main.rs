@@ -51,6 +51,9 @@ mod quickstart;
 #[cfg(feature = "migrator")]
 mod revert;
 mod rights;
+// Passes a server's Unix-domain socket on.
+#[cfg(unix)]
+mod round_trips;
 mod rules;
 #[cfg(feature = "migrator")]
 mod runner;

@@ -6,9 +6,10 @@ use diesel::prelude::*;
 use diesel::sql_types::{Interval, Timestamptz};
 use serde::Serialize;
 
-use super::{AuthToken, lock_owner};
+use super::{AuthToken, is_of, lock_owner};
 use crate::enums::AuthTokenType::Refresh;
 use crate::ids::{FamilyId, UserId};
+use crate::prepared::Prepare;
 use crate::schema::{auth_tokens, users};
 use crate::secret::HashedToken;
 
@@ -57,7 +58,8 @@ impl AuthToken {
     /// user. The token expires after `lifetime`, and the session after `session_lifetime`, however
     /// often the token is [replaced](Self::rotate).
     ///
-    /// If the user has [`MAX_SESSIONS`], the one that was renewed least recently ends.
+    /// If the user has [`MAX_SESSIONS`], the one that was renewed least recently ends. Five round
+    /// trips, or six then.
     ///
     /// # Errors
     /// Those of [`issue`](Self::issue). A session lives at most 365 days.
@@ -77,8 +79,9 @@ impl AuthToken {
                 .find(user_id)
                 .filter(users::is_active)
                 .select(session_end)
-                .for_no_key_update();
-            let Some(session_end) = active.first(conn).optional()? else {
+                .for_no_key_update()
+                .prepared();
+            let Some(session_end) = active.get_result(conn).optional()? else {
                 return Ok(None);
             };
             let sessions = Self::list_sessions(conn, user_id)?;
@@ -139,7 +142,7 @@ impl AuthToken {
     ///
     /// A token that is presented again within [`REUSE_LEEWAY`] gets another successor in the same
     /// session. After that it counts as stolen: the session is revoked, and its device must sign in
-    /// again. A token of a session that has ended is only expired.
+    /// again. A token of a session that has ended is only expired. Six round trips.
     ///
     /// **Commit after [`Rotation::Reused`]**: a rollback takes back the revocation. This is why it
     /// is not an error.
@@ -159,22 +162,24 @@ impl AuthToken {
             return Ok(Rotation::NotFound);
         }
         conn.transaction(|conn| {
-            let Some(user_id) = lock_owner(presented).first(conn).optional()? else {
+            let owner = lock_owner(presented).prepared();
+            let Some(user_id) = owner.get_result(conn).optional()? else {
                 return Ok(Rotation::NotFound);
             };
             let first_use = Self::use_up(conn, presented)?.is_some();
             let leeway = sql::<Timestamptz>("now() - ").bind::<Interval, _>(REUSE_LEEWAY);
             let used = auth_tokens::table
-                .filter(auth_tokens::type_.eq(Refresh))
+                .filter(is_of("auth_tokens", Refresh))
                 .filter(auth_tokens::token.eq(&presented.digest))
                 .filter(auth_tokens::is_used)
                 .select((
                     auth_tokens::family_id.assume_not_null(),
                     auth_tokens::session_expires_at.assume_not_null(),
                     auth_tokens::used_at.assume_not_null().gt(leeway),
-                ));
+                ))
+                .prepared();
             let Some((family_id, session_end, recent)) = used
-                .first::<(FamilyId, DateTime<Utc>, bool)>(conn)
+                .get_result::<(FamilyId, DateTime<Utc>, bool)>(conn)
                 .optional()?
             else {
                 return Ok(Rotation::Expired);
@@ -209,6 +214,7 @@ impl AuthToken {
             .filter(not(auth_tokens::is_used))
             .filter(auth_tokens::expires_at.gt(now))
             .set((auth_tokens::is_used.eq(true), auth_tokens::used_at.eq(now)))
+            .prepared()
             .execute(conn)
     }
 
@@ -220,6 +226,7 @@ impl AuthToken {
             .filter(not(auth_tokens::is_used))
             .filter(auth_tokens::expires_at.gt(now))
             .set(auth_tokens::is_used.eq(false))
+            .prepared()
             .execute(conn)
             .map(|live| live > 0)
     }

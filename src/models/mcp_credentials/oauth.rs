@@ -10,6 +10,7 @@ use crate::enums::{InstanceStatus, OauthStatus};
 use crate::error::violates;
 use crate::ids::{CredentialId, UserId};
 use crate::models::UserPlan;
+use crate::prepared::Prepare;
 use crate::schema::{mcp_credentials, mcp_service_table};
 use crate::secret::{Sealed, StateDigest};
 
@@ -64,6 +65,7 @@ impl McpCredential {
     /// until new ones are stored. `state` is the digest of at least 128 random bits, and is valid
     /// for `lifetime` by the database's clock. `code_verifier` is that of PKCE (RFC 7636); the
     /// credentials keep it until the authorization ends. Store the URL only if it is shown again.
+    /// Four round trips.
     ///
     /// # Errors
     /// `NotFound`, `StateTaken`; `Invalid` unless `lifetime` is positive and at most an hour.
@@ -94,6 +96,7 @@ impl McpCredential {
                     mcp_credentials::oauth_authorization_url.eq(authorization_url),
                 ))
                 .returning(Self::as_returning())
+                .prepared()
                 .get_result(conn)
                 .optional()?
                 .ok_or(CredentialError::NotFound)
@@ -132,6 +135,7 @@ impl McpCredential {
                 mcp_credentials::oauth_authorization_url.eq(None::<&Sealed>),
             ))
             .returning(Self::as_returning())
+            .prepared()
             .get_result(conn)
             .optional()?
             .ok_or(CredentialError::UnknownState)
@@ -142,8 +146,9 @@ impl McpCredential {
     /// An active instance can be called from now on. If the plan refuses that, the instance becomes
     /// inactive and the tokens are stored all the same. An instance past its end becomes expired.
     ///
-    /// One transaction. Locks the plan, the credentials, then the instance. The caller must not
-    /// defer the constraint `mcp_service_table_active_limit_update`, or a refusal fails the commit.
+    /// One transaction, nine round trips. Locks the plan, the credentials, then the instance. The
+    /// caller must not defer the constraint `mcp_service_table_active_limit_update`, or a refusal
+    /// fails the commit.
     ///
     /// # Errors
     /// `NotFound`; `Conflict` if the credentials are not pending; `Invalid`.
@@ -176,10 +181,12 @@ impl McpCredential {
             let instance = mcp_service_table::table.find(pending.instance_id);
             diesel::update(instance.filter(mcp_service_table::expires_at.le(now)))
                 .set(mcp_service_table::status.eq(InstanceStatus::Expired))
+                .prepared()
                 .execute(conn)?;
             let status: InstanceStatus = diesel::update(instance)
                 .set(mcp_service_table::credentials_updated_at.eq(now))
                 .returning(mcp_service_table::status)
+                .prepared()
                 .get_result(conn)?;
 
             // The database decides whether the plan allows it. A refusal loses only the savepoint.
@@ -197,6 +204,7 @@ impl McpCredential {
                     let refused = CompletedInstance::refused_by(&error).ok_or(error)?;
                     diesel::update(instance)
                         .set(mcp_service_table::status.eq(InstanceStatus::Inactive))
+                        .prepared()
                         .execute(conn)?;
                     Ok(OauthCompletion {
                         credential: Self::store_tokens(conn, credential_id, tokens)?,
@@ -224,6 +232,7 @@ impl McpCredential {
                 FORGOTTEN,
             ))
             .returning(Self::as_returning())
+            .prepared()
             .get_result(conn)
     }
 
@@ -249,6 +258,7 @@ impl McpCredential {
                     FORGOTTEN,
                 ))
                 .returning(Self::as_returning())
+                .prepared()
                 .get_result(conn)
                 .optional()?;
             Self::or_oauth_conflict(conn, failed, credential_id)

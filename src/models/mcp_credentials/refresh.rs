@@ -10,6 +10,7 @@ use super::{CredentialError, McpCredential, OauthTokens, lock_user};
 use crate::enums::{AuditStatus, OauthStatus};
 use crate::ids::{CredentialId, InstanceId};
 use crate::models::{NewTokenAudit, TokenAudit};
+use crate::prepared::Prepare;
 use crate::schema::mcp_credentials;
 
 /// The operation in the audit log.
@@ -108,11 +109,15 @@ impl McpCredential {
                         SELECT credential_id FROM waiting
                          UNION ALL
                         SELECT credential_id FROM again))
-             RETURNING *",
+             RETURNING credential_id, instance_id, api_key, client_id, client_secret, access_token,
+                 refresh_token, token_expires_at, token_scope, oauth_status, oauth_completed_at,
+                 oauth_authorization_url, oauth_state, oauth_state_expires_at, oauth_code_verifier,
+                 refresh_leased_until, created_at, updated_at, version, last_modified",
         )
         .bind::<Timestamptz, _>(due)
         .bind::<Interval, _>(lease)
         .bind::<BigInt, _>(i64::from(limit))
+        .prepared()
         .load(conn)?;
         leased.sort_by_key(|row| row.token_expires_at);
         Ok(leased)
@@ -175,6 +180,7 @@ impl McpCredential {
                     .eq(sql::<Nullable<Timestamptz>>("now() + ").bind::<Interval, _>(lease)),
             )
             .returning(Self::as_returning())
+            .prepared()
             .get_result(conn)
             .optional()?;
         if let Some(credential) = leased {
@@ -197,7 +203,7 @@ impl McpCredential {
     }
 
     /// Stores refreshed tokens, if the row still has the version of `claimed`, ends the lease, and
-    /// records it in the audit log.
+    /// records it in the audit log. Six round trips.
     ///
     /// # Errors
     /// `NotFound`; `Invalid`; `Conflict`. If the row in `Conflict` still has the spent refresh
@@ -228,6 +234,7 @@ impl McpCredential {
                         .map(|scope| mcp_credentials::token_scope.eq(scope)),
                 ))
                 .returning(Self::as_returning())
+                .prepared()
                 .get_result(conn)
                 .optional()?;
             let credential = Self::or_oauth_conflict(conn, stored, claimed.credential_id)?;
@@ -242,7 +249,7 @@ impl McpCredential {
     ///
     /// The pause takes the place of the lease of `claimed`; if others have the row by now, only the
     /// audit log tells. `error_type` and `error_message` go to the audit log and must not contain a
-    /// secret.
+    /// secret. Four round trips.
     pub fn refresh_failed(
         conn: &mut PgConnection,
         claimed: &Self,
@@ -259,6 +266,7 @@ impl McpCredential {
                     mcp_credentials::refresh_leased_until
                         .eq(sql::<Nullable<Timestamptz>>("now() + ").bind::<Interval, _>(pause)),
                 )
+                .prepared()
                 .execute(conn)?;
             TokenAudit::insert(
                 conn,
@@ -273,7 +281,7 @@ impl McpCredential {
 
     /// Marks the authorization as expired, because the provider refused the refresh token
     /// (`invalid_grant`), if the row still has the version of `claimed`. Records it in the audit
-    /// log. The user must grant access again.
+    /// log. The user must grant access again. Five round trips.
     ///
     /// # Errors
     /// `NotFound`; `Conflict`: the refused token may not be the latest.
@@ -292,6 +300,7 @@ impl McpCredential {
                     mcp_credentials::refresh_leased_until.eq(None::<DateTime<Utc>>),
                 ))
                 .returning(Self::as_returning())
+                .prepared()
                 .get_result(conn)
                 .optional()?;
             let credential = Self::or_oauth_conflict(conn, expired, claimed.credential_id)?;

@@ -10,6 +10,7 @@ use uuid::Uuid;
 use super::{McpCredential, NewMcpCredential, OauthTokens};
 use crate::crypto::{KeyRing, OpenError, SealError, SecretColumn};
 use crate::ids::{CredentialId, InstanceId};
+use crate::prepared::Prepare;
 use crate::schema::mcp_credentials;
 use crate::secret::{Sealed, SecretText};
 
@@ -174,6 +175,7 @@ impl McpCredential {
                 if changed {
                     diesel::update(mcp_credentials::table.find(row.credential_id))
                         .set(&changes)
+                        .prepared()
                         .execute(conn)?;
                     batch.resealed += 1;
                 }

@@ -8,6 +8,7 @@ use diesel::sql_types::{Array, BigInt, Timestamptz, Uuid};
 
 use super::McpInstance;
 use crate::ids::InstanceId;
+use crate::prepared::Prepare;
 use crate::transaction::Durability;
 
 /// Calls of one instance that were made but not counted yet.
@@ -95,6 +96,7 @@ impl McpInstance {
             .bind::<Array<Uuid>, _>(ids)
             .bind::<Array<BigInt>, _>(numbers)
             .bind::<Array<Timestamptz>, _>(times)
+            .prepared()
             .load(conn)
             .map(|rows: Vec<Locked>| rows.into_iter().map(|row| row.instance_id).collect())
         })?;

@@ -1,9 +1,8 @@
 //! Calls: what they need, what refuses them, how they are counted.
 
-use diesel::dsl::now;
+use diesel::dsl::{exists, now};
 use diesel::pg::Pg;
 use diesel::prelude::*;
-use diesel::query_builder::{AstPass, QueryFragment, QueryId};
 use diesel::sql_types::{Nullable, Uuid};
 use serde::Serialize;
 
@@ -11,6 +10,7 @@ use super::McpInstance;
 use crate::enums::{InstanceStatus, OauthStatus};
 use crate::ids::{InstanceId, UserId};
 use crate::models::{McpCredential, McpService};
+use crate::prepared::Prepare;
 use crate::schema::{mcp_credentials, mcp_service_table, mcp_table, users};
 
 /// Why an instance can't be called. If there are several reasons, the first of these.
@@ -112,22 +112,20 @@ impl McpInstance {
         instance_id: InstanceId,
         caller: Option<UserId>,
     ) -> QueryResult<Option<InstanceWithCredentials>> {
-        let mut rows = mcp_service_table::table
+        let found = mcp_service_table::table
             .inner_join(users::table)
             .inner_join(mcp_table::table)
             .left_join(mcp_credentials::table)
             .filter(mcp_service_table::instance_id.eq(instance_id))
+            .filter(is_of(caller))
             .select((
                 Self::as_select(),
                 McpService::as_select(),
                 Option::<McpCredential>::as_select(),
                 CallState::as_select(),
             ))
-            .into_boxed();
-        if let Some(caller) = caller {
-            rows = rows.filter(mcp_service_table::user_id.eq(caller));
-        }
-        let found: Option<(_, _, _, CallState)> = rows.first(conn).optional()?;
+            .first(conn);
+        let found: Option<(_, _, _, CallState)> = found.optional()?;
         Ok(found.map(
             |(instance, service, credential, state)| InstanceWithCredentials {
                 instance,
@@ -141,7 +139,7 @@ impl McpInstance {
     /// Counts one call, made now, unless the instance can't be called. With `caller`, only an
     /// instance of this user is found. The version stays.
     ///
-    /// One prepared statement that touches no index; a second one if it refuses. It locks the row
+    /// One statement that touches no index; a second one if it refuses. It locks the row
     /// until the transaction ends, so run it outside a transaction: other calls of this instance
     /// wait for the lock.
     pub fn record_call(
@@ -149,13 +147,9 @@ impl McpInstance {
         instance_id: InstanceId,
         caller: Option<UserId>,
     ) -> QueryResult<Result<(), NotCallable>> {
-        let call = RecordCall {
-            instance_id,
-            caller,
-        };
         // Again only if the instance became callable between the two statements.
         loop {
-            if call.execute(conn)? == 1 {
+            if count_call(conn, instance_id, caller)? {
                 return Ok(Ok(()));
             }
             if let Some(reason) = not_callable(conn, instance_id, caller)? {
@@ -165,51 +159,60 @@ impl McpInstance {
     }
 }
 
+/// Whether an instance is this user's. Not a boxed query: Diesel would write its text on each call.
+#[diesel::dsl::auto_type]
+fn is_of(caller: Option<UserId>) -> _ {
+    let caller: diesel::dsl::AsExprOf<Option<UserId>, Nullable<Uuid>> =
+        caller.into_sql::<Nullable<Uuid>>();
+    caller
+        .is_null()
+        .or(mcp_service_table::user_id.nullable().eq(caller))
+}
+
+/// The conditions are those of [`CallState`].
+fn count_call(
+    conn: &mut PgConnection,
+    instance_id: InstanceId,
+    caller: Option<UserId>,
+) -> QueryResult<bool> {
+    let active_user = users::table
+        .filter(users::id.eq(mcp_service_table::user_id))
+        .filter(users::is_active);
+    let active_service = mcp_table::table
+        .filter(mcp_table::mcp_service_id.eq(mcp_service_table::mcp_service_id))
+        .filter(mcp_table::is_active);
+    diesel::update(mcp_service_table::table.find(instance_id))
+        .filter(is_of(caller))
+        .filter(mcp_service_table::status.eq(InstanceStatus::Active))
+        .filter(mcp_service_table::oauth_status.eq(OauthStatus::Completed))
+        .filter(
+            mcp_service_table::expires_at
+                .is_null()
+                .or(mcp_service_table::expires_at.gt(now)),
+        )
+        .filter(exists(active_user))
+        .filter(exists(active_service))
+        .set((
+            mcp_service_table::usage_count.eq(mcp_service_table::usage_count + 1),
+            mcp_service_table::last_used_at.eq(now),
+        ))
+        .prepared()
+        .execute(conn)
+        .map(|counted| counted == 1)
+}
+
 fn not_callable(
     conn: &mut PgConnection,
     instance_id: InstanceId,
     caller: Option<UserId>,
 ) -> QueryResult<Option<NotCallable>> {
-    let mut rows = mcp_service_table::table
+    let state = mcp_service_table::table
         .inner_join(users::table)
         .inner_join(mcp_table::table)
         .filter(mcp_service_table::instance_id.eq(instance_id))
+        .filter(is_of(caller))
         .select(CallState::as_select())
-        .into_boxed();
-    if let Some(caller) = caller {
-        rows = rows.filter(mcp_service_table::user_id.eq(caller));
-    }
-    let state = rows.first(conn).optional()?;
+        .first(conn)
+        .optional()?;
     Ok(state.map_or(Some(NotCallable::NotFound), |state| state.not_callable()))
 }
-
-/// Written by hand because Diesel caches no UPDATE of its query builder: PostgreSQL would parse and
-/// plan the hottest statement on every call. Its conditions are those of [`CallState`].
-#[derive(Clone, Copy, QueryId)]
-struct RecordCall {
-    instance_id: InstanceId,
-    caller: Option<UserId>,
-}
-
-impl QueryFragment<Pg> for RecordCall {
-    fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, Pg>) -> QueryResult<()> {
-        out.push_sql(
-            "UPDATE mcp_service_table AS instance \
-                SET usage_count = usage_count + 1, last_used_at = now() \
-              WHERE status = 'active' AND oauth_status = 'completed' \
-                AND (expires_at IS NULL OR expires_at > now()) \
-                AND EXISTS (SELECT FROM users WHERE id = instance.user_id AND is_active) \
-                AND EXISTS (SELECT FROM mcp_table AS service \
-                             WHERE service.mcp_service_id = instance.mcp_service_id \
-                               AND service.is_active) \
-                AND instance_id = ",
-        );
-        out.push_bind_param::<Uuid, _>(&self.instance_id)?;
-        out.push_sql(" AND user_id = coalesce(");
-        out.push_bind_param::<Nullable<Uuid>, _>(&self.caller)?;
-        out.push_sql(", user_id)");
-        Ok(())
-    }
-}
-
-impl RunQueryDsl<PgConnection> for RecordCall {}

@@ -12,6 +12,7 @@ use diesel::sql_types::Bool;
 use super::{SubscriptionError, UserSubscription};
 use crate::enums::SubscriptionStatus;
 use crate::ids::{SubscriptionId, UserId};
+use crate::prepared::Prepare;
 use crate::schema::{user_subscriptions, users};
 
 /// The predicate of the index `user_subscriptions_next_billing_date_idx`.
@@ -43,6 +44,7 @@ impl UserSubscription {
                 user_subscriptions::next_billing_date.eq(next_attempt),
             ))
             .returning(Self::as_returning())
+            .prepared()
             .get_result(conn)
             .optional()?
             .map_or_else(|| Err(Self::missed(conn, id)), Ok)
@@ -66,6 +68,7 @@ impl UserSubscription {
             .for_no_key_update()
             .skip_locked()
             .select(Self::as_select())
+            .prepared()
             .load(conn)?;
         // The worker will insert payments of these users. It must not wait for a user while it
         // holds the subscription, so a locked user's subscription is left to the next call.

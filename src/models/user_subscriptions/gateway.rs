@@ -18,6 +18,7 @@ use crate::models::{
     McpInstance, NewRefund, NewSubscriptionTransaction, PaymentError, Recorded,
     SubscriptionTransaction, SubscriptionTransactionChangeset, UserPlan,
 };
+use crate::prepared::Prepare;
 use crate::schema::{subscription_transactions, user_plans, user_subscriptions, users};
 
 /// What happened to a subscription at Razorpay.
@@ -363,6 +364,7 @@ impl UserSubscription {
             diesel::update(subscription_transactions::table.find(row.id))
                 .set(of_this)
                 .returning(SubscriptionTransaction::as_returning())
+                .prepared()
                 .get_result(conn)?,
         )
     }
@@ -475,6 +477,7 @@ impl UserSubscription {
                     .eq(self.last_payment_attempt.max(payments.last_attempt)),
             ))
             .returning(Self::as_returning())
+            .prepared()
             .get_result(conn)
     }
 
@@ -484,6 +487,7 @@ impl UserSubscription {
             diesel::update(users::table.find(self.user_id))
                 .filter(users::razorpay_customer_id.is_distinct_from(Some(customer)))
                 .set(users::razorpay_customer_id.eq(customer))
+                .prepared()
                 .execute(conn)?;
         }
         Ok(())
@@ -556,6 +560,7 @@ impl UserSubscription {
                     customer,
                 ))
                 .returning(UserPlan::as_returning())
+                .prepared()
                 .get_result(conn)?;
             return Ok((plan, Vec::new()));
         }
@@ -568,6 +573,7 @@ impl UserSubscription {
         let plan = diesel::update(of_user)
             .set((user_plans::payment_status.eq(status), customer))
             .returning(UserPlan::as_returning())
+            .prepared()
             .get_result(conn)?;
         Ok((plan, switched_off))
     }

@@ -10,6 +10,7 @@ use serde::Serialize;
 use super::UserSubscription;
 use crate::enums::SubscriptionStatus;
 use crate::models::{McpInstance, UserPlan};
+use crate::prepared::Prepare;
 use crate::schema::{user_plans, user_subscriptions, users};
 
 /// A subscription that [`UserSubscription::sweep`] has changed.
@@ -92,7 +93,8 @@ impl UserSubscription {
                     .limit(1)
                     .for_no_key_update()
                     .skip_locked()
-                    .first::<(Self, UserPlan, DateTime<Utc>)>(conn)
+                    .prepared()
+                    .get_result::<(Self, UserPlan, DateTime<Utc>)>(conn)
                     .optional()?;
                 if let Some((row, plan, clock)) = due {
                     let subscription = row.end(conn, over)?;
@@ -129,6 +131,7 @@ impl UserSubscription {
                 user_subscriptions::resume_at.eq(None::<DateTime<Utc>>),
             ))
             .returning(Self::as_returning())
+            .prepared()
             .get_result(conn)
     }
 }

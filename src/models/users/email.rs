@@ -9,6 +9,7 @@ use super::{User, UserError};
 use crate::enums::AuthTokenType;
 use crate::ids::UserId;
 use crate::models::AuthToken;
+use crate::prepared::Prepare;
 use crate::schema::users;
 
 /// The domain of anonymised users' addresses: no mail arrives there (RFC 6761, 6.4), and sign-up
@@ -139,6 +140,7 @@ impl User {
                 .filter(users::is_active)
                 .set((users::email.eq(email), users::email_verified.eq(proven)))
                 .returning(Self::as_returning())
+                .prepared()
                 .get_result(conn)
                 .optional()?;
             if user.is_some() {

@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use super::User;
 use crate::ids::UserId;
+use crate::prepared::Prepare;
 
 #[derive(QueryableByName)]
 struct Export {
@@ -79,6 +80,7 @@ impl User {
               WHERE id = $1",
         )
         .bind::<Uuid, _>(id)
+        .prepared()
         .get_result(conn)
         .optional()?;
         Ok(export.map(|row| row.export))

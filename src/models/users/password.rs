@@ -7,6 +7,7 @@ use super::{User, UserError, check};
 use crate::enums::AuthTokenType;
 use crate::ids::UserId;
 use crate::models::{AuthToken, TokenError};
+use crate::prepared::Prepare;
 use crate::schema::users;
 use crate::secret::{HashedToken, SecretText};
 
@@ -52,7 +53,7 @@ impl User {
     /// Consumes a `password_reset` token, sets the password and revokes all tokens of the user, so
     /// each device must sign in again. Of several concurrent calls with one token, one succeeds.
     ///
-    /// Locks the user until the transaction ends.
+    /// Locks the user until the transaction ends. Eight round trips.
     ///
     /// # Errors
     /// [`ResetError::NotAHash`], and [`ResetError::Token`] with the reason; a token of another type
@@ -80,7 +81,7 @@ impl User {
     /// tokens, so each device must sign in again; returns `None` if there is no such user.
     ///
     /// To keep this device signed in, issue it a new refresh token after this call. Locks the user
-    /// until the transaction ends.
+    /// until the transaction ends. Seven round trips.
     ///
     /// # Errors
     /// [`UserError::InvalidField`] if the password is not in the form of a hash.
@@ -103,6 +104,7 @@ fn set_password(
         .filter(users::is_active)
         .set(users::password.eq(password))
         .returning(User::as_returning())
+        .prepared()
         .get_result(conn)
         .optional()?;
     if user.is_some() {
