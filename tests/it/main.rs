@@ -12,6 +12,7 @@ mod billing;
 mod cli;
 mod concurrency;
 mod conventions;
+mod counters;
 mod credits;
 mod difference;
 mod enums;
