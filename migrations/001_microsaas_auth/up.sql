@@ -446,7 +446,8 @@ CREATE INDEX subscription_transactions_parent_transaction_id_idx
 CREATE INDEX subscription_transactions_razorpay_order_id_idx
     ON subscription_transactions (razorpay_order_id)
     WHERE razorpay_order_id IS NOT NULL;
-CREATE INDEX subscription_transactions_created_at_idx ON subscription_transactions (created_at)
+CREATE INDEX subscription_transactions_created_at_id_idx
+    ON subscription_transactions (created_at, id)
     WHERE status IN ('created', 'authorized');
 CREATE TRIGGER subscription_transactions_update_updated_at
     BEFORE UPDATE ON subscription_transactions

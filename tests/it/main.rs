@@ -8,6 +8,9 @@ mod audit;
 #[cfg(all(feature = "crypto", feature = "migrator", feature = "r2d2"))]
 mod backend;
 mod billing;
+// As `logs`, and with the keys of `sealing`.
+#[cfg(all(feature = "crypto", target_os = "linux"))]
+mod buffers;
 #[cfg(feature = "cli")]
 mod cli;
 mod concurrency;
