@@ -1,16 +1,22 @@
 //! Costs of frequent writes, as counts that don't depend on the machine: bytes of WAL, the share of
 //! HOT updates, the growth of indexes. Each is compared with the rejected alternative in the same
-//! run.
+//! run. What many clients do at once is a ratio of two rates, and needs an idle machine.
 //!
 //! `cargo bench --bench costs` starts a private server and removes it at the end.
 
 use std::error::Error;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::Instant;
 
+use bruhmcp_db::Sealed;
 use bruhmcp_db::enums::TransactionStatus;
-use bruhmcp_db::ids::{InstanceId, TransactionId, UserId};
+use bruhmcp_db::ids::{InstanceId, ServiceId, TransactionId, UserId};
 use bruhmcp_db::migrations::MIGRATIONS;
-use bruhmcp_db::models::{McpInstance, NewSubscriptionTransaction, User};
-use bruhmcp_db::schema::{mcp_service_table, subscription_transactions};
+use bruhmcp_db::models::{
+    McpInstance, NewMcpCredential, NewMcpInstance, NewSubscriptionTransaction, User,
+};
+use bruhmcp_db::schema::{mcp_service_table, mcp_table, subscription_transactions, users};
 use bruhmcp_devdb::{Database, Server};
 use diesel::connection::SimpleConnection;
 use diesel::dsl::sql;
@@ -26,6 +32,9 @@ const INSTANCES: i64 = 10_000;
 const CALLS: usize = 20_000;
 const ROWS: usize = 100_000;
 const INSERTS: usize = 5_000;
+const BULK: i64 = 32_000;
+const WORKERS: usize = 16;
+const SECONDS: u64 = 3;
 
 fn main() -> Result {
     // As in production: the first change of a page after a checkpoint writes the whole page to the
@@ -42,6 +51,27 @@ fn main() -> Result {
     let taken = inserts(&server, "keys that ascend (UUIDv7)", Uuid::now_v7)?;
     let other = inserts(&server, "random keys (UUIDv4)", Uuid::new_v4)?;
     println!("  ratio of WAL: 1 to {:.2}", ratio(other, taken));
+
+    println!("The counters of {BULK} instances made in one transaction");
+    for services in [1, 50] {
+        let (updates, share) = bulk(&server, services)?;
+        println!(
+            "  {services:>2} services: {updates} updates, {share:.1} % of the time is the commit"
+        );
+    }
+
+    println!("{WORKERS} clients for {SECONDS} s");
+    let popular = creations(&server, 1)?;
+    let spread = creations(&server, 50)?;
+    println!(
+        "  creations on 1 service to those on 50: {:.2}",
+        ratio(popular, spread)
+    );
+    let (one, all) = (sweeps(&server, 1)?, sweeps(&server, WORKERS)?);
+    println!(
+        "  sweeps by {WORKERS} workers to those by 1: {:.2}",
+        ratio(all, one)
+    );
     Ok(())
 }
 
@@ -120,6 +150,96 @@ fn calls(server: &Server, name: &str, index: Option<&str>) -> Result<i64> {
         grown / 1024
     );
     Ok(bytes)
+}
+
+fn services(conn: &mut PgConnection, services: i64) -> QueryResult<()> {
+    conn.batch_execute(&format!(
+        "INSERT INTO mcp_table (mcp_service_name, display_name, port, type)
+         SELECT 's' || n, 'S', n, 'api_key' FROM generate_series(1, {services}) AS n"
+    ))
+}
+
+/// Returns the number of updates of counters, and the commit's percentage of the time.
+fn bulk(server: &Server, count: i64) -> Result<(i64, f64)> {
+    let (_database, mut conn) = database(server)?;
+    let conn = &mut conn;
+    services(conn, count)?;
+    let start = Instant::now();
+    conn.batch_execute(&format!(
+        "BEGIN;
+         INSERT INTO mcp_service_table (user_id, mcp_service_id)
+         SELECT id, mcp_service_id
+           FROM users, mcp_table, generate_series(1, {BULK} / {USERS} / {count} + 1) LIMIT {BULK}"
+    ))?;
+    let inserted = Instant::now();
+    conn.batch_execute("COMMIT")?;
+    let share = 100.0 * inserted.elapsed().as_secs_f64() / start.elapsed().as_secs_f64();
+    conn.batch_execute("SELECT pg_stat_force_next_flush()")?;
+    let of_updates = "SELECT n_tup_upd FROM pg_stat_user_tables WHERE relname = 'mcp_table'";
+    Ok((number(conn, of_updates)?, share))
+}
+
+/// Runs `work` in connections of their own until the time is over or it returns 0, and returns the
+/// sum of what it returned.
+fn at_once(
+    database: &Database,
+    workers: usize,
+    work: impl Fn(&mut PgConnection) -> Result<usize> + Sync,
+) -> Result<i64> {
+    let url = database.url();
+    let run = || -> std::result::Result<usize, String> {
+        let mut conn = PgConnection::establish(&url).map_err(|error| error.to_string())?;
+        let start = Instant::now();
+        let mut done = 0;
+        while start.elapsed().as_secs() < SECONDS {
+            match work(&mut conn).map_err(|error| error.to_string())? {
+                0 => break,
+                more => done += more,
+            }
+        }
+        Ok(done)
+    };
+    let done: std::result::Result<Vec<usize>, String> = thread::scope(|scope| {
+        let running: Vec<_> = (0..workers).map(|_| scope.spawn(run)).collect();
+        let ended = running.into_iter().map(|worker| worker.join());
+        ended
+            .map(|outcome| outcome.unwrap_or_else(|_| Err("a worker panicked".into())))
+            .collect()
+    });
+    Ok(i64::try_from(done?.into_iter().sum::<usize>())?)
+}
+
+/// Returns how many instances the clients create. Each is the next user's.
+fn creations(server: &Server, count: i64) -> Result<i64> {
+    let (database, mut conn) = database(server)?;
+    services(&mut conn, count)?;
+    let users: Vec<UserId> = users::table.select(users::id).load(&mut conn)?;
+    let services: Vec<ServiceId> = mcp_table::table
+        .select(mcp_table::mcp_service_id)
+        .load(&mut conn)?;
+    let next = AtomicUsize::new(0);
+    at_once(&database, WORKERS, |conn| {
+        let n = next.fetch_add(1, Ordering::Relaxed);
+        let new = NewMcpInstance::new(users[n % users.len()], services[n % services.len()]);
+        let key = Sealed::from_ciphertext(vec![2; 42]);
+        let key = NewMcpCredential::sealed_api_key(new.instance_id, key);
+        McpInstance::create(conn, &new, &key)?;
+        Ok(1)
+    })
+}
+
+/// Returns how many due instances of 50 services the workers expire in batches of 10.
+fn sweeps(server: &Server, workers: usize) -> Result<i64> {
+    let (database, mut conn) = database(server)?;
+    services(&mut conn, 50)?;
+    conn.batch_execute(&format!(
+        "INSERT INTO mcp_service_table (user_id, mcp_service_id, expires_at)
+         SELECT id, mcp_service_id, now() FROM users, mcp_table, generate_series(1, 2) LIMIT {ROWS}"
+    ))?;
+    conn.batch_execute("VACUUM ANALYZE")?;
+    at_once(&database, workers, |conn| {
+        Ok(McpInstance::expire_due(conn, 10)?.len())
+    })
 }
 
 fn inserts(server: &Server, name: &str, new_key: fn() -> Uuid) -> Result<i64> {
