@@ -8,17 +8,18 @@ mod report;
 mod wire;
 
 use std::error::Error;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use bruhmcp_db::enums::{AuditStatus, AuthTokenType, TransactionStatus};
-use bruhmcp_db::ids::{InstanceId, TransactionId, UserId};
+use bruhmcp_db::ids::{InstanceId, ServiceId, TransactionId, UserId};
 use bruhmcp_db::migrations::MIGRATIONS;
 use bruhmcp_db::models::{
-    AuthToken, InstanceCalls, McpInstance, NewSubscriptionTransaction, NewTokenAudit, TokenAudit,
-    User, WebhookEvent,
+    AuthToken, InstanceCalls, McpInstance, NewMcpCredential, NewMcpInstance,
+    NewSubscriptionTransaction, NewTokenAudit, TokenAudit, User, WebhookEvent,
 };
-use bruhmcp_db::schema::{mcp_service_table, subscription_transactions};
-use bruhmcp_db::{Durability, HashedToken};
+use bruhmcp_db::schema::{mcp_service_table, mcp_table, subscription_transactions, users};
+use bruhmcp_db::{Durability, HashedToken, Sealed};
 use bruhmcp_devdb::{Database, Server};
 use chrono::TimeDelta;
 use diesel::connection::{CacheSize, SimpleConnection};
@@ -40,6 +41,10 @@ const ROWS: usize = 100_000;
 const INSERTS: usize = 5_000;
 const ROUNDS: usize = 5;
 const TURNS: usize = 30;
+const BULK: i64 = 32_000;
+const WORKERS: usize = 16;
+const SECONDS: u64 = 2;
+const DUE: usize = 10_000;
 
 fn main() -> Result {
     let cores = std::thread::available_parallelism()?;
@@ -59,6 +64,8 @@ fn main() -> Result {
         wal_of_payments,
         rate_of_calls,
         rate_of_webhooks,
+        counters,
+        rate_of_sweeps,
     ];
     // The CPU of a process is read the Linux way.
     if cfg!(target_os = "linux") {
@@ -218,14 +225,7 @@ fn rate_of_webhooks(servers: &Servers) -> Result<Section> {
                 })
             },
         )?;
-        rows.push((
-            if workers == 1 {
-                "1 worker".into()
-            } else {
-                format!("{workers} workers")
-            },
-            range,
-        ));
+        rows.push((count(workers, "worker"), range));
     }
     Ok(Section {
         name: "webhook-workers",
@@ -379,6 +379,150 @@ fn inserts(server: &Server, new_key: fn() -> Uuid) -> Result<f64> {
         Ok(())
     })?;
     Ok(each(bytes, INSERTS))
+}
+
+/// The registry row of a popular service, which each creation on it counts up.
+fn counters(servers: &Servers) -> Result<Section> {
+    let mut rows = Vec::new();
+    let mut shares = Vec::new();
+    for services in [1, 50] {
+        let (updates, share) = bulk(&servers.server, services)?;
+        shares.push(format!(
+            "{updates} updates and {share:.1} % of the time with {services}"
+        ));
+    }
+    for (name, services) in [("50 services", 50), ("1 service", 1)] {
+        let rates = (0..ROUNDS).map(|_| creations(&servers.synced, services));
+        let rates = rates.collect::<Result<Vec<f64>>>()?;
+        rows.push((name.to_owned(), Range::of(&rates)));
+    }
+    Ok(Section {
+        name: "counters",
+        title: "Creations on popular services",
+        text: format!(
+            "`McpInstance::create` by {WORKERS} clients, on a server that syncs its commits to \
+             disk. A counter that is exact at each commit makes the commits on one service follow \
+             each other. The commit of one transaction that creates {BULK} instances takes, by \
+             number of services: {}.",
+            shares.join(", ")
+        ),
+        unit: "instances a second",
+        rows,
+    })
+}
+
+fn rate_of_sweeps(servers: &Servers) -> Result<Section> {
+    let mut rows = Vec::new();
+    for workers in [1, 4, WORKERS] {
+        let rates = (0..ROUNDS).map(|_| sweeps(&servers.synced, workers));
+        let rates = rates.collect::<Result<Vec<f64>>>()?;
+        rows.push((count(workers, "worker"), Range::of(&rates)));
+    }
+    Ok(Section {
+        name: "sweep-workers",
+        title: "Expiry by workers",
+        text: format!(
+            "`McpInstance::expire_due` in batches of 10, {DUE} instances of 50 services due, on a \
+             server that syncs its commits to disk."
+        ),
+        unit: "instances a second",
+        rows,
+    })
+}
+
+fn count(number: usize, name: &str) -> String {
+    format!("{number} {name}{}", if number == 1 { "" } else { "s" })
+}
+
+fn services(conn: &mut PgConnection, services: i64) -> QueryResult<()> {
+    conn.batch_execute(&format!(
+        "INSERT INTO mcp_table (mcp_service_name, display_name, port, type)
+         SELECT 's' || n, 'S', n, 'api_key' FROM generate_series(1, {services}) AS n"
+    ))
+}
+
+/// Returns the number of updates of counters, and the commit's percentage of the time.
+fn bulk(server: &Server, count: i64) -> Result<(i64, f64)> {
+    let (_database, mut conn) = database(server)?;
+    let conn = &mut conn;
+    services(conn, count)?;
+    let start = Instant::now();
+    conn.batch_execute(&format!(
+        "BEGIN;
+         INSERT INTO mcp_service_table (user_id, mcp_service_id)
+         SELECT id, mcp_service_id
+           FROM users, mcp_table, generate_series(1, {BULK} / {USERS} / {count} + 1) LIMIT {BULK}"
+    ))?;
+    let inserted = Instant::now();
+    conn.batch_execute("COMMIT")?;
+    let share = 100.0 * inserted.elapsed().as_secs_f64() / start.elapsed().as_secs_f64();
+    conn.batch_execute("SELECT pg_stat_force_next_flush()")?;
+    let of_updates = "SELECT n_tup_upd FROM pg_stat_user_tables WHERE relname = 'mcp_table'";
+    Ok((number(conn, of_updates)?, share))
+}
+
+/// Runs `work` in connections of their own until the time is over or it returns 0, and returns the
+/// sum of what it returned, per second.
+fn at_once(
+    database: &Database,
+    workers: usize,
+    work: impl Fn(&mut PgConnection) -> Result<usize> + Sync,
+) -> Result<f64> {
+    let url = database.url();
+    let start = Instant::now();
+    let run = || -> std::result::Result<usize, String> {
+        let mut conn = PgConnection::establish(&url).map_err(|error| error.to_string())?;
+        let mut done = 0;
+        while start.elapsed().as_secs() < SECONDS {
+            match work(&mut conn).map_err(|error| error.to_string())? {
+                0 => break,
+                more => done += more,
+            }
+        }
+        Ok(done)
+    };
+    let done: std::result::Result<Vec<usize>, String> = std::thread::scope(|scope| {
+        let running: Vec<_> = (0..workers).map(|_| scope.spawn(run)).collect();
+        let ended = running.into_iter().map(|worker| worker.join());
+        ended
+            .map(|outcome| outcome.unwrap_or_else(|_| Err("a worker panicked".into())))
+            .collect()
+    });
+    let done = u32::try_from(done?.into_iter().sum::<usize>())?;
+    Ok(f64::from(done) / start.elapsed().as_secs_f64())
+}
+
+/// Returns how many instances the clients create in a second. Each is the next user's.
+fn creations(server: &Server, count: i64) -> Result<f64> {
+    let (database, mut conn) = database(server)?;
+    services(&mut conn, count)?;
+    let users: Vec<UserId> = users::table.select(users::id).load(&mut conn)?;
+    let services: Vec<ServiceId> = mcp_table::table
+        .select(mcp_table::mcp_service_id)
+        .load(&mut conn)?;
+    let next = AtomicUsize::new(0);
+    at_once(&database, WORKERS, |conn| {
+        let n = next.fetch_add(1, Ordering::Relaxed);
+        let new = NewMcpInstance::new(users[n % users.len()], services[n % services.len()]);
+        let key = Sealed::from_ciphertext(vec![2; 42])?;
+        let key = NewMcpCredential::sealed_api_key(new.instance_id, key);
+        McpInstance::create(conn, &new, &key)?;
+        Ok(1)
+    })
+}
+
+/// Returns how many due instances of 50 services the workers expire in a second, in batches of 10.
+fn sweeps(server: &Server, workers: usize) -> Result<f64> {
+    let (database, mut conn) = database(server)?;
+    services(&mut conn, 50)?;
+    conn.batch_execute(&format!(
+        "INSERT INTO mcp_service_table (user_id, mcp_service_id, expires_at)
+         SELECT id, mcp_service_id, now() FROM users, mcp_table, generate_series(1, 2) LIMIT {DUE}"
+    ))?;
+    conn.batch_execute("VACUUM ANALYZE")?;
+    at_once(&database, workers, |conn| {
+        Ok(McpInstance::expire_due(conn, 10)?.len())
+    })
 }
 
 /// What Diesel adds to a statement that is prepared by hand, and what it would be unprepared: CPU

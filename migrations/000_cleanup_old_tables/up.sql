@@ -23,7 +23,8 @@ DECLARE
     routine_names CONSTANT text[] := ARRAY[
         'update_updated_at_column', 'refuse_change',
         'subscription_transactions_check_refund', 'mcp_credentials_sync_oauth_status',
-        'mcp_service_table_check_insert', 'mcp_service_table_count_instances',
+        'mcp_service_table_check_insert', 'mcp_service_table_collect_counts',
+        'mcp_service_table_count_instances',
         'token_audit_log_refuse_change',
         'maintain_token_audit_log', 'cleanup_old_token_audit_logs', 'update_version_and_timestamp', 'assign_default_plan',
         'mcp_service_table_check_active_limit', 'user_plans_deactivate_surplus', 'card_ids_differ'

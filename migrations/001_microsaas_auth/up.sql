@@ -291,7 +291,11 @@ CREATE INDEX user_subscriptions_next_billing_date_idx ON user_subscriptions (nex
 -- What a sweep ends: one index per reason.
 CREATE INDEX user_subscriptions_cancel_at_period_end_idx ON user_subscriptions (current_period_end)
     WHERE cancel_at_period_end AND status IN ('active', 'past_due', 'paused');
-CREATE INDEX user_subscriptions_past_due_idx ON user_subscriptions (current_period_end)
+-- The end of the grace period, in seconds: as a timestamp, a long one would be out of range.
+CREATE INDEX user_subscriptions_past_due_idx
+    ON user_subscriptions (
+        (extract(epoch FROM current_period_end AT TIME ZONE 'UTC') + grace_period_days * 86400.0)
+    )
     WHERE status = 'past_due';
 CREATE INDEX user_subscriptions_resume_at_idx ON user_subscriptions (resume_at)
     WHERE status = 'paused';
@@ -442,7 +446,8 @@ CREATE INDEX subscription_transactions_parent_transaction_id_idx
 CREATE INDEX subscription_transactions_razorpay_order_id_idx
     ON subscription_transactions (razorpay_order_id)
     WHERE razorpay_order_id IS NOT NULL;
-CREATE INDEX subscription_transactions_created_at_idx ON subscription_transactions (created_at)
+CREATE INDEX subscription_transactions_created_at_id_idx
+    ON subscription_transactions (created_at, id)
     WHERE status IN ('created', 'authorized');
 CREATE TRIGGER subscription_transactions_update_updated_at
     BEFORE UPDATE ON subscription_transactions

@@ -5,6 +5,7 @@ DROP TABLE mcp_service_table;
 DROP TABLE mcp_table;
 
 DROP FUNCTION mcp_service_table_count_instances();
+DROP FUNCTION mcp_service_table_collect_counts();
 DROP FUNCTION mcp_service_table_check_insert();
 DROP FUNCTION mcp_credentials_sync_oauth_status();
 

@@ -199,6 +199,10 @@ CREATE TABLE mcp_credentials (
 CREATE INDEX mcp_credentials_refresh_leased_until_token_expires_at_idx
     ON mcp_credentials (refresh_leased_until NULLS FIRST, token_expires_at)
     WHERE refresh_token IS NOT NULL AND oauth_status = 'completed';
+-- The instances that were never authorized.
+CREATE INDEX mcp_credentials_updated_at_instance_id_idx
+    ON mcp_credentials (updated_at, instance_id)
+    WHERE oauth_status IN ('pending', 'failed') AND access_token IS NULL;
 -- The list has every column but refresh_leased_until: a lease is not an edit.
 CREATE TRIGGER mcp_credentials_update_updated_at
     BEFORE UPDATE ON mcp_credentials
@@ -341,37 +345,98 @@ CREATE TRIGGER mcp_service_table_user_fixed
         'Create a new instance for the other user.'
     );
 
--- The triggers are deferred, so that the registry row is locked only during commit.
+-- The counters take two steps, so that a transaction updates a service once, however many instances
+-- it changes, and locks the registry row only during commit. This function adds up the changes in a
+-- setting that ends with the transaction. A rollback to a savepoint rolls the setting back too. Its
+-- value is {transaction: {service: [created, active]}}; a transaction ignores another one's.
+CREATE FUNCTION mcp_service_table_collect_counts() RETURNS trigger
+LANGUAGE plpgsql AS $$
+DECLARE
+    -- One transaction may change the tables of several schemas.
+    setting     CONSTANT text := 'bruhmcp.counts_' || TG_RELID;
+    transaction CONSTANT text := pg_current_xact_id();
+    service     CONSTANT text := coalesce(NEW.mcp_service_id, OLD.mcp_service_id);
+    counts      jsonb         := coalesce(
+        nullif(current_setting(setting, true), '')::jsonb -> transaction, '{}'
+    );
+    created     bigint        := coalesce((counts -> service ->> 0)::bigint, 0);
+    active      bigint        := coalesce((counts -> service ->> 1)::bigint, 0);
+BEGIN
+    -- A new instance is pending.
+    IF TG_OP = 'INSERT' THEN
+        created := created + 1;
+    ELSIF TG_OP = 'UPDATE'
+        AND NEW.status OPERATOR(pg_catalog.=) 'active'
+        AND NEW.oauth_status OPERATOR(pg_catalog.=) 'completed'
+    THEN
+        active := active + 1;
+    ELSE
+        active := active - 1;
+    END IF;
+    counts := counts || jsonb_build_object(service, jsonb_build_array(created, active));
+    PERFORM set_config(setting, jsonb_build_object(transaction, counts)::text, true);
+    RETURN NULL;
+END
+$$;
+
+-- The first of the transaction's deferred triggers writes what was collected; the others find
+-- nothing left. The services are locked in the order of their keys.
 CREATE FUNCTION mcp_service_table_count_instances() RETURNS trigger
 LANGUAGE plpgsql AS $$
 DECLARE
-    created bigint := 0;
-    active  bigint := 0;
+    setting     CONSTANT text := 'bruhmcp.counts_' || TG_RELID;
+    transaction CONSTANT text := pg_current_xact_id();
+    counts      jsonb;
+    change      record;
 BEGIN
     IF TG_OP = 'TRUNCATE' THEN
         UPDATE mcp_table SET active_instances_count = 0 WHERE active_instances_count <> 0;
         RETURN NULL;
     END IF;
-    IF TG_OP = 'INSERT' THEN
-        created := 1;
-    ELSIF OLD.status OPERATOR(pg_catalog.=) 'active'
-        AND OLD.oauth_status OPERATOR(pg_catalog.=) 'completed'
-    THEN
-        active := -1;
+    counts := nullif(current_setting(setting, true), '')::jsonb -> transaction;
+    IF counts IS NULL THEN
+        RAISE EXCEPTION 'the instances were not changed: their count is lost'
+            USING ERRCODE = 'check_violation',
+                  TABLE = 'mcp_service_table',
+                  CONSTRAINT = 'mcp_service_table_counts_kept',
+                  HINT = 'Don''t reset the settings of a transaction that changes instances.';
     END IF;
-    IF TG_OP <> 'DELETE'
-        AND NEW.status OPERATOR(pg_catalog.=) 'active'
-        AND NEW.oauth_status OPERATOR(pg_catalog.=) 'completed'
-    THEN
-        active := active + 1;
+    IF counts = '{}' THEN
+        RETURN NULL;
     END IF;
-    UPDATE mcp_table
-       SET total_instances_created = total_instances_created + created,
-           active_instances_count  = active_instances_count + active
-     WHERE mcp_service_id = coalesce(NEW.mcp_service_id, OLD.mcp_service_id);
+    FOR change IN
+        SELECT key::uuid AS service,
+               (value ->> 0)::bigint AS created,
+               (value ->> 1)::bigint AS active
+          FROM jsonb_each(counts)
+         WHERE value <> '[0, 0]'
+         ORDER BY 1
+    LOOP
+        UPDATE mcp_table
+           SET total_instances_created = total_instances_created + change.created,
+               active_instances_count  = active_instances_count + change.active
+         WHERE mcp_service_id = change.service;
+    END LOOP;
+    PERFORM set_config(setting, jsonb_build_object(transaction, '{}'::jsonb)::text, true);
     RETURN NULL;
 END
 $$;
+
+-- Of two triggers of one event, the one whose name sorts first runs first: collect, then count.
+CREATE TRIGGER mcp_service_table_collect_insert
+    AFTER INSERT ON mcp_service_table
+    FOR EACH ROW EXECUTE FUNCTION mcp_service_table_collect_counts();
+CREATE TRIGGER mcp_service_table_collect_update
+    AFTER UPDATE OF status, oauth_status ON mcp_service_table
+    FOR EACH ROW WHEN (
+        (OLD.status = 'active' AND OLD.oauth_status = 'completed')
+        <> (NEW.status = 'active' AND NEW.oauth_status = 'completed')
+    )
+    EXECUTE FUNCTION mcp_service_table_collect_counts();
+CREATE TRIGGER mcp_service_table_collect_delete
+    AFTER DELETE ON mcp_service_table
+    FOR EACH ROW WHEN (OLD.status = 'active' AND OLD.oauth_status = 'completed')
+    EXECUTE FUNCTION mcp_service_table_collect_counts();
 CREATE CONSTRAINT TRIGGER mcp_service_table_count_insert
     AFTER INSERT ON mcp_service_table
     DEFERRABLE INITIALLY DEFERRED

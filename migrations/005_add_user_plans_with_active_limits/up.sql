@@ -41,7 +41,9 @@ CREATE TABLE user_plans (
         )
     )
 ) WITH (fillfactor = 80);
-CREATE INDEX user_plans_expires_at_idx ON user_plans (expires_at) WHERE expires_at IS NOT NULL;
+-- What a sweep ends.
+CREATE INDEX user_plans_expires_at_idx ON user_plans (expires_at)
+    WHERE plan_type = 'pro' AND expires_at IS NOT NULL;
 CREATE TRIGGER user_plans_update_updated_at
     BEFORE UPDATE ON user_plans
     FOR EACH ROW WHEN (OLD.* IS DISTINCT FROM NEW.*)
@@ -147,7 +149,7 @@ BEGIN
     ) THEN
         RETURN NULL;
     END IF;
-    -- One by one in registry order: in this order the commit locks the counters of mcp_table.
+    -- One by one, in the order in which other operations lock them.
     FOR surplus IN
         SELECT instance_id
           FROM mcp_service_table

@@ -392,20 +392,11 @@ impl McpInstance {
                 .select(mcp_service_table::instance_id)
                 .for_no_key_update()
                 .load::<InstanceId>(conn)?;
-            let &[first, _] = both.as_slice() else {
+            if both.len() != 2 {
                 return Err(InstanceError::NotFound);
-            };
-            // The counters are locked at commit, in the order of these updates: it must be that of
-            // the services. So the activation may come first and exceed the limit until the
-            // deactivation.
-            conn.batch_execute("SET CONSTRAINTS mcp_service_table_active_limit_update DEFERRED")?;
-            if first == off {
-                Self::deactivate(conn, off, user_id)?;
             }
+            Self::deactivate(conn, off, user_id)?;
             let switched_on = Self::switch_on(conn, on, user_id)?;
-            if first == on {
-                Self::deactivate(conn, off, user_id)?;
-            }
             conn.batch_execute("SET CONSTRAINTS mcp_service_table_active_limit_update IMMEDIATE")?;
             Ok(switched_on)
         })

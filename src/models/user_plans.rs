@@ -1,9 +1,11 @@
 //! Plans: how many instances a user can have active.
 
 use chrono::{DateTime, Utc};
+use diesel::dsl::sql;
 use diesel::pg::Pg;
 use diesel::prelude::*;
 use diesel::result::Error;
+use diesel::sql_types::Bool;
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -225,13 +227,15 @@ impl UserPlan {
     /// Downgrades one pro plan that is past its end; `payment_status` becomes none. Returns `None`
     /// if no plan is due or other workers have locked all that are. Call it until then.
     ///
-    /// One plan per call: with several users' instances in one transaction, the counters of
-    /// services would not be locked in registry order.
+    /// The plan that ended first comes first. One plan per call: its instances are switched off in
+    /// the same transaction.
     pub fn expire_due(conn: &mut PgConnection) -> QueryResult<Option<Downgrade>> {
         conn.transaction(|conn| {
             user_plans::table
-                .filter(user_plans::plan_type.eq(PlanType::Pro))
+                // A literal: the planner can't match a bind parameter with the index.
+                .filter(sql::<Bool>("user_plans.plan_type = 'pro'"))
                 .filter(user_plans::expires_at.le(diesel::dsl::now))
+                .order(user_plans::expires_at)
                 .select(Self::as_select())
                 .limit(1)
                 .for_no_key_update()

@@ -280,9 +280,7 @@ impl World {
         conn.transaction(|conn| {
             User::lock(conn, user)?;
             let instances = instances(conn, user)?;
-            let mut chosen: Vec<_> = (0..3).filter_map(|_| dice.pick(&instances)).collect();
-            // In the order of the services, in which their counters are locked at commit.
-            chosen.sort();
+            let chosen: Vec<_> = (0..3).filter_map(|_| dice.pick(&instances)).collect();
             chosen.into_iter().try_for_each(|instance| {
                 self.operate_on(conn, dice, user, instance)?;
                 // Other work, so that operations overlap.

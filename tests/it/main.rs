@@ -9,12 +9,16 @@ mod audit;
 mod backend;
 mod batches;
 mod billing;
+// As `logs`, and with the keys of `sealing`.
+#[cfg(all(feature = "crypto", target_os = "linux"))]
+mod buffers;
 #[cfg(feature = "cli")]
 mod cells;
 #[cfg(feature = "cli")]
 mod cli;
 mod concurrency;
 mod conventions;
+mod counters;
 mod credits;
 mod difference;
 #[cfg(all(feature = "crypto", feature = "migrator"))]

@@ -455,7 +455,7 @@ fn stuck_payments_are_found() {
     conn.batch_execute("DO $$BEGIN PERFORM pg_stat_force_next_flush(); END$$")
         .unwrap();
     let scans = "SELECT idx_scan FROM pg_stat_user_indexes
-                  WHERE indexrelname = 'subscription_transactions_created_at_idx'";
+                  WHERE indexrelname = 'subscription_transactions_created_at_id_idx'";
     assert_eq!(database.psql(scans).unwrap(), "2\n");
 }
 

@@ -308,6 +308,10 @@ const VIOLATIONS: &[(&str, &str)] = &[
         "UPDATE mcp_service_table SET user_id = :u1 WHERE instance_id = :i2"),
     ("mcp_service_table_user_inactive", "UPDATE users SET is_active = false WHERE id = :u2;
         INSERT INTO mcp_service_table (user_id, mcp_service_id) VALUES (:u2, :m1)"),
+    ("mcp_service_table_counts_kept",
+        "INSERT INTO mcp_service_table (user_id, mcp_service_id)
+         SELECT user_id, mcp_service_id FROM mcp_service_table LIMIT 1;
+         RESET ALL; SET CONSTRAINTS ALL IMMEDIATE"),
     ("mcp_table_service_disabled",
         "INSERT INTO mcp_service_table (user_id, mcp_service_id) VALUES (:u2, :m3)"),
 

@@ -100,8 +100,8 @@ impl McpCredential {
             .transpose()
     }
 
-    /// Seals old values again in the newest format, under the newest key: up to `limit` rows in the
-    /// order of their keys, after the row `after`. Increments `version`, but leaves
+    /// Seals old values again in the newest format, under the newest key. It looks at up to `limit`
+    /// rows in the order of their keys, after the row `after`. Increments `version`, but leaves
     /// `credentials_updated_at`.
     ///
     /// One transaction. Skips rows that others have locked, so no change is lost, and a pass may
@@ -136,11 +136,19 @@ impl McpCredential {
     ) -> QueryResult<Resealed> {
         conn.transaction(|conn| {
             let after = after.unwrap_or(CredentialId(Uuid::nil()));
-            let rows: Vec<Self> = mcp_credentials::table
+            // Keys first: a limit on the rows to reseal would read all others, too.
+            let keys: Vec<CredentialId> = mcp_credentials::table
                 .filter(mcp_credentials::credential_id.gt(after))
-                .filter(sealed_otherwise(ring))
                 .order(mcp_credentials::credential_id)
                 .limit(limit.into())
+                .select(mcp_credentials::credential_id)
+                .load(conn)?;
+            let last = keys.last().copied().unwrap_or(after);
+            let rows: Vec<Self> = mcp_credentials::table
+                .filter(mcp_credentials::credential_id.gt(after))
+                .filter(mcp_credentials::credential_id.le(last))
+                .filter(sealed_otherwise(ring))
+                .order(mcp_credentials::credential_id)
                 .select(Self::as_select())
                 .for_no_key_update()
                 .skip_locked()
@@ -149,7 +157,7 @@ impl McpCredential {
             let mut batch = Resealed {
                 resealed: 0,
                 unopened: Vec::new(),
-                next: None,
+                next: (keys.len() == usize::from(limit)).then_some(last),
             };
             for row in &rows {
                 let mut changes = NewlySealed::default();
@@ -182,9 +190,6 @@ impl McpCredential {
                 if unopened {
                     batch.unopened.push(row.credential_id);
                 }
-            }
-            if rows.len() == usize::from(limit) {
-                batch.next = rows.last().map(|row| row.credential_id);
             }
             Ok(batch)
         })

@@ -7,7 +7,7 @@ use chrono::TimeDelta;
 use diesel::dsl::{now, sql};
 use diesel::expression::SqlLiteral;
 use diesel::prelude::*;
-use diesel::sql_types::{BigInt, Bool, Interval};
+use diesel::sql_types::{BigInt, Bool, Interval, Timestamptz};
 
 use super::McpInstance;
 use crate::error::NegativeSpan;
@@ -15,44 +15,35 @@ use crate::ids::InstanceId;
 use crate::schema::{mcp_credentials, mcp_service_table};
 
 impl McpInstance {
-    /// Marks up to `limit` instances past their `expires_at` as expired and returns them. All are
-    /// of one service.
+    /// Marks up to `limit` instances past their `expires_at` as expired, those that ended first at
+    /// the beginning, and returns them.
     ///
-    /// Returns none when nothing is due or every due row of the first service is locked. Repeat it
-    /// until then, each time in a transaction of its own. Several sweepers may run.
+    /// Returns none when nothing is due or every due row is locked. Repeat it until then, each time
+    /// in a transaction of its own. Several sweepers may run.
     pub fn expire_due(conn: &mut PgConnection, limit: u16) -> QueryResult<Vec<Self>> {
         // The query builder has no CTE. Without MATERIALIZED, the planner may run LIMIT with SKIP
-        // LOCKED twice. One service, because the UPDATE meets its rows in any order and the
-        // counters are locked in that order at commit.
+        // LOCKED twice. An array, because the planner looks its elements up by key.
         diesel::sql_query(
-            "WITH service AS MATERIALIZED (
-                 SELECT mcp_service_id
-                   FROM mcp_service_table
-                  WHERE expires_at <= now() AND status <> 'expired'
-                  ORDER BY mcp_service_id, instance_id
-                  LIMIT 1
-                    FOR NO KEY UPDATE SKIP LOCKED
-             ), due AS MATERIALIZED (
+            "WITH due AS MATERIALIZED (
                  SELECT instance_id
                    FROM mcp_service_table
                   WHERE expires_at <= now() AND status <> 'expired'
-                    AND mcp_service_id = (SELECT mcp_service_id FROM service)
-                  ORDER BY instance_id
+                  ORDER BY expires_at
                   LIMIT $1
                     FOR NO KEY UPDATE SKIP LOCKED
              )
-             UPDATE mcp_service_table AS instance
+             UPDATE mcp_service_table
                 SET status = 'expired'
-               FROM due
-              WHERE instance.instance_id = due.instance_id
-             RETURNING instance.*",
+              WHERE instance_id = ANY (ARRAY(SELECT instance_id FROM due))
+             RETURNING *",
         )
         .bind::<BigInt, _>(i64::from(limit))
         .load(conn)
     }
 
-    /// Lists up to `limit` instances, oldest first, that were never authorized: pending or failed,
-    /// without an access token, and with credentials that didn't change for `idle`.
+    /// Lists up to `limit` instances that were never authorized: pending or failed, without an
+    /// access token, and with credentials that didn't change for `idle`. Those with the oldest change
+    /// come first.
     ///
     /// An instance that waits for a second authorization has a token and is not listed.
     ///
@@ -67,12 +58,8 @@ impl McpInstance {
         mcp_service_table::table
             .inner_join(mcp_credentials::table)
             .filter(unauthorized())
-            .filter(mcp_credentials::access_token.is_null())
-            .filter((mcp_credentials::updated_at + idle.into_sql::<Interval>()).le(now))
-            .order((
-                mcp_service_table::created_at,
-                mcp_service_table::instance_id,
-            ))
+            .filter(unchanged_for(idle))
+            .order((mcp_credentials::updated_at, mcp_credentials::instance_id))
             .limit(limit.into())
             .select(Self::as_select())
             .load(conn)
@@ -97,8 +84,7 @@ impl McpInstance {
                 .inner_join(mcp_service_table::table)
                 .filter(mcp_credentials::instance_id.eq_any(instance_ids))
                 .filter(unauthorized())
-                .filter(mcp_credentials::access_token.is_null())
-                .filter((mcp_credentials::updated_at + idle.into_sql::<Interval>()).le(now))
+                .filter(unchanged_for(idle))
                 .select(mcp_credentials::instance_id)
                 .for_update()
                 .skip_locked()
@@ -112,8 +98,15 @@ impl McpInstance {
     }
 }
 
-/// A literal, because a bind can't match the predicate of `mcp_service_table_created_at_idx` in a
-/// generic plan.
+/// The predicate of `mcp_credentials_updated_at_instance_id_idx`. A literal, because a bind can't
+/// match it in a generic plan.
 fn unauthorized() -> SqlLiteral<Bool> {
-    sql("mcp_service_table.oauth_status IN ('pending', 'failed')")
+    sql("mcp_credentials.oauth_status IN ('pending', 'failed')
+         AND mcp_credentials.access_token IS NULL")
+}
+
+#[diesel::dsl::auto_type]
+fn unchanged_for(idle: TimeDelta) -> _ {
+    let idle: diesel::dsl::AsExprOf<TimeDelta, Interval> = idle.into_sql::<Interval>();
+    mcp_credentials::updated_at.le(now.into_sql::<Timestamptz>() - idle)
 }

@@ -2,7 +2,6 @@
 
 use chrono::{DateTime, Utc};
 use diesel::dsl::{now, sql};
-use diesel::expression::SqlLiteral;
 use diesel::prelude::*;
 use diesel::sql_types::{Bool, Timestamptz};
 use serde::Serialize;
@@ -36,29 +35,33 @@ enum Over {
 impl Over {
     const ALL: [Self; 4] = [Self::Cancelled, Self::PastDue, Self::Paused, Self::Unpaid];
 
-    /// Begins with the predicate of the index: the planner can't match bind parameters with it.
-    fn is_due(self) -> SqlLiteral<Bool> {
-        sql(match self {
-            Self::Cancelled => {
+    /// The predicate of its index, what the index is on, and up to which value that is due.
+    /// Literals: the planner can't match bind parameters with an index.
+    fn queue(self) -> (&'static str, &'static str, &'static str) {
+        match self {
+            Self::Cancelled => (
                 "user_subscriptions.cancel_at_period_end
-                 AND user_subscriptions.status IN ('active', 'past_due', 'paused')
-                 AND user_subscriptions.current_period_end <= now()"
-            }
-            // The second condition on the period is for the index.
-            Self::PastDue => {
-                "user_subscriptions.status = 'past_due'
-                 AND now() - user_subscriptions.current_period_end
-                     >= user_subscriptions.grace_period_days * interval '1 day'
-                 AND user_subscriptions.current_period_end <= now()"
-            }
-            Self::Paused => {
-                "user_subscriptions.status = 'paused' AND user_subscriptions.resume_at <= now()"
-            }
-            Self::Unpaid => {
-                "user_subscriptions.status = 'created'
-                 AND user_subscriptions.created_at <= now() - interval '30 days'"
-            }
-        })
+                 AND user_subscriptions.status IN ('active', 'past_due', 'paused')",
+                "user_subscriptions.current_period_end",
+                "now()",
+            ),
+            Self::PastDue => (
+                "user_subscriptions.status = 'past_due'",
+                "(extract(epoch FROM user_subscriptions.current_period_end AT TIME ZONE 'UTC')
+                  + user_subscriptions.grace_period_days * 86400.0)",
+                "extract(epoch FROM now())",
+            ),
+            Self::Paused => (
+                "user_subscriptions.status = 'paused'",
+                "user_subscriptions.resume_at",
+                "now()",
+            ),
+            Self::Unpaid => (
+                "user_subscriptions.status = 'created'",
+                "user_subscriptions.created_at",
+                "now() - interval '30 days'",
+            ),
+        }
     }
 }
 
@@ -82,9 +85,11 @@ impl UserSubscription {
     pub fn sweep(conn: &mut PgConnection) -> QueryResult<Option<Swept>> {
         conn.transaction(|conn| {
             for over in Over::ALL {
+                let (is_queued, end, until) = over.queue();
                 let due = user_subscriptions::table
                     .inner_join(users::table.inner_join(user_plans::table))
-                    .filter(over.is_due())
+                    .filter(sql::<Bool>(&format!("{is_queued} AND {end} <= {until}")))
+                    .order(sql::<Timestamptz>(end))
                     .select((
                         Self::as_select(),
                         UserPlan::as_select(),

@@ -116,7 +116,7 @@ fn anonymise_money(conn: &mut PgConnection, user_id: UserId) -> QueryResult<()> 
 }
 
 fn delete_instances(conn: &mut PgConnection, user_id: UserId) -> QueryResult<()> {
-    // Registry order: the order in which the counters of mcp_table are locked at commit.
+    // The order in which other operations lock them.
     let instances: Vec<InstanceId> = mcp_service_table::table
         .filter(mcp_service_table::user_id.eq(user_id))
         .order((
