@@ -87,14 +87,16 @@ pub(crate) async fn sign_up(State(app): State<Arc<App>>, Payload(new): Payload<S
         let secret = new_secret();
         let link = app.token_key.hash(TokenPurpose::EmailVerification, &secret);
         let signed_up = app.db()?.transaction(|conn| {
-            let user = User::sign_up(conn, &row)?;
+            let user = match User::sign_up(conn, &row) {
+                Err(UserError::EmailTaken) => return Ok(None),
+                signed_up => signed_up?,
+            };
             AuthToken::issue(conn, user.id, &link, LINK)?;
-            Ok::<_, UserError>(user)
-        });
+            Ok::<_, Error>(Some(user))
+        })?;
         match signed_up {
-            Ok(user) => mail(app, &user.email, secret.expose())?,
-            Err(UserError::EmailTaken) => mail(app, &new.email, "you have an account")?,
-            Err(error) => return Err(error.into()),
+            Some(user) => mail(app, &user.email, secret.expose())?,
+            None => mail(app, &new.email, "you have an account")?,
         }
         answer(StatusCode::ACCEPTED, json!({}))
     })

@@ -11,7 +11,7 @@ use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use bruhmcp_db::models::{
-    CredentialError, InstanceError, PaymentError, PlanError, UserError, WebhookError,
+    CredentialError, InstanceError, IssueError, PaymentError, PlanError, UserError, WebhookError,
 };
 use bruhmcp_db::{ConstraintKind, ConstraintViolation, SecretText, crypto};
 use diesel::result::Error as DieselError;
@@ -73,6 +73,16 @@ impl From<UserError> for Error {
             UserError::EmailTaken => Error::Refused(409, "the email address is taken"),
             UserError::Database(error) => error.into(),
             _ => Error::Internal("the account was not changed"),
+        }
+    }
+}
+
+impl From<IssueError> for Error {
+    fn from(error: IssueError) -> Self {
+        match error {
+            IssueError::TooMany { .. } => Error::Refused(429, "too many mails: wait an hour"),
+            IssueError::Database(error) => error.into(),
+            _ => Self::Internal("no token was issued"),
         }
     }
 }

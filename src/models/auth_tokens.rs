@@ -52,8 +52,27 @@ pub struct AuthToken {
 /// The number of wrong guesses within [`CODE_WINDOW`] after which even the right code is rejected.
 pub const MAX_CODE_ATTEMPTS: i16 = 5;
 
-/// Wrong guesses at all codes of a user and type that were issued within this time count together.
+/// The number of codes or links of one type that a user is issued within [`CODE_WINDOW`].
+pub const MAX_ISSUED: u16 = 5;
+
+/// Wrong guesses at all codes of a user and type that were issued within this time count together,
+/// and so do the codes and links themselves.
 pub const CODE_WINDOW: TimeDelta = TimeDelta::hours(1);
+
+/// Why a token was not issued. Nothing is changed then: a token that it would replace stays live.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum IssueError {
+    /// The user was issued [`MAX_ISSUED`] codes or links of this type within [`CODE_WINDOW`].
+    #[error("too many were issued; the next one can be issued at {next_at}")]
+    TooMany {
+        /// When the next one can be issued, by the database's clock.
+        next_at: DateTime<Utc>,
+    },
+    /// Any other database error.
+    #[error("database error")]
+    Database(#[from] Error),
+}
 
 /// Why a link's token was not consumed.
 #[derive(Debug, thiserror::Error)]
@@ -180,7 +199,13 @@ impl AuthToken {
     /// replaces none: it begins a session that ends with it, see
     /// [`begin_session`](Self::begin_session) for one that is renewed.
     ///
+    /// Of [`MAX_ISSUED`] codes or links within [`CODE_WINDOW`] all count, also those that were
+    /// consumed, replaced or revoked; the next one is refused, also among concurrent calls and at
+    /// each isolation level. The latest one stays live until it expires, but whoever may ask for
+    /// mails to an address can use the number up: limit requests by their sender as well.
+    ///
     /// # Errors
+    /// [`IssueError::TooMany`], after which the caller's transaction can go on.
     /// `auth_tokens_expires_at_check` if `lifetime` is not positive, and `auth_tokens_lifetime` if
     /// it is over 1 hour for a code, 7 days for a link, or 365 days for a refresh token.
     /// `auth_tokens_token_key` if the digest of a link or refresh token exists: its secret was not
@@ -190,13 +215,22 @@ impl AuthToken {
         user_id: UserId,
         token: &HashedToken,
         lifetime: TimeDelta,
-    ) -> QueryResult<Option<Self>> {
+    ) -> Result<Option<Self>, IssueError> {
         if token.type_ == AuthTokenType::Refresh {
             return Self::begin_session(conn, user_id, token, lifetime, lifetime);
         }
         conn.transaction(|conn| {
-            if !lock_active(conn, user_id)? {
+            // Not a lock only: a transaction with an older snapshot would miss the tokens that were
+            // issued since, and so fails.
+            let active = diesel::update(users::table.find(user_id))
+                .filter(users::is_active)
+                .set(users::is_active.eq(true))
+                .execute(conn)?;
+            if active == 0 {
                 return Ok(None);
+            }
+            if let Some(next_at) = Self::next_issue(conn, user_id, token.type_)? {
+                return Err(IssueError::TooMany { next_at });
             }
             diesel::update(auth_tokens::table)
                 .filter(auth_tokens::user_id.eq(user_id))
@@ -208,6 +242,25 @@ impl AuthToken {
         })
     }
 
+    /// When the window has room for one more token of this type; `None` if it has now.
+    fn next_issue(
+        conn: &mut PgConnection,
+        user_id: UserId,
+        type_: AuthTokenType,
+    ) -> QueryResult<Option<DateTime<Utc>>> {
+        let window_start = sql::<Timestamptz>("now() - ").bind::<Interval, _>(CODE_WINDOW);
+        let oldest_that_counts = auth_tokens::table
+            .filter(auth_tokens::user_id.eq(user_id))
+            .filter(auth_tokens::type_.eq(type_))
+            .filter(auth_tokens::created_at.gt(window_start))
+            .order(auth_tokens::created_at.desc())
+            .offset(i64::from(MAX_ISSUED) - 1)
+            .select(auth_tokens::created_at)
+            .first::<DateTime<Utc>>(conn)
+            .optional()?;
+        Ok(oldest_that_counts.map(|created_at| created_at + CODE_WINDOW))
+    }
+
     /// Inserts a token; one of a session expires with it at the latest.
     fn insert_live(
         conn: &mut PgConnection,
@@ -215,7 +268,7 @@ impl AuthToken {
         token: &HashedToken,
         lifetime: TimeDelta,
         session: Option<(FamilyId, DateTime<Utc>)>,
-    ) -> QueryResult<Self> {
+    ) -> Result<Self, IssueError> {
         let (family_id, session_expires_at) = session.unzip();
         // LEAST ignores NULL.
         let expires_at = sql::<Timestamptz>("LEAST(now() + ")
@@ -235,6 +288,7 @@ impl AuthToken {
             ))
             .returning(Self::as_returning())
             .get_result(conn)
+            .map_err(IssueError::from)
     }
 
     /// Consumes the token of a link (`password_reset` or `email_verification`) and returns it. Of
@@ -422,8 +476,9 @@ impl AuthToken {
 
     /// Returns how many tokens of a type the user was issued since `since`, live or not.
     ///
-    /// To enforce a limit on mails against concurrent requests, issue first, then count in the same
-    /// transaction, and roll back if the limit is exceeded.
+    /// [`issue`](Self::issue) keeps a limit itself. To enforce a stricter one, or one of a longer
+    /// time, against concurrent requests, issue first, then count in the same transaction, and roll
+    /// back if the limit is exceeded.
     pub fn count_issued_since(
         conn: &mut PgConnection,
         user_id: UserId,
@@ -441,9 +496,10 @@ impl AuthToken {
     /// Deletes up to `limit` tokens that expired at least `keep` ago, oldest first, and returns how
     /// many. Call it until that is less than `limit`.
     ///
-    /// `keep` must be at least [`CODE_WINDOW`], or wrong guesses are forgotten, and at least the
-    /// period of [`count_issued_since`](Self::count_issued_since). Several workers can run it: locked
-    /// rows are skipped.
+    /// Whatever `keep` is, tokens that were issued within [`CODE_WINDOW`] stay: their wrong guesses
+    /// count, and so do they. `keep` must be at least the period of
+    /// [`count_issued_since`](Self::count_issued_since). Several workers can run it: locked rows are
+    /// skipped.
     ///
     /// # Errors
     /// [`NegativeSpan`].
@@ -455,6 +511,7 @@ impl AuthToken {
                  SELECT id
                    FROM auth_tokens
                   WHERE expires_at <= now() - $1
+                    AND created_at <= now() - $3
                   ORDER BY expires_at
                   LIMIT $2
                     FOR UPDATE SKIP LOCKED
@@ -463,6 +520,7 @@ impl AuthToken {
         )
         .bind::<Interval, _>(keep)
         .bind::<BigInt, _>(i64::from(limit))
+        .bind::<Interval, _>(CODE_WINDOW)
         .execute(conn)
     }
 }

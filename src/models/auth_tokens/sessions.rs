@@ -6,7 +6,7 @@ use diesel::prelude::*;
 use diesel::sql_types::{Interval, Timestamptz};
 use serde::Serialize;
 
-use super::{AuthToken, lock_owner};
+use super::{AuthToken, IssueError, lock_owner};
 use crate::enums::AuthTokenType::Refresh;
 use crate::ids::{FamilyId, UserId};
 use crate::schema::{auth_tokens, users};
@@ -67,7 +67,7 @@ impl AuthToken {
         token: &HashedToken,
         lifetime: TimeDelta,
         session_lifetime: TimeDelta,
-    ) -> QueryResult<Option<Self>> {
+    ) -> Result<Option<Self>, IssueError> {
         if token.type_ != Refresh {
             return Ok(None);
         }
@@ -151,7 +151,7 @@ impl AuthToken {
         presented: &HashedToken,
         successor: &HashedToken,
         lifetime: TimeDelta,
-    ) -> QueryResult<Rotation> {
+    ) -> Result<Rotation, IssueError> {
         if [presented, successor]
             .iter()
             .any(|token| token.type_ != Refresh)
