@@ -159,8 +159,8 @@ impl HashedToken {
 pub struct Sealed(Vec<u8>);
 
 impl Sealed {
-    /// Wraps ciphertext. The database refuses less than 30 and more than 16384 bytes, and an
-    /// unknown format.
+    /// Wraps ciphertext. Operations refuse less than 30 and more than 16384 bytes, and an unknown
+    /// format.
     #[must_use]
     pub fn from_ciphertext(ciphertext: Vec<u8>) -> Self {
         Self(ciphertext)
@@ -170,6 +170,11 @@ impl Sealed {
     #[must_use]
     pub fn as_ciphertext(&self) -> &[u8] {
         &self.0
+    }
+
+    /// Whether the checks of the sealed columns accept it.
+    pub(crate) fn is_storable(&self) -> bool {
+        (30..=16384).contains(&self.0.len()) && matches!(self.0.first(), Some(1 | 2))
     }
 }
 

@@ -69,6 +69,13 @@ pub enum IssueError {
         /// When the next one can be issued, by the database's clock.
         next_at: DateTime<Utc>,
     },
+    /// It is less than a microsecond, or over 1 hour for a code, 7 days for a link, or 365 days for
+    /// a refresh token and its session. The database was not asked.
+    #[error("a token of this type can't live for this long")]
+    Lifetime,
+    /// A link or refresh token has this digest (`auth_tokens_token_key`): its secret was not random.
+    #[error("the digest exists: make a new secret")]
+    DigestTaken,
     /// Any other database error.
     #[error("database error")]
     Database(#[from] Error),
@@ -129,6 +136,20 @@ fn lock_owner<'a>(token: &'a HashedToken) -> _ {
         .filter(users::is_active)
         .select(users::id)
         .for_no_key_update()
+}
+
+/// Refuses what `auth_tokens_lifetime` would refuse: the server's log would then print the row.
+fn check_lifetime(type_: AuthTokenType, lifetime: TimeDelta) -> Result<(), IssueError> {
+    use AuthTokenType::{EmailChangePending, EmailOtp, EmailVerification, PasswordReset, Refresh};
+    let longest = match type_ {
+        EmailOtp | EmailChangePending => TimeDelta::hours(1),
+        PasswordReset | EmailVerification => TimeDelta::days(7),
+        Refresh => TimeDelta::days(365),
+    };
+    if lifetime < TimeDelta::microseconds(1) || lifetime > longest {
+        return Err(IssueError::Lifetime);
+    }
+    Ok(())
 }
 
 /// Locks an active user, and returns whether there is one.
@@ -205,11 +226,8 @@ impl AuthToken {
     /// mails to an address can use the number up: limit requests by their sender as well.
     ///
     /// # Errors
-    /// [`IssueError::TooMany`], after which the caller's transaction can go on.
-    /// `auth_tokens_expires_at_check` if `lifetime` is not positive, and `auth_tokens_lifetime` if
-    /// it is over 1 hour for a code, 7 days for a link, or 365 days for a refresh token.
-    /// `auth_tokens_token_key` if the digest of a link or refresh token exists: its secret was not
-    /// random.
+    /// [`IssueError::TooMany`], [`IssueError::Lifetime`] and [`IssueError::DigestTaken`], after which
+    /// the caller's transaction can go on.
     pub fn issue(
         conn: &mut PgConnection,
         user_id: UserId,
@@ -219,6 +237,7 @@ impl AuthToken {
         if token.type_ == AuthTokenType::Refresh {
             return Self::begin_session(conn, user_id, token, lifetime, lifetime);
         }
+        check_lifetime(token.type_, lifetime)?;
         conn.transaction(|conn| {
             // Not a lock only: a transaction with an older snapshot would miss the tokens that were
             // issued since, and so fails.
@@ -286,9 +305,13 @@ impl AuthToken {
                 auth_tokens::family_id.eq(family_id),
                 auth_tokens::session_expires_at.eq(session_expires_at),
             ))
+            // An error would make the server log the digest. Without a target, it is also the
+            // snapshot's failure that is reported where a newer token of the user is live.
+            .on_conflict_do_nothing()
             .returning(Self::as_returning())
             .get_result(conn)
-            .map_err(IssueError::from)
+            .optional()?
+            .ok_or(IssueError::DigestTaken)
     }
 
     /// Consumes the token of a link (`password_reset` or `email_verification`) and returns it. Of

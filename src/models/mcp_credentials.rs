@@ -140,6 +140,11 @@ impl<'a> NewMcpCredential<'a> {
         self.client_id.is_none_or(is_valid_client_id)
     }
 
+    pub(super) fn is_sealed(&self) -> bool {
+        let secrets = [&self.api_key, &self.client_secret];
+        secrets.into_iter().flatten().all(Sealed::is_storable)
+    }
+
     /// The key of the row.
     #[must_use]
     pub fn credential_id(&self) -> CredentialId {
@@ -219,13 +224,14 @@ impl McpCredential {
     /// Replaces an API key, if the row still has this version.
     ///
     /// # Errors
-    /// `Conflict`, `NotFound`.
+    /// `Conflict`, `NotFound`, `Invalid`.
     pub fn replace_api_key(
         conn: &mut PgConnection,
         credential_id: CredentialId,
         version: i32,
         api_key: &Sealed,
     ) -> Result<Self, CredentialError> {
+        check_sealed(api_key)?;
         conn.transaction(|conn| {
             lock_user(conn, credential_id)?;
             let replaced = diesel::update(mcp_credentials::table.find(credential_id))
@@ -266,6 +272,7 @@ impl McpCredential {
                 "a client id has 1 to 2048 characters and no NUL",
             ));
         }
+        check_sealed(client_secret)?;
         conn.transaction(|conn| {
             lock_user(conn, credential_id)?;
             let replaced = diesel::update(mcp_credentials::table.find(credential_id))
@@ -311,6 +318,8 @@ impl McpCredential {
 
 impl OauthTokens<'_> {
     fn check(&self) -> Result<(), CredentialError> {
+        check_sealed(&self.access_token)?;
+        self.refresh_token.as_ref().map_or(Ok(()), check_sealed)?;
         if self
             .scope
             .is_some_and(|scope| scope.contains('\0') || scope.chars().count() > 16384)
@@ -329,6 +338,16 @@ impl OauthTokens<'_> {
         }
         Ok(())
     }
+}
+
+/// Refuses what the column's CHECK would refuse: the server's log would then print the row.
+fn check_sealed(value: &Sealed) -> Result<(), CredentialError> {
+    if value.is_storable() {
+        return Ok(());
+    }
+    Err(CredentialError::Invalid(
+        "a sealed value has 30 to 16384 bytes and a known format",
+    ))
 }
 
 fn is_valid_client_id(client_id: &str) -> bool {

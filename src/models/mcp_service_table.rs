@@ -169,6 +169,9 @@ pub enum InstanceError {
     /// The client id is empty, has more than 2048 characters or a NUL.
     #[error("a client id has 1 to 2048 characters and no NUL")]
     InvalidClientId,
+    /// A sealed value has less than 30 or more than 16384 bytes, or an unknown format.
+    #[error("a sealed value has 30 to 16384 bytes and a known format")]
+    InvalidSecret,
     /// The credentials were made for another instance.
     #[error("the credentials belong to another instance")]
     OtherCredential,
@@ -214,8 +217,8 @@ impl McpInstance {
     ///
     /// # Errors
     /// `LimitReached`, `PlanExpired`, `PlanMissing`, `UserInactive`, `ServiceDisabled`,
-    /// `UnknownService`, `InvalidClientId`, `OtherCredential`. The caller's transaction survives
-    /// them.
+    /// `UnknownService`, `InvalidClientId`, `InvalidSecret`, `OtherCredential`. The caller's
+    /// transaction survives them.
     pub fn create(
         conn: &mut PgConnection,
         new: &NewMcpInstance<'_>,
@@ -226,6 +229,9 @@ impl McpInstance {
         }
         if !credential.has_valid_client() {
             return Err(InstanceError::InvalidClientId);
+        }
+        if !credential.is_sealed() {
+            return Err(InstanceError::InvalidSecret);
         }
         conn.transaction(|conn| {
             // Not a lock only: an anonymisation with an older snapshot would miss the instance.

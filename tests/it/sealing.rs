@@ -464,13 +464,13 @@ fn a_violated_constraint_shows_nothing_of_the_row() {
     let hex = |bytes: &[u8]| -> String { bytes.iter().map(|b| format!("{b:02x}")).collect() };
     let sealed = row.refresh_token.as_ref().unwrap().as_ciphertext();
     let secrets = [hex(b"whisper"), hex(&sealed[..16])];
-    let short = OauthTokens {
-        access_token: Sealed::from_ciphertext(b"whisper".to_vec()),
-        refresh_token: None,
-        expires_at: None,
-        scope: None,
-    };
-    let error = McpCredential::store_refreshed(conn, &row, &short).unwrap_err();
+    let short = Sealed::from_ciphertext(b"whisper".to_vec());
+    // Past the operations, which refuse it.
+    let error = diesel::update(mcp_credentials::table.find(row.credential_id))
+        .set(mcp_credentials::access_token.eq(short))
+        .execute(conn)
+        .unwrap_err();
+    let error = CredentialError::from(error);
     let CredentialError::Database(cause @ DatabaseError(_, info)) = &error else {
         panic!("{error:?}");
     };

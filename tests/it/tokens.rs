@@ -272,6 +272,89 @@ fn a_limit_of_issued_tokens_holds() {
 }
 
 #[test]
+fn a_lifetime_is_positive_and_not_too_long() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let ada = user(conn, "ada@example.org");
+    let day = TimeDelta::days(1);
+    let tick = TimeDelta::microseconds(1);
+    let invalid = |outcome: &Result<_, IssueError>| matches!(outcome, Err(IssueError::Lifetime));
+    for (n, (type_, longest)) in [
+        (EmailOtp, hour()),
+        (EmailChangePending, hour()),
+        (PasswordReset, day * 7),
+        (EmailVerification, day * 7),
+        (Refresh, day * 365),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let mut issue = |number, lifetime| {
+            AuthToken::issue(conn, ada, &hashed(type_, n * 10 + number), lifetime)
+        };
+        for lifetime in [
+            TimeDelta::zero(),
+            -tick,
+            TimeDelta::nanoseconds(999),
+            longest + tick,
+        ] {
+            assert!(invalid(&issue(0, lifetime)), "{type_:?}, {lifetime}");
+        }
+        for (number, lifetime) in [(1, tick), (2, longest)] {
+            let token = issue(number, lifetime).unwrap().unwrap();
+            assert_eq!(token.expires_at - token.created_at, lifetime);
+        }
+    }
+    let token = hashed(Refresh, 100);
+    for (lifetime, session) in [(TimeDelta::zero(), day), (day, TimeDelta::zero())] {
+        assert!(invalid(&AuthToken::begin_session(
+            conn, ada, &token, lifetime, session
+        )));
+    }
+    AuthToken::begin_session(conn, ada, &token, day, day).unwrap();
+    for lifetime in [TimeDelta::zero(), TimeDelta::MAX] {
+        let refused = AuthToken::rotate(conn, &token, &hashed(Refresh, 101), lifetime);
+        assert!(matches!(refused, Err(IssueError::Lifetime)), "{refused:?}");
+    }
+    assert!(AuthToken::find_live(conn, &token).unwrap().is_some());
+}
+
+#[test]
+fn a_digest_that_exists_is_refused_and_changes_nothing() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let ada = user(conn, "ada@example.org");
+    let grace = user(conn, "grace@example.org");
+    issue(conn, ada, PasswordReset, 1);
+    let own = issue(conn, grace, EmailVerification, 2);
+    let session = issue(conn, grace, Refresh, 3);
+    conn.transaction(|conn| {
+        for type_ in [PasswordReset, EmailVerification, Refresh] {
+            let refused = AuthToken::issue(conn, grace, &hashed(type_, 1), hour());
+            assert!(
+                matches!(refused, Err(IssueError::DigestTaken)),
+                "{refused:?}"
+            );
+        }
+        let (presented, successor) = (hashed(Refresh, 3), hashed(Refresh, 1));
+        let refused = AuthToken::rotate(conn, &presented, &successor, hour());
+        assert!(
+            matches!(refused, Err(IssueError::DigestTaken)),
+            "{refused:?}"
+        );
+        // What would have been replaced lives.
+        assert_eq!(live(conn, grace, EmailVerification), [own]);
+        assert_eq!(live(conn, grace, Refresh), [session]);
+        QueryResult::Ok(())
+    })
+    .unwrap();
+    // Two users may have the same code.
+    for user in [ada, grace] {
+        issue(conn, user, EmailOtp, 1);
+    }
+}
+
+#[test]
 fn a_live_token_is_found_and_stays_live() {
     let database = support::database();
     let conn = &mut database.connect();

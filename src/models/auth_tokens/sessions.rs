@@ -6,7 +6,7 @@ use diesel::prelude::*;
 use diesel::sql_types::{Interval, Timestamptz};
 use serde::Serialize;
 
-use super::{AuthToken, IssueError, lock_owner};
+use super::{AuthToken, IssueError, check_lifetime, lock_owner};
 use crate::enums::AuthTokenType::Refresh;
 use crate::ids::{FamilyId, UserId};
 use crate::schema::{auth_tokens, users};
@@ -60,7 +60,8 @@ impl AuthToken {
     /// If the user has [`MAX_SESSIONS`], the one that was renewed least recently ends.
     ///
     /// # Errors
-    /// Those of [`issue`](Self::issue). A session lives at most 365 days.
+    /// [`IssueError::Lifetime`] and [`IssueError::DigestTaken`], after which the caller's transaction
+    /// can go on.
     pub fn begin_session(
         conn: &mut PgConnection,
         user_id: UserId,
@@ -71,6 +72,8 @@ impl AuthToken {
         if token.type_ != Refresh {
             return Ok(None);
         }
+        check_lifetime(Refresh, lifetime)?;
+        check_lifetime(Refresh, session_lifetime)?;
         conn.transaction(|conn| {
             let session_end = sql::<Timestamptz>("now() + ").bind::<Interval, _>(session_lifetime);
             let active = users::table
@@ -145,7 +148,8 @@ impl AuthToken {
     /// is not an error.
     ///
     /// # Errors
-    /// Those of [`issue`](Self::issue), about the successor.
+    /// [`IssueError::Lifetime`] and [`IssueError::DigestTaken`], about the successor. The presented
+    /// token stays live, and the caller's transaction can go on.
     pub fn rotate(
         conn: &mut PgConnection,
         presented: &HashedToken,
@@ -158,6 +162,7 @@ impl AuthToken {
         {
             return Ok(Rotation::NotFound);
         }
+        check_lifetime(Refresh, lifetime)?;
         conn.transaction(|conn| {
             let Some(user_id) = lock_owner(presented).first(conn).optional()? else {
                 return Ok(Rotation::NotFound);

@@ -1,11 +1,11 @@
 //! The authorization flow: `begin_oauth`, `consume_state`, then `complete_oauth` or `fail_oauth`.
 
 use chrono::{DateTime, TimeDelta, Utc};
-use diesel::dsl::{case_when, exists, now, sql};
+use diesel::dsl::{case_when, exists, not, now, sql};
 use diesel::prelude::*;
 use diesel::sql_types::{Interval, Nullable, Timestamptz};
 
-use super::{CredentialError, McpCredential, OauthTokens, lock_user};
+use super::{CredentialError, McpCredential, OauthTokens, check_sealed, lock_user};
 use crate::enums::{InstanceStatus, OauthStatus};
 use crate::error::violates;
 use crate::ids::{CredentialId, UserId};
@@ -13,6 +13,9 @@ use crate::models::UserPlan;
 use crate::schema::sql_types::McpInstanceStatus;
 use crate::schema::{mcp_credentials, mcp_service_table};
 use crate::secret::{Sealed, StateDigest};
+
+// Diesel can't tell a table from itself in a subquery.
+diesel::alias!(const OTHER: Alias<Other> = mcp_credentials as other);
 
 /// Clears what only an authorization under way needs.
 #[derive(AsChangeset)]
@@ -67,7 +70,9 @@ impl McpCredential {
     /// credentials keep it until the authorization ends. Store the URL only if it is shown again.
     ///
     /// # Errors
-    /// `NotFound`, `StateTaken`; `Invalid` unless `lifetime` is positive and at most an hour.
+    /// `NotFound`, `StateTaken`; `Invalid`, also unless `lifetime` is positive and at most an hour.
+    /// The caller's transaction can go on, unless another one began with the same state at the same
+    /// moment.
     pub fn begin_oauth(
         conn: &mut PgConnection,
         credential_id: CredentialId,
@@ -81,11 +86,22 @@ impl McpCredential {
                 "a state is valid for more than nothing and at most an hour",
             ));
         }
+        check_sealed(code_verifier)?;
+        authorization_url.map_or(Ok(()), check_sealed)?;
         let expires_at = sql::<Nullable<Timestamptz>>("now() + ").bind::<Interval, _>(lifetime);
+        // The unique index would make the server log the digest.
+        let taken = OTHER
+            .filter(OTHER.field(mcp_credentials::oauth_state).eq(state))
+            .filter(
+                OTHER
+                    .field(mcp_credentials::credential_id)
+                    .ne(credential_id),
+            );
         conn.transaction(|conn| {
             lock_user(conn, credential_id)?;
-            diesel::update(mcp_credentials::table.find(credential_id))
+            let begun = diesel::update(mcp_credentials::table.find(credential_id))
                 .filter(mcp_credentials::client_id.is_not_null())
+                .filter(not(exists(taken)))
                 .set((
                     mcp_credentials::oauth_status.eq(OauthStatus::Pending),
                     mcp_credentials::oauth_completed_at.eq(None::<DateTime<Utc>>),
@@ -96,8 +112,14 @@ impl McpCredential {
                 ))
                 .returning(Self::as_returning())
                 .get_result(conn)
-                .optional()?
-                .ok_or(CredentialError::NotFound)
+                .optional()?;
+            if let Some(credential) = begun {
+                return Ok(credential);
+            }
+            Err(match Self::find(conn, credential_id)? {
+                Some(current) if current.client_id.is_some() => CredentialError::StateTaken,
+                _ => CredentialError::NotFound,
+            })
         })
     }
 
