@@ -60,7 +60,7 @@ pub(crate) async fn sign_up(State(app): State<Arc<App>>, Payload(new): Payload<S
         let secret = new_secret();
         let link = app.token_key.hash(TokenPurpose::EmailVerification, &secret);
         let issued = AuthToken::issue(&mut *app.db()?, user.id, &link, LINK);
-        match issued.map_err(Error::of_issue)? {
+        match issued? {
             Some(_) => app.outbox.send(&user.email, secret.expose()),
             None => Ok(()),
         }

@@ -1,14 +1,12 @@
 //! Why a request fails, and what its client is told.
 
-use std::error::Error as StdError;
-
 use axum::Json;
 use axum::extract::rejection::BytesRejection;
 use axum::http::StatusCode;
 use axum::http::header::RETRY_AFTER;
 use axum::response::{IntoResponse, Response};
 use bruhmcp_db::models::{
-    CredentialError, GatewayError, InstanceError, PaymentError, PlanError, ResetError,
+    CredentialError, GatewayError, InstanceError, IssueError, PaymentError, PlanError, ResetError,
     SubscriptionError, TokenError, UserError, WebhookError,
 };
 use bruhmcp_db::{ConstraintKind, ConstraintViolation, crypto};
@@ -43,18 +41,6 @@ impl Error {
         }
     }
 
-    /// Why no code or link was issued: the database, or a limit that the crate keeps.
-    pub(crate) fn of_issue(error: impl StdError + 'static) -> Self {
-        let mut cause: Option<&(dyn StdError + 'static)> = Some(&error);
-        while let Some(error) = cause {
-            if error.is::<DieselError>() {
-                return Self::Internal("no token was issued: database error");
-            }
-            cause = error.source();
-        }
-        Self::Refused(429, "no more mails for now")
-    }
-
     /// Prints the kind of a failure only, because PostgreSQL's messages may quote values.
     pub(crate) fn log(&self) {
         match self {
@@ -73,6 +59,16 @@ impl From<UserError> for Error {
             UserError::EmailTaken => Error::Refused(409, "the email address is taken"),
             UserError::Database(error) => error.into(),
             _ => Error::Internal("the account was not changed"),
+        }
+    }
+}
+
+impl From<IssueError> for Error {
+    fn from(error: IssueError) -> Self {
+        match error {
+            IssueError::TooMany { .. } => Error::Refused(429, "no more mails for now"),
+            IssueError::Database(error) => error.into(),
+            _ => Error::Internal("no token was issued"),
         }
     }
 }

@@ -37,7 +37,7 @@ pub(crate) async fn ask(State(app): State<Arc<App>>, Payload(ask): Payload<Ask>)
         let secret = new_secret();
         let link = app.token_key.hash(TokenPurpose::PasswordReset, &secret);
         let issued = AuthToken::issue(&mut *app.db()?, user.id, &link, LINK);
-        match issued.map_err(Error::of_issue)? {
+        match issued? {
             Some(_) => app.outbox.send(&user.email, secret.expose()),
             None => Ok(()),
         }

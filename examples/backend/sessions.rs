@@ -62,7 +62,7 @@ pub(crate) async fn ask_code(State(app): State<Arc<App>>, Payload(ask): Payload<
         let purpose = TokenPurpose::EmailOtp { user_id: user.id };
         let hashed = app.token_key.hash(purpose, &code);
         let issued = AuthToken::issue(&mut *app.db()?, user.id, &hashed, CODE);
-        match issued.map_err(Error::of_issue)? {
+        match issued? {
             Some(_) => app.outbox.send(&user.email, code.expose()),
             None => Ok(()),
         }

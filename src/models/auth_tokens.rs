@@ -54,8 +54,34 @@ pub struct AuthToken {
 /// The number of wrong guesses within [`CODE_WINDOW`] after which even the right code is rejected.
 pub const MAX_CODE_ATTEMPTS: i16 = 5;
 
-/// Wrong guesses at all codes of a user and type that were issued within this time count together.
+/// The number of codes or links of one type that a user is issued within [`CODE_WINDOW`].
+pub const MAX_ISSUED: u16 = 5;
+
+/// Wrong guesses at all codes of a user and type that were issued within this time count together,
+/// and so do the codes and links themselves.
 pub const CODE_WINDOW: TimeDelta = TimeDelta::hours(1);
+
+/// Why a token was not issued. Nothing is changed then: a token that it would replace stays live.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum IssueError {
+    /// The user was issued [`MAX_ISSUED`] codes or links of this type within [`CODE_WINDOW`].
+    #[error("too many were issued; the next one can be issued at {next_at}")]
+    TooMany {
+        /// When the next one can be issued, by the database's clock.
+        next_at: DateTime<Utc>,
+    },
+    /// It is less than a microsecond, or over 1 hour for a code, 7 days for a link, or 365 days for
+    /// a refresh token and its session. The database was not asked.
+    #[error("a token of this type can't live for this long")]
+    Lifetime,
+    /// A link or refresh token has this digest (`auth_tokens_token_key`): its secret was not random.
+    #[error("the digest exists: make a new secret")]
+    DigestTaken,
+    /// Any other database error.
+    #[error("database error")]
+    Database(#[from] Error),
+}
 
 /// Why a link's token was not consumed.
 #[derive(Debug, thiserror::Error)]
@@ -117,6 +143,20 @@ fn lock_owner<'a>(token: &'a HashedToken) -> _ {
         .filter(users::is_active)
         .select(users::id)
         .for_no_key_update()
+}
+
+/// Refuses what `auth_tokens_lifetime` would refuse: the server's log would then print the row.
+fn check_lifetime(type_: AuthTokenType, lifetime: TimeDelta) -> Result<(), IssueError> {
+    use AuthTokenType::{EmailChangePending, EmailOtp, EmailVerification, PasswordReset, Refresh};
+    let longest = match type_ {
+        EmailOtp | EmailChangePending => TimeDelta::hours(1),
+        PasswordReset | EmailVerification => TimeDelta::days(7),
+        Refresh => TimeDelta::days(365),
+    };
+    if lifetime < TimeDelta::microseconds(1) || lifetime > longest {
+        return Err(IssueError::Lifetime);
+    }
+    Ok(())
 }
 
 /// Locks an active user, and returns whether there is one.
@@ -188,23 +228,36 @@ impl AuthToken {
     /// A refresh token replaces none: it begins a session that ends with it, see
     /// [`begin_session`](Self::begin_session) for one that is renewed.
     ///
+    /// Of [`MAX_ISSUED`] codes or links within [`CODE_WINDOW`] all count, also those that were
+    /// consumed, replaced or revoked; the next one is refused, also among concurrent calls and at
+    /// each isolation level. The latest one stays live until it expires, but whoever may ask for
+    /// mails to an address can use the number up: limit requests by their sender as well.
+    ///
     /// # Errors
-    /// `auth_tokens_expires_at_check` if `lifetime` is not positive, and `auth_tokens_lifetime` if
-    /// it is over 1 hour for a code, 7 days for a link, or 365 days for a refresh token.
-    /// `auth_tokens_token_key` if the digest of a link or refresh token exists: its secret was not
-    /// random.
+    /// [`IssueError::TooMany`], [`IssueError::Lifetime`] and [`IssueError::DigestTaken`], after which
+    /// the caller's transaction can go on.
     pub fn issue(
         conn: &mut PgConnection,
         user_id: UserId,
         token: &HashedToken,
         lifetime: TimeDelta,
-    ) -> QueryResult<Option<Self>> {
+    ) -> Result<Option<Self>, IssueError> {
         if token.type_ == AuthTokenType::Refresh {
             return Self::begin_session(conn, user_id, token, lifetime, lifetime);
         }
+        check_lifetime(token.type_, lifetime)?;
         conn.transaction(|conn| {
-            if !lock_active(conn, user_id)? {
+            // Not a lock only: a transaction with an older snapshot would miss the tokens that were
+            // issued since, and so fails.
+            let active = diesel::update(users::table.find(user_id))
+                .filter(users::is_active)
+                .set(users::is_active.eq(true))
+                .execute(conn)?;
+            if active == 0 {
                 return Ok(None);
+            }
+            if let Some(next_at) = Self::next_issue(conn, user_id, token.type_)? {
+                return Err(IssueError::TooMany { next_at });
             }
             diesel::update(auth_tokens::table)
                 .filter(auth_tokens::user_id.eq(user_id))
@@ -217,6 +270,25 @@ impl AuthToken {
         })
     }
 
+    /// When the window has room for one more token of this type; `None` if it has now.
+    fn next_issue(
+        conn: &mut PgConnection,
+        user_id: UserId,
+        type_: AuthTokenType,
+    ) -> QueryResult<Option<DateTime<Utc>>> {
+        let window_start = sql::<Timestamptz>("now() - ").bind::<Interval, _>(CODE_WINDOW);
+        let oldest_that_counts = auth_tokens::table
+            .filter(auth_tokens::user_id.eq(user_id))
+            .filter(auth_tokens::type_.eq(type_))
+            .filter(auth_tokens::created_at.gt(window_start))
+            .order(auth_tokens::created_at.desc())
+            .offset(i64::from(MAX_ISSUED) - 1)
+            .select(auth_tokens::created_at)
+            .first::<DateTime<Utc>>(conn)
+            .optional()?;
+        Ok(oldest_that_counts.map(|created_at| created_at + CODE_WINDOW))
+    }
+
     /// Inserts a token; one of a session expires with it at the latest.
     fn insert_live(
         conn: &mut PgConnection,
@@ -224,7 +296,7 @@ impl AuthToken {
         token: &HashedToken,
         lifetime: TimeDelta,
         session: Option<(FamilyId, DateTime<Utc>)>,
-    ) -> QueryResult<Self> {
+    ) -> Result<Self, IssueError> {
         let (family_id, session_expires_at) = session.unzip();
         // LEAST ignores NULL.
         let expires_at = sql::<Timestamptz>("LEAST(now() + ")
@@ -242,9 +314,14 @@ impl AuthToken {
                 auth_tokens::family_id.eq(family_id),
                 auth_tokens::session_expires_at.eq(session_expires_at),
             ))
+            // An error would make the server log the digest. Without a target, it is also the
+            // snapshot's failure that is reported where a newer token of the user is live.
+            .on_conflict_do_nothing()
             .returning(Self::as_returning())
             .prepared()
             .get_result(conn)
+            .optional()?
+            .ok_or(IssueError::DigestTaken)
     }
 
     /// Consumes the token of a link (`password_reset` or `email_verification`) and returns it. Of
@@ -443,8 +520,9 @@ impl AuthToken {
 
     /// Returns how many tokens of a type the user was issued since `since`, live or not.
     ///
-    /// To enforce a limit on mails against concurrent requests, issue first, then count in the same
-    /// transaction, and roll back if the limit is exceeded.
+    /// [`issue`](Self::issue) keeps a limit itself. To enforce a stricter one, or one of a longer
+    /// time, against concurrent requests, issue first, then count in the same transaction, and roll
+    /// back if the limit is exceeded.
     pub fn count_issued_since(
         conn: &mut PgConnection,
         user_id: UserId,
@@ -462,9 +540,10 @@ impl AuthToken {
     /// Deletes up to `limit` tokens that expired at least `keep` ago, oldest first, and returns how
     /// many. Call it until that is less than `limit`.
     ///
-    /// `keep` must be at least [`CODE_WINDOW`], or wrong guesses are forgotten, and at least the
-    /// period of [`count_issued_since`](Self::count_issued_since). Several workers can run it: locked
-    /// rows are skipped.
+    /// Whatever `keep` is, tokens that were issued within [`CODE_WINDOW`] stay: their wrong guesses
+    /// count, and so do they. `keep` must be at least the period of
+    /// [`count_issued_since`](Self::count_issued_since). Several workers can run it: locked rows are
+    /// skipped.
     ///
     /// # Errors
     /// [`NegativeSpan`].
@@ -476,6 +555,7 @@ impl AuthToken {
                  SELECT id
                    FROM auth_tokens
                   WHERE expires_at <= now() - $1
+                    AND created_at <= now() - $3
                   ORDER BY expires_at
                   LIMIT $2
                     FOR UPDATE SKIP LOCKED
@@ -484,6 +564,7 @@ impl AuthToken {
         )
         .bind::<Interval, _>(keep)
         .bind::<BigInt, _>(i64::from(limit))
+        .bind::<Interval, _>(CODE_WINDOW)
         .execute(conn)
     }
 }

@@ -23,8 +23,8 @@ mod webhook_events;
 
 pub use account_credits::{AccountCredit, CreditError, NewAccountCredit, Spent};
 pub use auth_tokens::{
-    AuthToken, CODE_WINDOW, CodeCheck, MAX_CODE_ATTEMPTS, MAX_SESSIONS, REUSE_LEEWAY, Rotation,
-    Session, TokenError,
+    AuthToken, CODE_WINDOW, CodeCheck, IssueError, MAX_CODE_ATTEMPTS, MAX_ISSUED, MAX_SESSIONS,
+    REUSE_LEEWAY, Rotation, Session, TokenError,
 };
 #[cfg(feature = "crypto")]
 pub use mcp_credentials::Resealed;

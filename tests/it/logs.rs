@@ -2,16 +2,17 @@
 
 use std::fs;
 
-use bruhmcp_db::enums::AuthTokenType;
+use bruhmcp_db::enums::AuthTokenType::{self, EmailVerification, PasswordReset, Refresh};
 use bruhmcp_db::ids::UserId;
 use bruhmcp_db::models::{
-    AuthToken, BillingError, Card, NewUser, NewUserBillingDetails, User, UserBillingDetails,
-    UserChangeset,
+    AuthToken, BillingError, Card, CredentialError, InstanceError, IssueError, McpCredential,
+    McpInstance, NewMcpCredential, NewMcpInstance, NewUser, NewUserBillingDetails, OauthTokens,
+    User, UserBillingDetails, UserChangeset,
 };
 use bruhmcp_db::schema::users;
-use bruhmcp_db::{HashedToken, SecretText};
+use bruhmcp_db::{HashedToken, Sealed, SecretText, StateDigest};
 use bruhmcp_devdb::Server;
-use chrono::TimeDelta;
+use chrono::{DateTime, TimeDelta, Utc};
 use diesel::connection::SimpleConnection;
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
@@ -19,11 +20,13 @@ use diesel::sql_types::Text;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
+use crate::fixtures;
 use crate::support::{self, TestDatabase};
 use crate::users::{HASH, bad_fields, give};
 
-/// A word in all rows, and in no value that an operation is given.
+/// A word in all rows, and in the secrets that operations are given.
 const WORD: &str = "whisper";
+const WORD_IN_HEX: &str = "77686973706572";
 
 struct Logged {
     server: Server,
@@ -45,9 +48,10 @@ impl Logged {
     #[track_caller]
     fn assert_silent(&self, after: &str) {
         let log = self.log();
-        assert!(!log.contains(WORD), "after {after}: {log}");
-        // The digest of the token.
-        assert!(!log.contains("abababab"), "after {after}: {log}");
+        // The digests, the sealed values, and the row of a server that speaks English.
+        for part in [WORD, "abababab", "cdcdcdcd", WORD_IN_HEX, "Failing row"] {
+            assert!(!log.contains(part), "{part} after {after}: {log}");
+        }
     }
 }
 
@@ -59,7 +63,7 @@ fn rows(conn: &mut PgConnection) -> UserId {
         ..NewUser::new(WORD, WORD, "whisper@example.org")
     };
     let id = User::sign_up(conn, &new).unwrap().id;
-    let token = HashedToken::new(AuthTokenType::Refresh, [0xab; 32]);
+    let token = HashedToken::new(Refresh, [0xab; 32]);
     AuthToken::issue(conn, id, &token, TimeDelta::hours(1)).unwrap();
     let address = NewUserBillingDetails {
         user_id: id,
@@ -126,12 +130,6 @@ fn no_value_that_a_user_gives_logs_a_row() {
     };
     assert!(User::update(conn, id, &customer).is_err());
     logged.assert_silent("a customer of another user");
-
-    for lifetime in [TimeDelta::MAX, TimeDelta::days(i64::from(i32::MAX))] {
-        let token = HashedToken::new(AuthTokenType::Refresh, [0xab; 32]);
-        assert!(AuthToken::issue(conn, id, &token, lifetime).is_err());
-    }
-    logged.assert_silent("endless lifetimes");
 
     let card = || Card {
         id: "card_1".into(),
@@ -247,6 +245,251 @@ fn no_text_in_a_users_fields_logs_a_row() {
         })
         .unwrap();
     logged.assert_silent("texts of all kinds");
+}
+
+/// Ciphertext of this length; from 8 bytes on with [`WORD`] in it.
+fn sealed(length: usize) -> Sealed {
+    let text = [2].into_iter().chain(WORD.bytes().cycle());
+    Sealed::from_ciphertext(text.take(length).collect()).unwrap()
+}
+
+/// Credentials of three instances: an API key, a pending authorization with all that it needs, and a
+/// completed one.
+fn credentials(database: &TestDatabase, user: UserId) -> [McpCredential; 3] {
+    let conn = &mut database.connect();
+    let service = fixtures::service(conn, "gmail", 50000);
+    fixtures::upgrade(conn, user, None);
+    let mut create = |oauth| {
+        let new = NewMcpInstance::new(user, service);
+        let credential = if oauth {
+            NewMcpCredential::sealed_oauth(new.instance_id, WORD, sealed(40))
+        } else {
+            NewMcpCredential::sealed_api_key(new.instance_id, sealed(40))
+        };
+        McpInstance::create(conn, &new, &credential).unwrap().1
+    };
+    let [keyed, pending, completed] = [false, true, true].map(&mut create);
+    let hour = TimeDelta::hours(1);
+    let state = StateDigest::new([0xcd; 32]);
+    let (verifier, url) = (sealed(40), sealed(80));
+    let id = pending.credential_id;
+    let pending =
+        McpCredential::begin_oauth(conn, id, &state, hour, &verifier, Some(&url)).unwrap();
+    let completed = McpCredential::complete_oauth(conn, completed.credential_id, &tokens());
+    [keyed, pending, completed.unwrap().credential]
+}
+
+fn tokens() -> OauthTokens<'static> {
+    OauthTokens {
+        access_token: sealed(40),
+        refresh_token: Some(sealed(40)),
+        expires_at: Some(Utc::now()),
+        scope: Some(WORD),
+    }
+}
+
+#[test]
+fn no_span_and_no_time_logs_a_row() {
+    let logged = Logged::new();
+    let conn = &mut logged.database.connect();
+    let id = rows(conn);
+    let [_, pending, completed] = credentials(&logged.database, id);
+    let now = Utc::now();
+
+    for span in [
+        TimeDelta::MIN,
+        TimeDelta::days(i64::from(i32::MIN)),
+        TimeDelta::days(-4_000 * 365),
+        TimeDelta::microseconds(-1),
+        TimeDelta::zero(),
+        TimeDelta::nanoseconds(1),
+        TimeDelta::days(7) + TimeDelta::microseconds(1),
+        TimeDelta::days(365) + TimeDelta::microseconds(1),
+        TimeDelta::days(9_000 * 365),
+        TimeDelta::days(i64::from(i32::MAX)),
+        TimeDelta::MAX,
+    ] {
+        for &type_ in AuthTokenType::ALL {
+            let token = HashedToken::new(type_, [0xcd; 32]);
+            let _ = AuthToken::issue(conn, id, &token, span);
+        }
+        let [first, next] = [0xab, 0xcd].map(|byte| HashedToken::new(Refresh, [byte; 32]));
+        let day = TimeDelta::days(1);
+        for (lifetime, session) in [(span, day), (day, span), (span, span)] {
+            let _ = AuthToken::begin_session(conn, id, &next, lifetime, session);
+        }
+        let _ = AuthToken::rotate(conn, &first, &next, span);
+        logged.assert_silent("a span of a token");
+
+        let (state, verifier) = (StateDigest::new([0xab; 32]), sealed(40));
+        let begun =
+            McpCredential::begin_oauth(conn, pending.credential_id, &state, span, &verifier, None);
+        let _ = begun;
+        let due = now + TimeDelta::hours(1);
+        let _ = McpCredential::claim_due(conn, due, span, 10);
+        let _ = McpCredential::lease_refresh(conn, completed.credential_id, due, span);
+        let current = McpCredential::find(conn, completed.credential_id);
+        let current = current.unwrap().unwrap();
+        let _ = McpCredential::refresh_failed(conn, &current, "network", None, span);
+        logged.assert_silent("a span of credentials");
+        // They may take the rows away.
+        let operations: [fn(&mut PgConnection, TimeDelta); 2] = [
+            |conn, span| drop(AuthToken::purge(conn, span, 10)),
+            |conn, span| drop(User::release_unverified(conn, "whisper@example.org", span)),
+        ];
+        for operation in operations {
+            let _ = conn.transaction(|conn| {
+                operation(conn, span);
+                QueryResult::<()>::Err(diesel::result::Error::RollbackTransaction)
+            });
+        }
+        logged.assert_silent("a span of a sweep");
+    }
+
+    for time in [
+        DateTime::<Utc>::MIN_UTC,
+        DateTime::from_timestamp(-300_000_000_000, 0).unwrap(),
+        DateTime::from_timestamp(-1, 0).unwrap(),
+        DateTime::from_timestamp(253_402_300_800, 0).unwrap(),
+        DateTime::<Utc>::MAX_UTC,
+    ] {
+        let _ = McpCredential::claim_due(conn, time, TimeDelta::zero(), 10);
+        let id = completed.credential_id;
+        let _ = McpCredential::lease_refresh(conn, id, time, TimeDelta::zero());
+        let tokens = OauthTokens {
+            expires_at: Some(time),
+            ..tokens()
+        };
+        let current = McpCredential::find(conn, id).unwrap().unwrap();
+        assert!(McpCredential::store_refreshed(conn, &current, &tokens).is_err());
+        assert!(McpCredential::complete_oauth(conn, pending.credential_id, &tokens).is_err());
+        let _ = AuthToken::count_issued_since(conn, UserId::new(), Refresh, time);
+        logged.assert_silent("a time");
+    }
+}
+
+#[test]
+fn no_secret_and_no_duplicate_logs_a_row() {
+    let logged = Logged::new();
+    let conn = &mut logged.database.connect();
+    let id = rows(conn);
+    let [keyed, pending, completed] = credentials(&logged.database, id);
+    let service = McpInstance::find(conn, keyed.instance_id)
+        .unwrap()
+        .unwrap()
+        .mcp_service_id;
+    let hour = TimeDelta::hours(1);
+    let state = StateDigest::new([0xab; 32]);
+    let good = sealed(40);
+
+    for client_id in ["", "a\0b", &"é".repeat(2049)] {
+        let new = NewMcpInstance::new(id, service);
+        let credential = NewMcpCredential::sealed_oauth(new.instance_id, client_id, sealed(40));
+        assert!(McpInstance::create(conn, &new, &credential).is_err());
+        let (key, version) = (completed.credential_id, completed.version);
+        assert!(McpCredential::replace_client(conn, key, version, client_id, &good).is_err());
+    }
+    for scope in ["a\0b", &"é".repeat(16_385)] {
+        let tokens = OauthTokens {
+            scope: Some(scope),
+            ..tokens()
+        };
+        assert!(McpCredential::store_refreshed(conn, &completed, &tokens).is_err());
+        assert!(McpCredential::complete_oauth(conn, pending.credential_id, &tokens).is_err());
+        let _ = McpCredential::refresh_failed(conn, &completed, scope, Some(scope), hour);
+    }
+    logged.assert_silent("texts of credentials");
+
+    // Of another pair of rows: the state [0xcd; 32] is taken.
+    let (key, taken) = (completed.credential_id, StateDigest::new([0xcd; 32]));
+    let begun = McpCredential::begin_oauth(conn, key, &taken, hour, &good, None).unwrap_err();
+    assert!(matches!(begun, CredentialError::StateTaken), "{begun:?}");
+    let new = NewMcpInstance {
+        instance_id: keyed.instance_id,
+        ..NewMcpInstance::new(id, service)
+    };
+    let again = NewMcpCredential::sealed_api_key(keyed.instance_id, sealed(40));
+    assert!(McpInstance::create(conn, &new, &again).is_err());
+    for type_ in [Refresh, PasswordReset, EmailVerification] {
+        // The digest of the refresh token.
+        let taken = HashedToken::new(type_, [0xab; 32]);
+        let refused = AuthToken::issue(conn, id, &taken, hour).unwrap_err();
+        assert!(matches!(refused, IssueError::DigestTaken), "{refused:?}");
+        let _ = AuthToken::rotate(conn, &taken, &taken, hour);
+        let _ = AuthToken::consume(conn, &taken);
+        let _ = AuthToken::check_code(conn, id, &taken);
+    }
+    let again = NewUser {
+        id: Some(id),
+        ..NewUser::new(WORD, WORD, "other@example.org")
+    };
+    assert!(User::sign_up(conn, &again).is_err());
+    logged.assert_silent("duplicates");
+}
+
+#[test]
+fn no_text_of_a_card_logs_a_row() {
+    let logged = Logged::new();
+    let mut conn = logged.database.connect();
+    let id = rows(&mut conn);
+    let card = Card {
+        id: "card_1".into(),
+        token: format!("tok_{WORD}").into(),
+        brand: "visa".into(),
+        last4: "4242".into(),
+        exp_month: 1,
+        exp_year: 2040,
+    };
+    UserBillingDetails::add_card(&mut conn, id, &card).unwrap();
+    let conn = std::cell::RefCell::new(conn);
+    let text = || {
+        prop_oneof![
+            any::<String>(),
+            "\\s{0,3}",
+            "[\\s\"\\\\]{0,3}[0-9 -]{10,24}[\\s\"\\\\.]{0,3}"
+        ]
+    };
+    let cards = (text(), text(), text(), text(), any::<u8>(), any::<u16>());
+    TestRunner::new(Config::with_cases(300))
+        .run(&cards, |(one, other, third, last4, exp_month, exp_year)| {
+            let conn = &mut *conn.borrow_mut();
+            let fields = [
+                Card {
+                    id: one.clone(),
+                    ..card.clone()
+                },
+                Card {
+                    token: SecretText::new(other),
+                    ..card.clone()
+                },
+                Card {
+                    brand: third,
+                    ..card.clone()
+                },
+                Card {
+                    last4,
+                    ..card.clone()
+                },
+                Card {
+                    exp_month,
+                    exp_year,
+                    ..card.clone()
+                },
+            ];
+            conn.test_transaction::<_, diesel::result::Error, _>(|conn| {
+                for card in &fields {
+                    let _ = conn.transaction(|conn| UserBillingDetails::add_card(conn, id, card));
+                    let _ = conn
+                        .transaction(|conn| UserBillingDetails::set_default_card(conn, id, &one));
+                    let _ =
+                        conn.transaction(|conn| UserBillingDetails::remove_card(conn, id, &one));
+                }
+                Ok(())
+            });
+            Ok(())
+        })
+        .unwrap();
+    logged.assert_silent("texts of cards");
 }
 
 /// What `docs/operations.md` says about the server's settings.

@@ -1,14 +1,18 @@
 //! One-time codes, links and refresh tokens.
 
+use std::sync::mpsc;
+
 use bruhmcp_db::enums::AuthTokenType::{
     self, EmailChangePending, EmailOtp, EmailVerification, PasswordReset, Refresh,
 };
 use bruhmcp_db::ids::{FamilyId, UserId};
 use bruhmcp_db::models::{
-    AuthToken, CodeCheck, MAX_CODE_ATTEMPTS, MAX_SESSIONS, Rotation, TokenError, User,
+    AuthToken, CODE_WINDOW, CodeCheck, IssueError, MAX_CODE_ATTEMPTS, MAX_ISSUED, MAX_SESSIONS,
+    Rotation, TokenError, User,
 };
 use bruhmcp_db::{HashedToken, Isolation, NegativeSpan, Page, retry_transaction};
-use chrono::{TimeDelta, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
+use diesel::connection::InstrumentationEvent;
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
 
@@ -80,18 +84,160 @@ fn a_new_token_replaces_the_live_one_of_its_type() {
     }
 }
 
+const ONE_TIME: [AuthTokenType; 4] = [
+    EmailOtp,
+    PasswordReset,
+    EmailVerification,
+    EmailChangePending,
+];
+
+/// Issues a token; the error is when the next one can be issued.
+fn try_issue(
+    conn: &mut PgConnection,
+    user: UserId,
+    type_: AuthTokenType,
+    number: usize,
+) -> QueryResult<Result<AuthToken, DateTime<Utc>>> {
+    match AuthToken::issue(conn, user, &hashed(type_, number), hour()) {
+        Ok(token) => Ok(Ok(token.unwrap())),
+        Err(IssueError::TooMany { next_at }) => Ok(Err(next_at)),
+        Err(IssueError::Database(error)) => Err(error),
+        Err(error) => panic!("{error:?}"),
+    }
+}
+
 #[test]
-fn of_32_tokens_issued_at_a_time_one_lives() {
+fn the_sixth_code_or_link_within_an_hour_is_refused() {
     let database = support::database();
     let conn = &mut database.connect();
     let ada = user(conn, "ada@example.org");
-    support::at_once(&database, 32, |thread, conn| {
-        issue(conn, ada, EmailOtp, thread)
+    let grace = user(conn, "grace@example.org");
+    for (n, type_) in ONE_TIME.into_iter().enumerate() {
+        let mut number = n * 100;
+        let mut try_issue = |conn: &mut PgConnection, user| {
+            number += 1;
+            try_issue(conn, user, type_, number).unwrap()
+        };
+        // Consumed, revoked or replaced: each counts.
+        let first = try_issue(conn, ada).unwrap();
+        AuthToken::revoke_all(conn, ada, None).unwrap();
+        for _ in 2..MAX_ISSUED {
+            try_issue(conn, ada).unwrap();
+        }
+        let_pass(&database, "30 minutes");
+        let last = try_issue(conn, ada).unwrap();
+        let last_at = last.created_at;
+        conn.transaction(|conn| {
+            let next_at = try_issue(conn, ada).unwrap_err();
+            assert_eq!(
+                next_at,
+                first.created_at - TimeDelta::minutes(30) + CODE_WINDOW
+            );
+            // The transaction goes on, and the token that was issued before lives.
+            assert_eq!(live(conn, ada, type_), [last]);
+            QueryResult::Ok(())
+        })
+        .unwrap();
+        try_issue(conn, grace).unwrap();
+
+        // The window moves on: four of them are too old now.
+        let_pass(&database, "31 minutes");
+        for _ in 0..4 {
+            try_issue(conn, ada).unwrap();
+        }
+        let next_at = try_issue(conn, ada).unwrap_err();
+        assert_eq!(next_at, last_at - TimeDelta::minutes(31) + CODE_WINDOW);
+        let_two_hours_pass(&database);
+    }
+    for number in 0..2 * usize::from(MAX_ISSUED) {
+        issue(conn, ada, Refresh, number);
+    }
+}
+
+#[test]
+fn of_16_who_ask_for_a_token_at_a_time_five_get_one() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    for (n, isolation) in LEVELS.into_iter().enumerate() {
+        let ada = user(conn, &format!("ada{n}@example.org"));
+        for (m, type_) in ONE_TIME.into_iter().enumerate() {
+            let outcomes = support::at_once(&database, 16, |thread, conn| {
+                let number = n * 1000 + m * 100 + thread;
+                let outcome =
+                    with_old_snapshot(conn, isolation, |conn| try_issue(conn, ada, type_, number));
+                // So that the next one need not replace it.
+                if thread % 2 == 0 {
+                    AuthToken::revoke(conn, &hashed(type_, number)).unwrap();
+                }
+                outcome
+            });
+            let issued = outcomes.iter().flatten().count();
+            assert_eq!(issued, usize::from(MAX_ISSUED), "{isolation:?}, {type_:?}");
+            let since = Utc::now() - hour();
+            let stored = AuthToken::count_issued_since(conn, ada, type_, since).unwrap();
+            assert_eq!(stored, i64::from(MAX_ISSUED));
+            assert!(live(conn, ada, type_).len() <= 1);
+        }
+    }
+}
+
+#[test]
+fn an_old_snapshot_hides_no_token_from_the_limit() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let other = &mut database.connect();
+    for (n, isolation) in LEVELS.into_iter().enumerate() {
+        let ada = user(conn, &format!("ada{n}@example.org"));
+        let mut attempts = 0;
+        let outcome = retry_transaction(conn, isolation, |conn| {
+            attempts += 1;
+            diesel::sql_query("SELECT 1 FROM auth_tokens LIMIT 1").execute(conn)?;
+            if attempts == 1 {
+                // None is live in the end, so the next one replaces none.
+                for number in 0..usize::from(MAX_ISSUED) {
+                    issue(other, ada, PasswordReset, n * 100 + number);
+                    AuthToken::revoke_all(other, ada, None)?;
+                }
+            }
+            try_issue(conn, ada, PasswordReset, n * 100 + 50)
+        });
+        assert!(outcome.unwrap().is_err(), "{isolation:?}");
+    }
+}
+
+#[test]
+fn the_limit_reads_an_index() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let ada = user(conn, "ada@example.org");
+    database
+        .psql(
+            "INSERT INTO auth_tokens (user_id, token, type, is_used, used_at, created_at, expires_at)
+             SELECT id, decode(lpad(to_hex(n), 64, '0'), 'hex'), 'email_otp', true, time, time,
+                    time + interval '1 hour'
+               FROM users, generate_series(1, 20000) AS n, LATERAL (SELECT now() - n * interval '1 hour') AS t(time);
+             ANALYZE auth_tokens",
+        )
+        .unwrap();
+    let (sender, statements) = mpsc::channel();
+    conn.set_instrumentation(move |event: InstrumentationEvent<'_>| {
+        if let InstrumentationEvent::StartQuery { query, .. } = event {
+            sender.send(query.to_string()).unwrap();
+        }
     });
-    assert_eq!(live(conn, ada, EmailOtp).len(), 1);
-    let since = Utc::now() - hour();
-    let issued = AuthToken::count_issued_since(conn, ada, EmailOtp, since);
-    assert_eq!(issued.unwrap(), 32);
+    issue(conn, ada, EmailOtp, 1);
+    let statements: Vec<String> = statements.try_iter().collect();
+    let limit = statements.iter().find(|text| text.contains("OFFSET"));
+    let plan = database
+        .psql(&format!(
+            "SET plan_cache_mode = force_generic_plan;
+             PREPARE newest (uuid, auth_token_type, interval, bigint, bigint) AS {};
+             EXPLAIN (COSTS off) EXECUTE newest ('{ada}', 'email_otp', '1 hour', 1, 4)",
+            limit.unwrap().split(" -- binds").next().unwrap()
+        ))
+        .unwrap();
+    let index = "Index Only Scan Backward using auth_tokens_user_id_type_created_at_idx";
+    assert!(plan.contains(index) && !plan.contains("Sort"), "{plan}");
 }
 
 #[test]
@@ -123,6 +269,89 @@ fn a_limit_of_issued_tokens_holds() {
     let refused = |outcome: &&Result<_, _>| matches!(outcome, Err(Error::TooMany));
     assert_eq!(outcomes.iter().filter(refused).count(), 5);
     assert_eq!(outcomes.iter().flatten().count(), 3);
+}
+
+#[test]
+fn a_lifetime_is_positive_and_not_too_long() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let ada = user(conn, "ada@example.org");
+    let day = TimeDelta::days(1);
+    let tick = TimeDelta::microseconds(1);
+    let invalid = |outcome: &Result<_, IssueError>| matches!(outcome, Err(IssueError::Lifetime));
+    for (n, (type_, longest)) in [
+        (EmailOtp, hour()),
+        (EmailChangePending, hour()),
+        (PasswordReset, day * 7),
+        (EmailVerification, day * 7),
+        (Refresh, day * 365),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let mut issue = |number, lifetime| {
+            AuthToken::issue(conn, ada, &hashed(type_, n * 10 + number), lifetime)
+        };
+        for lifetime in [
+            TimeDelta::zero(),
+            -tick,
+            TimeDelta::nanoseconds(999),
+            longest + tick,
+        ] {
+            assert!(invalid(&issue(0, lifetime)), "{type_:?}, {lifetime}");
+        }
+        for (number, lifetime) in [(1, tick), (2, longest)] {
+            let token = issue(number, lifetime).unwrap().unwrap();
+            assert_eq!(token.expires_at - token.created_at, lifetime);
+        }
+    }
+    let token = hashed(Refresh, 100);
+    for (lifetime, session) in [(TimeDelta::zero(), day), (day, TimeDelta::zero())] {
+        assert!(invalid(&AuthToken::begin_session(
+            conn, ada, &token, lifetime, session
+        )));
+    }
+    AuthToken::begin_session(conn, ada, &token, day, day).unwrap();
+    for lifetime in [TimeDelta::zero(), TimeDelta::MAX] {
+        let refused = AuthToken::rotate(conn, &token, &hashed(Refresh, 101), lifetime);
+        assert!(matches!(refused, Err(IssueError::Lifetime)), "{refused:?}");
+    }
+    assert!(AuthToken::find_live(conn, &token).unwrap().is_some());
+}
+
+#[test]
+fn a_digest_that_exists_is_refused_and_changes_nothing() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let ada = user(conn, "ada@example.org");
+    let grace = user(conn, "grace@example.org");
+    issue(conn, ada, PasswordReset, 1);
+    let own = issue(conn, grace, EmailVerification, 2);
+    let session = issue(conn, grace, Refresh, 3);
+    conn.transaction(|conn| {
+        for type_ in [PasswordReset, EmailVerification, Refresh] {
+            let refused = AuthToken::issue(conn, grace, &hashed(type_, 1), hour());
+            assert!(
+                matches!(refused, Err(IssueError::DigestTaken)),
+                "{refused:?}"
+            );
+        }
+        let (presented, successor) = (hashed(Refresh, 3), hashed(Refresh, 1));
+        let refused = AuthToken::rotate(conn, &presented, &successor, hour());
+        assert!(
+            matches!(refused, Err(IssueError::DigestTaken)),
+            "{refused:?}"
+        );
+        // What would have been replaced lives.
+        assert_eq!(live(conn, grace, EmailVerification), [own]);
+        assert_eq!(live(conn, grace, Refresh), [session]);
+        QueryResult::Ok(())
+    })
+    .unwrap();
+    // Two users may have the same code.
+    for user in [ada, grace] {
+        issue(conn, user, EmailOtp, 1);
+    }
 }
 
 #[test]
@@ -212,9 +441,13 @@ fn of_32_who_present_a_link_one_consumes_it() {
 #[test]
 fn consuming_and_replacing_do_not_deadlock() {
     let database = support::database();
-    let ada = user(&mut database.connect(), "ada@example.org");
+    let conn = &mut database.connect();
+    // Each is issued a token by each thread.
+    let users: Vec<_> = (0..50)
+        .map(|n| user(conn, &format!("{n}@example.org")))
+        .collect();
     support::at_once(&database, 4, |thread, conn| {
-        for round in 0..50 {
+        for (round, &ada) in users.iter().enumerate() {
             let number = thread * 1000 + round;
             issue(conn, ada, PasswordReset, number);
             conn.transaction(|conn| {
@@ -432,10 +665,10 @@ const LEVELS: [Isolation; 3] = [
 ];
 
 /// Retries until the operation succeeds, with a snapshot that is older than its locks.
-fn with_old_snapshot<T>(
+fn with_old_snapshot<T, E: From<diesel::result::Error> + std::error::Error + 'static>(
     conn: &mut PgConnection,
     isolation: Isolation,
-    work: impl Fn(&mut PgConnection) -> QueryResult<T>,
+    work: impl Fn(&mut PgConnection) -> Result<T, E>,
 ) -> T {
     loop {
         let result = retry_transaction(conn, isolation, |conn| {
@@ -495,7 +728,9 @@ fn no_token_survives_the_end_of_its_session() {
         rotate(conn, first, first + 1);
         support::at_once(&database, 4, |thread, conn| {
             with_old_snapshot(conn, isolation, |conn| match thread {
-                0 => AuthToken::end_session(conn, ada, family_id).map(|_| ()),
+                0 => AuthToken::end_session(conn, ada, family_id)
+                    .map(drop)
+                    .map_err(IssueError::from),
                 // A sibling, or a successor.
                 _ => AuthToken::rotate(
                     conn,
@@ -503,7 +738,7 @@ fn no_token_survives_the_end_of_its_session() {
                     &hashed(Refresh, first + 10 + thread),
                     hour(),
                 )
-                .map(|_| ()),
+                .map(drop),
             });
         });
         assert!(!families(conn, ada).contains(&family_id), "{isolation:?}");
@@ -626,6 +861,26 @@ fn purge_deletes_what_expired_long_enough_ago() {
             .len(),
         1
     );
+}
+
+#[test]
+fn purge_keeps_what_still_counts() {
+    let database = support::database();
+    let conn = &mut database.connect();
+    let ada = user(conn, "ada@example.org");
+    let minute = TimeDelta::minutes(1);
+    for number in 0..usize::from(MAX_ISSUED) {
+        AuthToken::issue(conn, ada, &hashed(EmailOtp, number), minute).unwrap();
+    }
+    let wrong = AuthToken::check_code(conn, ada, &hashed(EmailOtp, 9)).unwrap();
+    assert!(matches!(wrong, CodeCheck::Wrong { .. }), "{wrong:?}");
+    // All have expired.
+    let_pass(&database, "50 minutes");
+    assert_eq!(AuthToken::purge(conn, TimeDelta::zero(), 100).unwrap(), 0);
+    try_issue(conn, ada, EmailOtp, 10).unwrap().unwrap_err();
+    let_pass(&database, "10 minutes");
+    assert_eq!(AuthToken::purge(conn, TimeDelta::zero(), 100).unwrap(), 5);
+    try_issue(conn, ada, EmailOtp, 10).unwrap().unwrap();
 }
 
 #[cfg(feature = "crypto")]

@@ -6,7 +6,7 @@ use diesel::prelude::*;
 use diesel::sql_types::{Interval, Timestamptz};
 use serde::Serialize;
 
-use super::{AuthToken, is_of, lock_owner};
+use super::{AuthToken, IssueError, check_lifetime, is_of, lock_owner};
 use crate::enums::AuthTokenType::Refresh;
 use crate::ids::{FamilyId, UserId};
 use crate::prepared::Prepare;
@@ -62,17 +62,20 @@ impl AuthToken {
     /// trips, or six then.
     ///
     /// # Errors
-    /// Those of [`issue`](Self::issue). A session lives at most 365 days.
+    /// [`IssueError::Lifetime`] and [`IssueError::DigestTaken`], after which the caller's transaction
+    /// can go on.
     pub fn begin_session(
         conn: &mut PgConnection,
         user_id: UserId,
         token: &HashedToken,
         lifetime: TimeDelta,
         session_lifetime: TimeDelta,
-    ) -> QueryResult<Option<Self>> {
+    ) -> Result<Option<Self>, IssueError> {
         if token.type_ != Refresh {
             return Ok(None);
         }
+        check_lifetime(Refresh, lifetime)?;
+        check_lifetime(Refresh, session_lifetime)?;
         conn.transaction(|conn| {
             let session_end = sql::<Timestamptz>("now() + ").bind::<Interval, _>(session_lifetime);
             let active = users::table
@@ -148,19 +151,21 @@ impl AuthToken {
     /// is not an error.
     ///
     /// # Errors
-    /// Those of [`issue`](Self::issue), about the successor.
+    /// [`IssueError::Lifetime`] and [`IssueError::DigestTaken`], about the successor. The presented
+    /// token stays live, and the caller's transaction can go on.
     pub fn rotate(
         conn: &mut PgConnection,
         presented: &HashedToken,
         successor: &HashedToken,
         lifetime: TimeDelta,
-    ) -> QueryResult<Rotation> {
+    ) -> Result<Rotation, IssueError> {
         if [presented, successor]
             .iter()
             .any(|token| token.type_ != Refresh)
         {
             return Ok(Rotation::NotFound);
         }
+        check_lifetime(Refresh, lifetime)?;
         conn.transaction(|conn| {
             let owner = lock_owner(presented).prepared();
             let Some(user_id) = owner.get_result(conn).optional()? else {

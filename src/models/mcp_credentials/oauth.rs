@@ -1,7 +1,7 @@
 //! The authorization flow: `begin_oauth`, `consume_state`, then `complete_oauth` or `fail_oauth`.
 
 use chrono::{DateTime, TimeDelta, Utc};
-use diesel::dsl::{exists, now, sql};
+use diesel::dsl::{exists, not, now, sql};
 use diesel::prelude::*;
 use diesel::sql_types::{Interval, Nullable, Timestamptz};
 
@@ -13,6 +13,9 @@ use crate::models::UserPlan;
 use crate::prepared::Prepare;
 use crate::schema::{mcp_credentials, mcp_service_table};
 use crate::secret::{Sealed, StateDigest};
+
+// Diesel can't tell a table from itself in a subquery.
+diesel::alias!(const OTHER: Alias<Other> = mcp_credentials as other);
 
 /// Clears what only an authorization under way needs.
 #[derive(AsChangeset)]
@@ -69,6 +72,8 @@ impl McpCredential {
     ///
     /// # Errors
     /// `NotFound`, `StateTaken`; `Invalid` unless `lifetime` is positive and at most an hour.
+    /// The caller's transaction can go on, unless another one began with the same state at the same
+    /// moment.
     pub fn begin_oauth(
         conn: &mut PgConnection,
         credential_id: CredentialId,
@@ -83,10 +88,19 @@ impl McpCredential {
             ));
         }
         let expires_at = sql::<Nullable<Timestamptz>>("now() + ").bind::<Interval, _>(lifetime);
+        // The unique index would make the server log the digest.
+        let taken = OTHER
+            .filter(OTHER.field(mcp_credentials::oauth_state).eq(state))
+            .filter(
+                OTHER
+                    .field(mcp_credentials::credential_id)
+                    .ne(credential_id),
+            );
         conn.transaction(|conn| {
             lock_user(conn, credential_id)?;
-            diesel::update(mcp_credentials::table.find(credential_id))
+            let begun = diesel::update(mcp_credentials::table.find(credential_id))
                 .filter(mcp_credentials::client_id.is_not_null())
+                .filter(not(exists(taken)))
                 .set((
                     mcp_credentials::oauth_status.eq(OauthStatus::Pending),
                     mcp_credentials::oauth_completed_at.eq(None::<DateTime<Utc>>),
@@ -98,8 +112,14 @@ impl McpCredential {
                 .returning(Self::as_returning())
                 .prepared()
                 .get_result(conn)
-                .optional()?
-                .ok_or(CredentialError::NotFound)
+                .optional()?;
+            if let Some(credential) = begun {
+                return Ok(credential);
+            }
+            Err(match Self::find(conn, credential_id)? {
+                Some(current) if current.client_id.is_some() => CredentialError::StateTaken,
+                _ => CredentialError::NotFound,
+            })
         })
     }
 

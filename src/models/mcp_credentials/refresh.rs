@@ -4,6 +4,7 @@
 use chrono::{DateTime, TimeDelta, Utc};
 use diesel::dsl::{now, sql};
 use diesel::prelude::*;
+use diesel::result::Error::QueryBuilderError;
 use diesel::sql_types::{BigInt, Interval, Nullable, Timestamptz};
 
 use super::{CredentialError, McpCredential, OauthTokens, lock_user};
@@ -12,6 +13,20 @@ use crate::ids::{CredentialId, InstanceId};
 use crate::models::{NewTokenAudit, TokenAudit};
 use crate::prepared::Prepare;
 use crate::schema::mcp_credentials;
+
+/// The longest lease, and the longest pause.
+const MAX_LEASE: TimeDelta = TimeDelta::days(365);
+
+/// Refuses what has no use, and might pass the timestamps that a column takes: the server's log
+/// would then print the row.
+fn check_lease(lease: TimeDelta) -> Result<(), CredentialError> {
+    if lease < TimeDelta::zero() || lease > MAX_LEASE {
+        return Err(CredentialError::Invalid(
+            "a lease or pause is not negative and at most 365 days",
+        ));
+    }
+    Ok(())
+}
 
 /// The operation in the audit log.
 const TOKEN_REFRESH: &str = "token_refresh";
@@ -71,12 +86,17 @@ impl McpCredential {
     ///     Ok(!leased.is_empty())
     /// }
     /// ```
+    ///
+    /// # Errors
+    /// [`CredentialError::Invalid`] within `QueryBuilderError` if `lease` is negative or over 365
+    /// days.
     pub fn claim_due(
         conn: &mut PgConnection,
         due: DateTime<Utc>,
         lease: TimeDelta,
         limit: u16,
     ) -> QueryResult<Vec<Self>> {
+        check_lease(lease).map_err(|error| QueryBuilderError(Box::new(error)))?;
         // Two scans of the queue's index, each of which begins at the rows it takes: among the
         // others may be thousands that are leased. The order is the index's. 'completed' is a
         // literal, because a bind can't match the predicate of the index in a generic plan; an
@@ -159,13 +179,14 @@ impl McpCredential {
     /// ```
     ///
     /// # Errors
-    /// `NotFound`.
+    /// `NotFound`; `Invalid` if `lease` is negative or over 365 days.
     pub fn lease_refresh(
         conn: &mut PgConnection,
         credential_id: CredentialId,
         due: DateTime<Utc>,
         lease: TimeDelta,
     ) -> Result<RefreshLease, CredentialError> {
+        check_lease(lease)?;
         let leased = diesel::update(mcp_credentials::table.find(credential_id))
             .filter(mcp_credentials::refresh_token.is_not_null())
             .filter(mcp_credentials::oauth_status.eq(OauthStatus::Completed))
@@ -250,6 +271,10 @@ impl McpCredential {
     /// The pause takes the place of the lease of `claimed`; if others have the row by now, only the
     /// audit log tells. `error_type` and `error_message` go to the audit log and must not contain a
     /// secret. Four round trips.
+    ///
+    /// # Errors
+    /// [`CredentialError::Invalid`] within `QueryBuilderError` if `pause` is negative or over 365
+    /// days.
     pub fn refresh_failed(
         conn: &mut PgConnection,
         claimed: &Self,
@@ -257,6 +282,7 @@ impl McpCredential {
         error_message: Option<&str>,
         pause: TimeDelta,
     ) -> QueryResult<TokenAudit> {
+        check_lease(pause).map_err(|error| QueryBuilderError(Box::new(error)))?;
         conn.transaction(|conn| {
             let leased = claimed.refresh_leased_until;
             diesel::update(mcp_credentials::table.find(claimed.credential_id))

@@ -6,6 +6,7 @@ use diesel::prelude::*;
 use diesel::sql_types::{Interval, Timestamptz};
 
 use super::{User, canonical_email};
+use crate::error::NegativeSpan;
 use crate::ids::UserId;
 use crate::schema::{account_credits, subscription_transactions, user_subscriptions, users};
 
@@ -48,11 +49,15 @@ impl User {
     /// ```
     ///
     /// Locks as [`anonymise`](Self::anonymise).
+    ///
+    /// # Errors
+    /// [`NegativeSpan`].
     pub fn release_unverified(
         conn: &mut PgConnection,
         email: &str,
         unchanged_for: TimeDelta,
     ) -> QueryResult<Release> {
+        NegativeSpan::check(unchanged_for)?;
         let Ok(email) = canonical_email(email) else {
             return Ok(Release::Free);
         };
