@@ -50,6 +50,7 @@ mod configured {
                 &["app_admin", "app_user"],
                 include_str!("../migrations/roles.sql"),
             )
+            .maintenance("SELECT * FROM maintain_token_audit_log()")
             .secret_tables(&["auth_tokens", "mcp_credentials"])
             .hook(Archive::default()))
     }

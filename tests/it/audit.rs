@@ -6,7 +6,7 @@ use bruhmcp_db::ids::{InstanceId, UserId};
 use bruhmcp_db::models::{AuditFilter, Maintained, NewTokenAudit, TokenAudit};
 use bruhmcp_db::schema::{mcp_service_table, token_audit_log, users};
 use bruhmcp_db::views::{TokenAuditSummary, token_audit_summary};
-use bruhmcp_db::{ConstraintViolation, Durability, Page};
+use bruhmcp_db::{ConstraintViolation, Durability, Page, is_transient};
 use diesel::connection::SimpleConnection;
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
@@ -493,17 +493,22 @@ fn maintaining_loses_nothing_and_deadlocks_with_nobody() {
             }
         } else {
             for _ in 0..20 {
-                created += maintain(conn).created;
+                // It gives up on a busy machine, which is not a deadlock.
+                match as_admin(conn, TokenAudit::maintain) {
+                    Ok(done) => created += done.created,
+                    Err(error) => assert!(!is_transient(&error), "{error}"),
+                }
                 let page = Page::first(10);
                 TokenAudit::list(conn, AuditFilter::default(), page).unwrap();
             }
         }
         created
     });
-    // 30 to 39 days ago are one month or two.
-    assert!((0..=2).contains(&done.iter().sum::<i32>()), "{done:?}");
     let conn = &mut database.connect();
-    maintain(conn);
+    let last = maintain(conn).created;
+    // 30 to 39 days ago are one month or two.
+    let created = last + done.iter().sum::<i32>();
+    assert!((1..=2).contains(&created), "{created}");
     let rows = partitions(&database);
     assert_eq!(rows.last().unwrap(), &("d".to_owned(), 0));
     let total: i64 = rows.iter().map(|row| row.1).sum();

@@ -358,7 +358,10 @@ fn a_buffer_counts_every_call_across_lost_connections() {
         ) {
             Ok(locked) => locked,
             Err(_) => {
-                conn = database.connect();
+                // The new connection may be closed too.
+                if let Ok(new) = PgConnection::establish(&database.app_url()) {
+                    conn = new;
+                }
                 calls
             }
         }

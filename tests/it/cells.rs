@@ -441,7 +441,7 @@ mod connections {
         ] {
             assert!(unchanged.contains(&name), "{name}: {done:#?}");
         }
-        for name in ["User::sign_up", "McpInstance::record_call"] {
+        for name in ["User::sign_up", "AuthToken::revoke"] {
             assert!(done.contains(&name), "{name}: {done:#?}");
         }
     }

@@ -312,3 +312,29 @@ fn asks_at_a_terminal() {
         assert_eq!(text.contains("Nothing was changed."), code == 130, "{text}");
     }
 }
+
+#[test]
+fn the_audit_log_is_maintained() {
+    let database = empty_database();
+    let url = database.url();
+    let refused = bruhmcp(&url, &["maintain", "--json"]);
+    assert_eq!(refused.code, Some(5), "{refused:?}");
+    assert!(refused.err.contains("8 migrations are pending"), "{refused:?}");
+    assert_eq!(bruhmcp(&url, &["run"]).code, Some(0));
+    database
+        .psql(
+            "INSERT INTO token_audit_log (instance_id, operation, status, created_at)
+             SELECT gen_random_uuid(), 'refresh', 'success', now() - n * interval '40 days'
+               FROM generate_series(1, 2) AS n",
+        )
+        .unwrap();
+    let maintained = bruhmcp(&url, &["maintain"]);
+    assert_eq!(maintained.code, Some(0), "{maintained:?}");
+    assert_eq!(maintained.out, "created   2\ndropped   0\nmoved     2\n");
+    let again = bruhmcp(&url, &["maintain", "--json"]);
+    let again: Value = serde_json::from_str(&again.out).unwrap();
+    assert_eq!(
+        again["maintained"],
+        serde_json::json!({ "created": 0, "dropped": 0, "moved": 0 })
+    );
+}

@@ -5,9 +5,9 @@ use std::fs;
 use bruhmcp_db::enums::AuthTokenType::{self, EmailVerification, PasswordReset, Refresh};
 use bruhmcp_db::ids::UserId;
 use bruhmcp_db::models::{
-    AuthToken, BillingError, Card, CredentialError, InstanceError, IssueError, McpCredential,
-    McpInstance, NewMcpCredential, NewMcpInstance, NewUser, NewUserBillingDetails, OauthTokens,
-    User, UserBillingDetails, UserChangeset,
+    AuthToken, BillingError, Card, CredentialError, IssueError, McpCredential, McpInstance,
+    NewMcpCredential, NewMcpInstance, NewUser, NewUserBillingDetails, OauthTokens, User,
+    UserBillingDetails, UserChangeset,
 };
 use bruhmcp_db::schema::users;
 use bruhmcp_db::{HashedToken, Sealed, SecretText, StateDigest};
@@ -262,16 +262,16 @@ fn credentials(database: &TestDatabase, user: UserId) -> [McpCredential; 3] {
     let mut create = |oauth| {
         let new = NewMcpInstance::new(user, service);
         let credential = if oauth {
-            NewMcpCredential::sealed_oauth(new.instance_id, WORD, sealed(40))
+            NewMcpCredential::sealed_oauth(new.instance_id, WORD, sealed(60))
         } else {
-            NewMcpCredential::sealed_api_key(new.instance_id, sealed(40))
+            NewMcpCredential::sealed_api_key(new.instance_id, sealed(60))
         };
         McpInstance::create(conn, &new, &credential).unwrap().1
     };
     let [keyed, pending, completed] = [false, true, true].map(&mut create);
     let hour = TimeDelta::hours(1);
     let state = StateDigest::new([0xcd; 32]);
-    let (verifier, url) = (sealed(40), sealed(80));
+    let (verifier, url) = (sealed(60), sealed(80));
     let id = pending.credential_id;
     let pending =
         McpCredential::begin_oauth(conn, id, &state, hour, &verifier, Some(&url)).unwrap();
@@ -281,8 +281,8 @@ fn credentials(database: &TestDatabase, user: UserId) -> [McpCredential; 3] {
 
 fn tokens() -> OauthTokens<'static> {
     OauthTokens {
-        access_token: sealed(40),
-        refresh_token: Some(sealed(40)),
+        access_token: sealed(60),
+        refresh_token: Some(sealed(60)),
         expires_at: Some(Utc::now()),
         scope: Some(WORD),
     }
@@ -321,7 +321,7 @@ fn no_span_and_no_time_logs_a_row() {
         let _ = AuthToken::rotate(conn, &first, &next, span);
         logged.assert_silent("a span of a token");
 
-        let (state, verifier) = (StateDigest::new([0xab; 32]), sealed(40));
+        let (state, verifier) = (StateDigest::new([0xab; 32]), sealed(60));
         let begun =
             McpCredential::begin_oauth(conn, pending.credential_id, &state, span, &verifier, None);
         let _ = begun;
@@ -379,12 +379,11 @@ fn no_secret_and_no_duplicate_logs_a_row() {
         .unwrap()
         .mcp_service_id;
     let hour = TimeDelta::hours(1);
-    let state = StateDigest::new([0xab; 32]);
-    let good = sealed(40);
+    let good = sealed(60);
 
     for client_id in ["", "a\0b", &"é".repeat(2049)] {
         let new = NewMcpInstance::new(id, service);
-        let credential = NewMcpCredential::sealed_oauth(new.instance_id, client_id, sealed(40));
+        let credential = NewMcpCredential::sealed_oauth(new.instance_id, client_id, sealed(60));
         assert!(McpInstance::create(conn, &new, &credential).is_err());
         let (key, version) = (completed.credential_id, completed.version);
         assert!(McpCredential::replace_client(conn, key, version, client_id, &good).is_err());
@@ -408,7 +407,7 @@ fn no_secret_and_no_duplicate_logs_a_row() {
         instance_id: keyed.instance_id,
         ..NewMcpInstance::new(id, service)
     };
-    let again = NewMcpCredential::sealed_api_key(keyed.instance_id, sealed(40));
+    let again = NewMcpCredential::sealed_api_key(keyed.instance_id, sealed(60));
     assert!(McpInstance::create(conn, &new, &again).is_err());
     for type_ in [Refresh, PasswordReset, EmailVerification] {
         // The digest of the refresh token.

@@ -1,7 +1,9 @@
-//! The command line: `run`, `revert`, `redo`, `status`, `plan`, `adopt`, `verify` and `grant`.
+//! The command line: `run`, `revert`, `redo`, `status`, `plan`, `adopt`, `verify`, `grant` and
+//! `maintain`.
 //! `--help` lists the exit codes.
 
 use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::env;
 use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
@@ -132,6 +134,8 @@ enum Command {
     },
     /// Give the program's roles their rights, and only these.
     Grant(SchemasArg),
+    /// Do the regular maintenance: call it once a day.
+    Maintain(SchemasArg),
 }
 
 #[derive(Args)]
@@ -175,6 +179,7 @@ impl Command {
             Self::Adopt => "adopt",
             Self::Verify { .. } => "verify",
             Self::Grant(_) => "grant",
+            Self::Maintain(_) => "maintain",
         }
     }
 
@@ -185,7 +190,8 @@ impl Command {
             | Self::Status(schemas)
             | Self::Plan { schemas, .. }
             | Self::Verify { schemas, .. }
-            | Self::Grant(schemas) => schemas.all,
+            | Self::Grant(schemas)
+            | Self::Maintain(schemas) => schemas.all,
             Self::Revert { .. } | Self::Redo(_) | Self::Adopt => false,
         }
     }
@@ -199,6 +205,7 @@ enum Answer {
     Adopted(Vec<String>),
     Verification(Verification),
     Granted(Granted),
+    Maintained(BTreeMap<String, i64>),
 }
 
 impl Answer {
@@ -210,6 +217,11 @@ impl Answer {
             Self::Adopted(recorded) => show_adopted(out, &recorded),
             Self::Verification(verification) => show_verification(out, &verification),
             Self::Granted(granted) => show_granted(out, &granted),
+            Self::Maintained(numbers) => {
+                for (what, number) in numbers {
+                    out.say(format!("{what:<9} {number}"));
+                }
+            }
         }
     }
 }
@@ -457,6 +469,7 @@ fn execute(
             Answer::Verification(runner.verify()?)
         }
         Command::Grant(_) => Answer::Granted(runner.grant()?),
+        Command::Maintain(_) => Answer::Maintained(runner.maintain()?),
     })
 }
 
@@ -545,6 +558,7 @@ fn document(command: Option<&str>, code: u8) -> Value {
         "adopted": null,
         "verification": null,
         "granted": null,
+        "maintained": null,
         "error": null,
         "schemas": null,
     })
@@ -589,6 +603,7 @@ fn of_answer(command: &str, code: u8, answer: &Result<Answer, Error>) -> Value {
         Ok(Answer::Adopted(recorded)) => document["adopted"] = json!(recorded),
         Ok(Answer::Verification(verification)) => document["verification"] = json!(verification),
         Ok(Answer::Granted(granted)) => document["granted"] = json!(granted),
+        Ok(Answer::Maintained(numbers)) => document["maintained"] = json!(numbers),
         Err(error) => {
             document["report"] = json!(error.done());
             match error {

@@ -201,6 +201,12 @@ pub enum Refusal {
     /// The program was built without roles.
     #[error("this program has no roles to grant rights to.")]
     NoRoles,
+    /// The program was built without a maintenance.
+    #[error("this program has no maintenance to do.")]
+    NoMaintenance,
+    /// Migrations are pending, and what was asked for needs them.
+    #[error("{0} migrations are pending. Run them first.")]
+    Pending(usize),
     /// A migration that runs in a transaction has a statement that begins or ends one, so that it
     /// could not be rolled back.
     #[error(

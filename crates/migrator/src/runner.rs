@@ -1,5 +1,6 @@
 //! The runner.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -41,6 +42,7 @@ pub struct Runner {
     catalogue: Option<String>,
     trusted: Vec<String>,
     roles: Option<Roles>,
+    maintenance: Option<String>,
     hook: Option<Box<dyn Hook>>,
     watcher: Arc<Mutex<Watcher>>,
 }
@@ -133,6 +135,7 @@ impl Runner {
             catalogue: None,
             trusted: Vec::new(),
             roles: None,
+            maintenance: None,
             hook: None,
             watcher: Arc::new(Mutex::new(Box::new(|_| {}))),
         })
@@ -182,6 +185,14 @@ impl Runner {
         let names = names.iter().map(|&name| name.to_owned()).collect();
         let sql = sql.to_owned();
         self.roles = Some(Roles { names, sql });
+        self
+    }
+
+    /// Sets what [`maintain`](Self::maintain) does: a query without parameters, whose one row has a
+    /// number for each thing that it did, such as `SELECT * FROM my_maintenance()`.
+    #[must_use]
+    pub fn maintenance(mut self, sql: &str) -> Self {
+        self.maintenance = Some(sql.to_owned());
         self
     }
 
@@ -498,6 +509,30 @@ impl Runner {
         }
         session.unlock(&self.settings.program)?;
         Ok(granted)
+    }
+
+    /// Does the project's regular [maintenance](Self::maintenance), and returns what it did. Takes no
+    /// lock of its own and needs no owner: only the right to do what the query does.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] without a maintenance, while migrations are pending, and as
+    /// [`run`](Self::run) is refused; [`Error::Connect`], [`Error::Database`].
+    pub fn maintain(&mut self) -> Result<BTreeMap<String, i64>, Error> {
+        let Some(query) = &self.maintenance else {
+            return Err(Refusal::NoMaintenance.into());
+        };
+        let migrations = self.migrations()?;
+        let mut connection = session::connect(&self.settings)?;
+        let ledger = session::ledger(&mut connection, &self.settings.schema)?;
+        let status = migrations.status(ledger);
+        if let Some(refusal) = status.refusal() {
+            return Err(refusal.into());
+        }
+        let pending = status.pending().count();
+        if pending > 0 {
+            return Err(Refusal::Pending(pending).into());
+        }
+        session::numbers(&mut connection, &self.settings, query)
     }
 
     fn migrations(&self) -> Result<Migrations, Error> {

@@ -120,6 +120,24 @@ pub(crate) fn ledger(connection: &mut PgConnection, schema: &str) -> Result<Ledg
     Ok(rows.into_iter().collect())
 }
 
+/// Returns the columns of a query's row, which are numbers, by their names.
+pub(crate) fn numbers(
+    connection: &mut PgConnection,
+    settings: &Settings,
+    query: &str,
+) -> Result<BTreeMap<String, i64>, Error> {
+    let path = format!("SET search_path = {}", quoted(&settings.schema));
+    let numbers = sql::<(Text, BigInt)>(&format!(
+        "SELECT key, value::bigint FROM ({query}) AS row, jsonb_each_text(to_jsonb(row))"
+    ));
+    let read = |connection: &mut PgConnection| {
+        connection.batch_execute(&path)?;
+        numbers.load(connection)
+    };
+    let rows: Vec<(String, i64)> = read(connection).map_err(Error::database("maintaining"))?;
+    Ok(rows.into_iter().collect())
+}
+
 /// Returns the schemas whose ledger this role may read.
 pub(crate) fn schemas(connection: &mut PgConnection) -> Result<Vec<String>, Error> {
     sql::<Text>(
