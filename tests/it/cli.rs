@@ -319,7 +319,10 @@ fn the_audit_log_is_maintained() {
     let url = database.url();
     let refused = bruhmcp(&url, &["maintain", "--json"]);
     assert_eq!(refused.code, Some(5), "{refused:?}");
-    assert!(refused.err.contains("8 migrations are pending"), "{refused:?}");
+    assert!(
+        refused.err.contains("8 migrations are pending"),
+        "{refused:?}"
+    );
     assert_eq!(bruhmcp(&url, &["run"]).code, Some(0));
     database
         .psql(

@@ -2,8 +2,8 @@
 //! `maintain`.
 //! `--help` lists the exit codes.
 
-use std::collections::BTreeSet;
 use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::env;
 use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
