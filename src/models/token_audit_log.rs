@@ -11,6 +11,7 @@ use serde_json::Value;
 use crate::enums::AuditStatus;
 use crate::ids::{AuditId, InstanceId, UserId};
 use crate::page::{Cursor, Page, newest_first};
+use crate::prepared::Prepare;
 use crate::schema::sql_types::TokenAuditStatus;
 use crate::schema::token_audit_log;
 use crate::transaction::Durability;
@@ -155,7 +156,7 @@ impl TokenAudit {
             rows.iter().map(value).collect()
         }
         durability.run(conn, |conn| {
-            // The query builder sends a bind for each value, and the server parses each batch anew.
+            // The query builder sends a bind for each value: a text for each number of rows.
             diesel::sql_query(
                 "INSERT INTO token_audit_log (instance_id, user_id, operation, status, method,
                                               error_type, error_message, metadata)
@@ -169,6 +170,7 @@ impl TokenAudit {
             .bind::<Array<Nullable<Text>>, _>(column(rows, |row| row.error_type))
             .bind::<Array<Nullable<Text>>, _>(column(rows, |row| row.error_message))
             .bind::<Array<Nullable<Jsonb>>, _>(column(rows, |row| row.metadata))
+            .prepared()
             .execute(conn)
         })
     }

@@ -644,6 +644,17 @@ fn instances_and_credentials() {
             TokenAudit::insert(conn, &new).unwrap();
         },
     );
+    for (durability, round_trips) in [(Durability::Synced, 1), (Durability::Unsynced, 4)] {
+        counter.prepared(
+            "TokenAudit::insert_many",
+            round_trips,
+            |_| (),
+            |conn, ()| {
+                let new = NewTokenAudit::new(instance, "call", AuditStatus::Success);
+                TokenAudit::insert_many(conn, &[new.clone(), new], durability).unwrap();
+            },
+        );
+    }
     counter.prepared(
         "TokenAudit::list",
         1,
