@@ -110,8 +110,10 @@ BEGIN
     created := 0;
     moved   := 0;
     dropped := 0;
-    -- Once a month there is something to do. Everything else is locked after the log itself, as by
-    -- whoever reads or writes it.
+    -- One call at a time, before anything is read: two that have read the default partition could
+    -- not lock it. Who reads or writes the log does not wait for this lock.
+    LOCK TABLE ONLY token_audit_log IN SHARE UPDATE EXCLUSIVE MODE;
+    -- Once a month there is something to do.
     IF NOT EXISTS (
         SELECT
           FROM generate_series(0, 3) AS n

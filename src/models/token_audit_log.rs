@@ -226,8 +226,8 @@ impl TokenAudit {
         diesel::select(cleanup_old_token_audit_logs(i32::from(limit))).get_result(conn)
     }
     /// Makes the partitions of this month and the next three, moves rows that had none to that of
-    /// their month, and drops months that are wholly past 90 days. Run it once a day; with nothing to
-    /// do, it takes no lock.
+    /// their month, and drops months that are wholly past 90 days. Run it once a day, outside a
+    /// transaction; with nothing to do, nobody waits for it.
     ///
     /// One statement. It locks the whole log for the time that it works: milliseconds, unless rows
     /// are to be moved. If others hold the log for 2 s, it fails with the server's lock timeout

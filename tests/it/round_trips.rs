@@ -592,7 +592,7 @@ fn instances_and_credentials() {
             McpCredential::consume_state(conn, user, &state).unwrap();
         },
     );
-    counter.prepared("McpCredential::complete_oauth", 9, pending, |conn, row| {
+    counter.prepared("McpCredential::complete_oauth", 10, pending, |conn, row| {
         McpCredential::complete_oauth(conn, row.credential_id, &tokens()).unwrap();
     });
     let completed = |conn: &mut PgConnection| {

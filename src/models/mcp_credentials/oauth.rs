@@ -166,7 +166,7 @@ impl McpCredential {
     /// An active instance can be called from now on. If the plan refuses that, the instance becomes
     /// inactive and the tokens are stored all the same. An instance past its end becomes expired.
     ///
-    /// One transaction, nine round trips. Locks the plan, the credentials, then the instance. The
+    /// One transaction, ten round trips. Locks the plan, the credentials, then the instance. The
     /// caller must not defer the constraint `mcp_service_table_active_limit_update`, or a refusal
     /// fails the commit.
     ///
