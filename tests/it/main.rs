@@ -9,6 +9,8 @@ mod audit;
 mod backend;
 mod batches;
 mod billing;
+#[cfg(feature = "crypto")]
+mod binds;
 // As `logs`, and with the keys of `sealing`.
 #[cfg(all(feature = "crypto", target_os = "linux"))]
 mod buffers;
