@@ -224,7 +224,7 @@ impl AuthToken {
     /// Issues a token that expires after `lifetime`, by the database's clock; returns `None` if
     /// there is no such active user.
     ///
-    /// It replaces the user's live token of its type, which counts as used then. Five round trips.
+    /// It replaces the user's live token of its type, which counts as used then. Six round trips.
     /// A refresh token replaces none: it begins a session that ends with it, see
     /// [`begin_session`](Self::begin_session) for one that is renewed.
     ///
@@ -252,6 +252,7 @@ impl AuthToken {
             let active = diesel::update(users::table.find(user_id))
                 .filter(users::is_active)
                 .set(users::is_active.eq(true))
+                .prepared()
                 .execute(conn)?;
             if active == 0 {
                 return Ok(None);
@@ -283,8 +284,10 @@ impl AuthToken {
             .filter(auth_tokens::created_at.gt(window_start))
             .order(auth_tokens::created_at.desc())
             .offset(i64::from(MAX_ISSUED) - 1)
+            .limit(1)
             .select(auth_tokens::created_at)
-            .first::<DateTime<Utc>>(conn)
+            .prepared()
+            .get_result::<DateTime<Utc>>(conn)
             .optional()?;
         Ok(oldest_that_counts.map(|created_at| created_at + CODE_WINDOW))
     }

@@ -12,6 +12,7 @@ use bruhmcp_db::enums::{
 };
 use bruhmcp_db::ids::{InstanceId, ServiceId, UserId};
 use bruhmcp_db::models::*;
+use bruhmcp_db::schema::auth_tokens;
 use bruhmcp_db::{Durability, HashedToken, Page, SecretText, StateDigest};
 use chrono::{TimeDelta, Utc};
 use diesel::pg::PgConnection;
@@ -268,7 +269,15 @@ fn hashed(type_: AuthTokenType) -> HashedToken {
     HashedToken::new(type_, digest)
 }
 
+/// Only some codes and links are issued in an hour.
+fn forget_issued(conn: &mut PgConnection, user: UserId) {
+    diesel::delete(auth_tokens::table.filter(auth_tokens::user_id.eq(user)))
+        .execute(conn)
+        .unwrap();
+}
+
 fn issue(conn: &mut PgConnection, user: UserId, type_: AuthTokenType) -> HashedToken {
+    forget_issued(conn, user);
     let token = hashed(type_);
     AuthToken::issue(conn, user, &token, hour())
         .unwrap()
@@ -363,8 +372,11 @@ fn accounts_and_tokens() {
 
     counter.prepared(
         "AuthToken::issue",
-        5,
-        |_| hashed(PasswordReset),
+        6,
+        |conn| {
+            forget_issued(conn, user);
+            hashed(PasswordReset)
+        },
         |conn, token| {
             AuthToken::issue(conn, user, &token, hour())
                 .unwrap()
