@@ -530,8 +530,8 @@ fn two_users_of_one_service_do_not_wait_for_each_other() {
 #[test]
 fn calls_are_counted_in_place() {
     const CALLS: usize = 2_000;
-    // Alone on its server: an old transaction of another test would delay the clean-up of pages, and
-    // its WAL would count. No page is logged in full there.
+    // Alone on its server: an old transaction of another test would delay the clean-up of pages,
+    // and its WAL would count. No page is logged in full there.
     let server = Server::private(&[("autovacuum", "off")]).unwrap();
     let database = support::database_on(&server);
     let conn = &mut database.connect();

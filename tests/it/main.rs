@@ -32,6 +32,7 @@ mod logs;
 mod migrations;
 mod models;
 mod money_rules;
+mod money_walk;
 mod monitor;
 #[cfg(feature = "crypto")]
 mod oauth;
