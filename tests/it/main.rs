@@ -42,6 +42,7 @@ mod logs;
 mod migrations;
 mod models;
 mod money_rules;
+mod money_walk;
 mod monitor;
 #[cfg(feature = "crypto")]
 mod oauth;
