@@ -124,3 +124,7 @@ pub use transaction::{Durability, Isolation, MAX_ATTEMPTS, is_transient, retry_t
 #[cfg(all(doctest, feature = "crypto"))]
 #[doc = include_str!("../README.md")]
 struct Readme;
+
+#[cfg(all(doctest, feature = "r2d2"))]
+#[doc = include_str!("../docs/scaling.md")]
+struct Scaling;
