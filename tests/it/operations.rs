@@ -659,7 +659,9 @@ fn pg_upgrade() {
     pg_ctl("start");
     let url = database.url();
     let outcome = std::panic::catch_unwind(|| {
-        assert_same(&before, &rows_by(&new_bin, &url));
+        // From 17 on, a partition has the identity column of its table.
+        let after = rows_by(&new_bin, &url);
+        assert_same(&before, &after.replace(" OVERRIDING SYSTEM VALUE", ""));
         let known = "SELECT count(*) > 0 FROM pg_stats WHERE tablename = 'mcp_table'";
         if !is_18 {
             assert_eq!(psql(&url, known).unwrap(), "f\n");

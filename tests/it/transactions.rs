@@ -139,7 +139,8 @@ fn a_deadlock_is_retried() {
     })
     .into_iter()
     .sum();
-    assert_eq!(attempts, 3, "one of both is the victim, once");
+    // One of both is the victim, on a busy machine more than once.
+    assert!(attempts > 2);
 }
 
 /// The strings of each language that the server has: message, translation, message …
