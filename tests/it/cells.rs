@@ -142,10 +142,14 @@ fn the_command_line_names_each_schema() {
              INSERT INTO __diesel_schema_migrations VALUES ('20200101000000', now())",
         )
         .unwrap();
+    let versions = versions();
+    let [.., older, newest] = &versions[..] else {
+        panic!("{versions:?}")
+    };
     let run = bruhmcp(
         &url,
         &[
-            "run", "--schema", "c8", "--schema", "c7", "--schema", "c8", "--to", "006",
+            "run", "--schema", "c8", "--schema", "c7", "--schema", "c8", "--to", older,
         ],
     );
     assert_eq!(run.code, Some(0), "{run:?}");
@@ -155,7 +159,12 @@ fn the_command_line_names_each_schema() {
             .filter(|line| line.starts_with(name))
             .count()
     };
-    assert_eq!((of("c8: applied "), of("c7: applied ")), (7, 7), "{run:?}");
+    let applied = versions.len() - 1;
+    assert_eq!(
+        (of("c8: applied "), of("c7: applied ")),
+        (applied, applied),
+        "{run:?}"
+    );
     assert!(run.out.starts_with("c8: "), "{run:?}");
 
     // One of them further.
@@ -181,13 +190,11 @@ fn the_command_line_names_each_schema() {
         })
         .collect();
     assert_eq!(verify.code, Some(3), "{verify:?}");
-    let versions = versions();
-    let newest = versions.last().unwrap();
     assert_eq!(
         codes,
         [
             ("c7".to_owned(), 0, (&**newest).into()),
-            ("c8".to_owned(), 3, "006".into())
+            ("c8".to_owned(), 3, (&**older).into())
         ]
     );
     let sql = bruhmcp(&url, &["plan", "--sql", "--schema", "c8"]).out;
@@ -227,6 +234,7 @@ fn a_failure_in_one_schema_does_not_stop_the_others() {
     let all = ["--schema", "c7", "--schema", "c8", "--schema", "c9"];
     let run = |arguments: &[&str]| bruhmcp(&url, &[&["run"], &all[..], arguments].concat());
     assert_eq!(run(&["--to", "006"]).code, Some(0));
+    let left = names().len() - 7;
     database
         .psql("CREATE TABLE c7.user_billing_details ()")
         .unwrap();
@@ -249,7 +257,7 @@ fn a_failure_in_one_schema_does_not_stop_the_others() {
             (item["exit_code"].as_i64().unwrap(), steps)
         })
         .collect();
-    assert_eq!(outcomes, [(1, 0), (0, 1), (0, 1)]);
+    assert_eq!(outcomes, [(1, 0), (0, left), (0, left)]);
     // The worst of 0, 1 and 5.
     let dropped = bruhmcp(
         &url,

@@ -317,12 +317,10 @@ fn asks_at_a_terminal() {
 fn the_audit_log_is_maintained() {
     let database = empty_database();
     let url = database.url();
+    let pending = format!("{} migrations are pending", names().len());
     let refused = bruhmcp(&url, &["maintain", "--json"]);
     assert_eq!(refused.code, Some(5), "{refused:?}");
-    assert!(
-        refused.err.contains("8 migrations are pending"),
-        "{refused:?}"
-    );
+    assert!(refused.err.contains(&pending), "{refused:?}");
     assert_eq!(bruhmcp(&url, &["run"]).code, Some(0));
     database
         .psql(
