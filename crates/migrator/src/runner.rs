@@ -333,12 +333,7 @@ impl Runner {
             return Err(Refusal::NoCatalogue.into());
         };
         let migrations = self.migrations()?;
-        let mut connection = session::connect(&self.settings)?;
-        let ledger = session::ledger(&mut connection, &self.settings.schema)?;
-        let status = migrations.status(ledger);
-        if let Some(refusal) = status.refusal() {
-            return Err(refusal.into());
-        }
+        let (mut connection, status) = self.connect(&migrations)?;
         if !status.unknown.is_empty() {
             return Err(Refusal::Unknown(status.newer()).into());
         }
@@ -522,12 +517,7 @@ impl Runner {
             return Err(Refusal::NoMaintenance.into());
         };
         let migrations = self.migrations()?;
-        let mut connection = session::connect(&self.settings)?;
-        let ledger = session::ledger(&mut connection, &self.settings.schema)?;
-        let status = migrations.status(ledger);
-        if let Some(refusal) = status.refusal() {
-            return Err(refusal.into());
-        }
+        let (mut connection, status) = self.connect(&migrations)?;
         let pending = status.pending().count();
         if pending > 0 {
             return Err(Refusal::Pending(pending).into());
@@ -537,6 +527,17 @@ impl Runner {
 
     fn migrations(&self) -> Result<Migrations, Error> {
         Migrations::load(&*self.source)
+    }
+
+    /// Connects and reads what is applied, unless that is refused.
+    fn connect(&self, migrations: &Migrations) -> Result<(PgConnection, Status), Error> {
+        let mut connection = session::connect(&self.settings)?;
+        let ledger = session::ledger(&mut connection, &self.settings.schema)?;
+        let status = migrations.status(ledger);
+        match status.refusal() {
+            Some(refusal) => Err(refusal.into()),
+            None => Ok((connection, status)),
+        }
     }
 
     fn status_of(&self, migrations: &Migrations) -> Result<Status, Error> {
