@@ -97,6 +97,8 @@ pub mod crypto;
 pub mod enums;
 mod error;
 pub mod ids;
+#[cfg(feature = "import")]
+pub mod import;
 pub mod migrations;
 pub mod models;
 mod page;

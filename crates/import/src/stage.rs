@@ -1,0 +1,112 @@
+//! The new rows, in temporary tables of the session.
+
+use diesel::connection::SimpleConnection;
+use diesel::pg::PgConnection;
+use diesel::prelude::*;
+use diesel::sql_query;
+use diesel::sql_types::{Array, Bool, Nullable, Text, Uuid as SqlUuid};
+use uuid::Uuid;
+
+use crate::error::ImportError;
+use crate::old::{Archive, Unknown};
+use crate::report::{self, Report};
+use crate::tables::TABLES;
+use crate::{DuplicateEmails, NewSystem, Options};
+
+/// Rows that are read or written at once.
+pub(crate) const BATCH: i64 = 10_000;
+
+#[derive(QueryableByName)]
+struct Email {
+    #[diesel(sql_type = SqlUuid)]
+    id: Uuid,
+    #[diesel(sql_type = Text)]
+    email: String,
+}
+
+/// Converts every row, as of `began_at`, and counts what becomes of it.
+pub(crate) fn stage(
+    conn: &mut PgConnection,
+    system: &dyn NewSystem,
+    options: &Options,
+    archive: &Archive,
+    began_at: Option<&str>,
+) -> Result<Report, ImportError> {
+    prepare(conn, options, archive, began_at).map_err(ImportError::database("converting"))?;
+    spell_emails(conn, system).map_err(ImportError::database("reading the email addresses"))?;
+    let mut tables = Vec::new();
+    for table in &TABLES {
+        let name = table.name;
+        let staging = format!(
+            "CREATE TEMP TABLE new_{name} AS {};
+             ALTER TABLE new_{name} ADD PRIMARY KEY (n);
+             ANALYZE new_{name}",
+            table.sql
+        );
+        let staged = conn.batch_execute(&staging);
+        staged.map_err(ImportError::database("converting"))?;
+        tables.push(report::of_table(conn, table)?);
+    }
+    let Unknown {
+        columns: unknown_columns,
+        tables: unknown_tables,
+    } = archive.unknown(conn)?;
+    Ok(Report {
+        options: options.clone(),
+        tables,
+        unknown_columns,
+        unknown_tables,
+    })
+}
+
+fn prepare(
+    conn: &mut PgConnection,
+    options: &Options,
+    archive: &Archive,
+    began_at: Option<&str>,
+) -> QueryResult<()> {
+    conn.batch_execute(include_str!("session.sql"))?;
+    // Conversions that depend on the time give the same in each run of one import.
+    sql_query(
+        "CREATE TEMP TABLE settings (now timestamptz NOT NULL, suffix_emails boolean NOT NULL)",
+    )
+    .execute(conn)?;
+    sql_query("INSERT INTO settings VALUES (coalesce($1::timestamptz, now()), $2)")
+        .bind::<Nullable<Text>, _>(began_at)
+        .bind::<Bool, _>(options.duplicate_emails == DuplicateEmails::Suffix)
+        .execute(conn)?;
+    for table in &TABLES {
+        conn.batch_execute(&archive.view(table, options.zone(table.name)))?;
+    }
+    Ok(())
+}
+
+fn spell_emails(conn: &mut PgConnection, system: &dyn NewSystem) -> QueryResult<()> {
+    let mut last = Uuid::nil();
+    let mut is_first = true;
+    loop {
+        let rows: Vec<Email> = sql_query(
+            "SELECT id, email FROM old_users WHERE id > $1 OR $2 AND id = $1 ORDER BY id LIMIT $3",
+        )
+        .bind::<SqlUuid, _>(last)
+        .bind::<Bool, _>(is_first)
+        .bind::<diesel::sql_types::BigInt, _>(BATCH)
+        .load(conn)?;
+        let Some(row) = rows.last() else { break };
+        (last, is_first) = (row.id, false);
+        let (ids, emails): (Vec<_>, Vec<_>) = rows
+            .iter()
+            .map(|row| (row.id, system.canonical_email(&row.email)))
+            .unzip();
+        sql_query("INSERT INTO emails SELECT * FROM unnest($1, $2)")
+            .bind::<Array<SqlUuid>, _>(ids)
+            .bind::<Array<Nullable<Text>>, _>(emails)
+            .execute(conn)?;
+    }
+    conn.batch_execute("ANALYZE emails")
+}
+
+/// Reads the server's clock, as text that [`stage`] takes.
+pub(crate) fn clock(conn: &mut PgConnection) -> QueryResult<String> {
+    diesel::select(diesel::dsl::sql::<Text>("now()::text")).get_result(conn)
+}
