@@ -20,10 +20,10 @@ pub use bruhmcp_import::*;
 
 use uuid::Uuid;
 
-use crate::SecretText;
 use crate::crypto::{KeyRing, SecretColumn as Column};
 use crate::ids::InstanceId;
 use crate::models::canonical_email;
+use crate::{Sealed, SecretText};
 
 /// This crate's email addresses and key ring, for an import.
 pub struct System<'a> {
@@ -38,6 +38,15 @@ impl<'a> System<'a> {
     }
 }
 
+fn column(column: SecretColumn) -> Column {
+    match column {
+        SecretColumn::ApiKey => Column::ApiKey,
+        SecretColumn::ClientSecret => Column::ClientSecret,
+        SecretColumn::AccessToken => Column::AccessToken,
+        SecretColumn::RefreshToken => Column::RefreshToken,
+    }
+}
+
 impl NewSystem for System<'_> {
     fn canonical_email(&self, email: &str) -> Option<String> {
         canonical_email(email).ok()
@@ -47,16 +56,21 @@ impl NewSystem for System<'_> {
         self.ring.is_some()
     }
 
-    fn seal(&self, secret: &str, instance_id: Uuid, column: SecretColumn) -> Option<Vec<u8>> {
-        let column = match column {
-            SecretColumn::ApiKey => Column::ApiKey,
-            SecretColumn::ClientSecret => Column::ClientSecret,
-            SecretColumn::AccessToken => Column::AccessToken,
-            SecretColumn::RefreshToken => Column::RefreshToken,
-        };
+    fn seal(&self, secret: &str, instance_id: Uuid, of: SecretColumn) -> Option<Vec<u8>> {
+        let secret = SecretText::from(secret);
         let sealed = self
             .ring?
-            .seal(&SecretText::from(secret), InstanceId(instance_id), column);
+            .seal(&secret, InstanceId(instance_id), column(of));
         Some(sealed.ok()?.as_ciphertext().to_vec())
+    }
+
+    fn holds(&self, sealed: &[u8], secret: &str, instance_id: Uuid, of: SecretColumn) -> bool {
+        let Ok(sealed) = Sealed::from_ciphertext(sealed.to_vec()) else {
+            return false;
+        };
+        let opened = self
+            .ring
+            .map(|ring| ring.open(&sealed, InstanceId(instance_id), column(of)));
+        opened.is_some_and(|opened| opened.is_ok_and(|opened| opened.expose() == secret))
     }
 }

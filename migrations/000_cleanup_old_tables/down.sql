@@ -23,6 +23,10 @@ BEGIN
         RETURN;
     END IF;
 
+    -- The progress of an import. The rows that it wrote are gone with 001–007.
+    DROP TABLE IF EXISTS
+        bruhmcp_archive.import_run, bruhmcp_archive.import_progress, bruhmcp_archive.import_rejected;
+
     FOR object IN
         WITH candidate (turn, kind, classid, objid) AS (
             SELECT 1, 'ROUTINE', 'pg_proc'::regclass, oid

@@ -62,6 +62,12 @@ pub enum ImportError {
     /// There are credentials, and no keys to seal them with.
     #[error("the archive has credentials, and there are no keys to seal them with. Give the keys.")]
     NoKeys,
+    /// No import has ended.
+    #[error("the import has not ended. Run it to its end first.")]
+    NotImported,
+    /// `confirm` returned `false`.
+    #[error("the archive was not dropped: it was not confirmed.")]
+    NotConfirmed,
     /// A table is locked: something writes to it.
     #[error(
         "{0} is locked by another session for longer than five seconds: does a backend write to it? \

@@ -18,14 +18,17 @@ use diesel::pg::PgConnection;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+pub use crate::check::{Check, Difference, Money};
 pub use crate::error::{ImportError, OtherSession, ServerError};
 pub use crate::reasons::{REASONS, ReasonCode};
 pub use crate::report::{
     Reason, Rejected, Report, TableReport, UnknownColumn, UnknownTable, write_csv, write_json_lines,
 };
 
+mod check;
 mod error;
 mod old;
+mod purge;
 mod reasons;
 mod report;
 mod run;
@@ -79,6 +82,9 @@ pub trait NewSystem {
 
     /// Seals a secret of an instance for this column of `mcp_credentials`; `None` if it can't.
     fn seal(&self, secret: &str, instance_id: Uuid, column: SecretColumn) -> Option<Vec<u8>>;
+
+    /// Whether a sealed value of an instance opens, and holds this secret.
+    fn holds(&self, sealed: &[u8], secret: &str, instance_id: Uuid, column: SecretColumn) -> bool;
 }
 
 /// A column of `mcp_credentials` that is sealed.
@@ -140,6 +146,35 @@ pub fn import(
 /// `NoArchive` if no import has begun, and `Database`.
 pub fn rejected(conn: &mut PgConnection) -> Result<Vec<Rejected>, ImportError> {
     run::rejected(conn)
+}
+
+/// Compares the archive with the new tables after an import: that each row is there or was rejected,
+/// and nothing else is; each value; the money of each user and currency; the plan and the active
+/// instances of each user; the counters of the registry; and that every credential opens. Call it
+/// before the new backend starts, which changes the rows.
+///
+/// Writes nothing: it works in a transaction that it rolls back.
+///
+/// # Errors
+/// `NotImported`, and those of [`preflight`].
+pub fn check(conn: &mut PgConnection, system: &dyn NewSystem) -> Result<Check, ImportError> {
+    check::check(conn, system)
+}
+
+/// Drops the archive, if [`check()`] holds and `confirm` returns `true`. It gets what outside the
+/// archive depends on it and would be dropped too: views, foreign keys. Returns the check.
+///
+/// One transaction, which locks the archive's tables.
+///
+/// # Errors
+/// `NotConfirmed`, and those of [`check()`]. A check that doesn't hold is no error: its differences
+/// tell, and nothing was dropped.
+pub fn purge_archive(
+    conn: &mut PgConnection,
+    system: &dyn NewSystem,
+    confirm: &mut dyn FnMut(&[String]) -> bool,
+) -> Result<Check, ImportError> {
+    purge::purge_archive(conn, system, confirm)
 }
 
 fn quoted(name: &str) -> String {

@@ -197,7 +197,7 @@ fn literal(text: &str) -> String {
 }
 
 impl Table {
-    fn columns(&self) -> impl Iterator<Item = &(&'static str, Kind)> {
+    pub(crate) fn columns(&self) -> impl Iterator<Item = &(&'static str, Kind)> {
         self.always.iter().chain(self.sometimes)
     }
 }

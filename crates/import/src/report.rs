@@ -178,7 +178,7 @@ pub(crate) fn of_table(conn: &mut PgConnection, table: &Table) -> Result<TableRe
                     array_agg(key) FILTER (WHERE place <= 3) AS keys
                FROM (
                    SELECT key, reason, rejected IS NOT NULL AS left_behind,
-                          row_number() OVER (PARTITION BY reason, rejected IS NOT NULL) AS place
+                          row_number() OVER (PARTITION BY reason, rejected IS NOT NULL ORDER BY n) AS place
                      FROM new_{name},
                           unnest(CASE WHEN rejected IS NULL THEN reasons ELSE ARRAY[rejected] END)
                               AS reason

@@ -21,18 +21,26 @@ pub(crate) fn preflight(
     system: &dyn NewSystem,
     options: &Options,
 ) -> Result<Report, ImportError> {
+    rolled_back(conn, |conn| {
+        let archive = look(conn, options)?;
+        let began_at = Run::find(conn)?.map(|run| run.began_at);
+        stage::stage(conn, system, options, &archive, began_at.as_deref())
+    })
+}
+
+/// Calls `work` in a transaction that is rolled back.
+pub(crate) fn rolled_back<T>(
+    conn: &mut PgConnection,
+    work: impl FnOnce(&mut PgConnection) -> Result<T, ImportError>,
+) -> Result<T, ImportError> {
     let began = AnsiTransactionManager::begin_transaction(conn);
     began.map_err(ImportError::database("connecting"))?;
-    let report = look(conn, options).and_then(|archive| {
-        let run = Run::find(conn)?;
-        let began_at = run.map(|run| run.began_at);
-        stage::stage(conn, system, options, &archive, began_at.as_deref())
-    });
+    let done = work(conn);
     // After an error of the connection there is nothing left to roll back.
     let ended = AnsiTransactionManager::rollback_transaction(conn);
-    let report = report?;
-    ended.map_err(ImportError::database("ending the preflight"))?;
-    Ok(report)
+    let done = done?;
+    ended.map_err(ImportError::database("rolling back"))?;
+    Ok(done)
 }
 
 pub(crate) fn import(
@@ -127,7 +135,7 @@ const WRITTEN: [&str; 12] = [
 ];
 
 /// Looks at both sides, and refuses what can't be imported.
-fn look(conn: &mut PgConnection, options: &Options) -> Result<Archive, ImportError> {
+pub(crate) fn look(conn: &mut PgConnection, options: &Options) -> Result<Archive, ImportError> {
     let archive = Archive::read(conn)?;
     let doing = || ImportError::database("looking at the tables");
     let of_schema: Option<String> = diesel::select(diesel::dsl::sql::<Nullable<Text>>(
@@ -215,17 +223,17 @@ fn has_credentials(conn: &mut PgConnection, archive: &Archive) -> Result<bool, I
 
 /// An import that has begun.
 #[derive(QueryableByName)]
-struct Run {
+pub(crate) struct Run {
     #[diesel(sql_type = Text)]
-    began_at: String,
+    pub(crate) began_at: String,
     #[diesel(sql_type = Bool)]
-    is_finished: bool,
+    pub(crate) is_finished: bool,
     #[diesel(sql_type = Text)]
     options: String,
 }
 
 impl Run {
-    fn find(conn: &mut PgConnection) -> Result<Option<Self>, ImportError> {
+    pub(crate) fn find(conn: &mut PgConnection) -> Result<Option<Self>, ImportError> {
         let find = |conn: &mut PgConnection| {
             let exists = "to_regclass('bruhmcp_archive.import_run') IS NOT NULL";
             if !diesel::select(diesel::dsl::sql::<Bool>(exists)).get_result(conn)? {
@@ -273,9 +281,13 @@ impl Run {
         })
     }
 
+    /// The options that it began with, if this version can read them.
+    pub(crate) fn options(&self) -> Option<Options> {
+        serde_json::from_str(&self.options).ok()
+    }
+
     fn check(self, options: &Options) -> Result<Self, ImportError> {
-        let first: Option<Options> = serde_json::from_str(&self.options).ok();
-        if first.as_ref() == Some(options) {
+        if self.options().as_ref() == Some(options) {
             return Ok(self);
         }
         Err(ImportError::OtherOptions(self.options))

@@ -19,6 +19,8 @@ pub(crate) enum Kind {
 /// A table that both systems have.
 pub(crate) struct Table {
     pub(crate) name: &'static str,
+    /// The column that identifies a row in both systems.
+    pub(crate) key: &'static str,
     /// The columns that it has in every shape of the old system.
     pub(crate) always: &'static [(&'static str, Kind)],
     /// The columns that only one of the shapes has.
@@ -35,6 +37,7 @@ pub(crate) struct Table {
 pub(crate) const TABLES: [Table; 12] = [
     Table {
         name: "users",
+        key: "id",
         always: &[
             ("id", Uuid),
             ("first_name", Text),
@@ -57,6 +60,7 @@ pub(crate) const TABLES: [Table; 12] = [
     },
     Table {
         name: "auth_tokens",
+        key: "id",
         always: &[("id", Uuid), ("user_id", Uuid)],
         sometimes: &[
             ("token", Text),
@@ -72,6 +76,7 @@ pub(crate) const TABLES: [Table; 12] = [
     },
     Table {
         name: "mcp_table",
+        key: "mcp_service_id",
         always: &[
             ("mcp_service_id", Uuid),
             ("mcp_service_name", Text),
@@ -92,6 +97,7 @@ pub(crate) const TABLES: [Table; 12] = [
     },
     Table {
         name: "user_subscriptions",
+        key: "id",
         always: &[
             ("id", Uuid),
             ("user_id", Uuid),
@@ -129,6 +135,7 @@ pub(crate) const TABLES: [Table; 12] = [
     },
     Table {
         name: "user_plans",
+        key: "plan_id",
         always: &[
             ("plan_id", Uuid),
             ("user_id", Uuid),
@@ -149,6 +156,7 @@ pub(crate) const TABLES: [Table; 12] = [
     },
     Table {
         name: "subscription_transactions",
+        key: "id",
         always: &[
             ("id", Uuid),
             ("user_id", Uuid),
@@ -187,6 +195,7 @@ pub(crate) const TABLES: [Table; 12] = [
     },
     Table {
         name: "account_credits",
+        key: "id",
         always: &[
             ("id", Uuid),
             ("user_id", Uuid),
@@ -216,6 +225,7 @@ pub(crate) const TABLES: [Table; 12] = [
     },
     Table {
         name: "user_billing_details",
+        key: "billing_id",
         always: &[
             ("billing_id", Uuid),
             ("user_id", Uuid),
@@ -236,6 +246,7 @@ pub(crate) const TABLES: [Table; 12] = [
     },
     Table {
         name: "mcp_credentials",
+        key: "credential_id",
         always: &[
             ("credential_id", Uuid),
             ("instance_id", Uuid),
@@ -259,6 +270,7 @@ pub(crate) const TABLES: [Table; 12] = [
     },
     Table {
         name: "mcp_service_table",
+        key: "instance_id",
         always: &[
             ("instance_id", Uuid),
             ("user_id", Uuid),
@@ -286,6 +298,7 @@ pub(crate) const TABLES: [Table; 12] = [
     },
     Table {
         name: "webhook_events",
+        key: "event_id",
         always: &[
             ("event_id", Uuid),
             ("external_event_id", Text),
@@ -303,6 +316,7 @@ pub(crate) const TABLES: [Table; 12] = [
     },
     Table {
         name: "token_audit_log",
+        key: "audit_id",
         always: &[
             ("audit_id", Int),
             ("instance_id", Uuid),

@@ -1,4 +1,5 @@
 //! Imports from databases of both shapes of the old system, on a real server.
 
 mod accounts;
+mod money;
 mod support;

@@ -3,7 +3,7 @@
 use std::sync::LazyLock;
 
 use bruhmcp_db::crypto::KeyRing;
-use bruhmcp_db::import::{self, ImportError, Options, Report, System};
+use bruhmcp_db::import::{self, Check, ImportError, Options, Report, System};
 use bruhmcp_db::migrations::MIGRATIONS;
 use bruhmcp_devdb::{Database, Server};
 use diesel::connection::SimpleConnection;
@@ -58,6 +58,11 @@ impl Old {
         import::import(&mut self.conn, &system, options, false, &mut |_| {})
     }
 
+    pub(crate) fn check(&mut self) -> Check {
+        let ring = ring();
+        import::check(&mut self.conn, &System::new(Some(&ring))).unwrap()
+    }
+
     /// Imports with the default options, checks that the preflight said the same, and returns the
     /// report.
     pub(crate) fn imported(shape: &str, rows: &str) -> (Self, Report) {
@@ -66,6 +71,8 @@ impl Old {
         let promised = old.preflight(&options).unwrap();
         let report = old.import(&options).unwrap();
         assert_eq!(report.tables, promised.tables);
+        let check = old.check();
+        assert!(check.holds(), "{:?}", check.differences);
         (old, report)
     }
 
@@ -104,4 +111,20 @@ pub(crate) fn keys(report: &Report, table: &str, reason: &str) -> Vec<String> {
 /// A key that tells its number.
 pub(crate) fn id(number: u32) -> String {
     format!("00000000-0000-4000-8000-{number:012}")
+}
+
+/// A user with the number as key.
+pub(crate) fn user(shape: &str, number: u32, email: &str) -> String {
+    let id = id(number);
+    if shape == SHAPES[0] {
+        format!(
+            "INSERT INTO users (id, first_name, last_name, email) VALUES ('{id}', 'Ada', '', '{email}');"
+        )
+    } else {
+        let hash = "$2b$10$abcdefghijklmnopqrstuuABCDEFGHIJKLMNOPQRSTUVWXYZ01234";
+        format!(
+            "INSERT INTO users (id, first_name, last_name, email, password_hash)
+             VALUES ('{id}', 'Ada', '', '{email}', '{hash}');"
+        )
+    }
 }
