@@ -1,5 +1,8 @@
 //! The course of an import.
 
+use std::thread;
+use std::time::{Duration, Instant};
+
 use diesel::connection::{AnsiTransactionManager, SimpleConnection, TransactionManager};
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
@@ -56,7 +59,15 @@ pub(crate) fn import(
         .then_some(())
         .ok_or(ImportError::Running)?;
     let imported = locked(conn, system, options, beside_others, progress);
-    let freed = conn.batch_execute(&format!("SELECT pg_advisory_unlock({KEY}); DISCARD TEMP"));
+    let freed = conn.batch_execute(&format!(
+        "SELECT pg_advisory_unlock({KEY});
+         DISCARD TEMP;
+         RESET client_connection_check_interval;
+         RESET statement_timeout;
+         RESET idle_session_timeout;
+         RESET idle_in_transaction_session_timeout;
+         RESET jit"
+    ));
     let report = imported?;
     freed.map_err(ImportError::database("ending the import"))?;
     Ok(report)
@@ -73,10 +84,18 @@ fn lock(conn: &mut PgConnection) -> QueryResult<bool> {
          SET idle_session_timeout = 0;
          SET idle_in_transaction_session_timeout = 0",
     )?;
-    diesel::select(diesel::dsl::sql::<Bool>(&format!(
-        "pg_try_advisory_lock({KEY})"
-    )))
-    .get_result(conn)
+    // The server may take a moment to find out that the client of a killed import is gone.
+    let give_up = Instant::now() + Duration::from_secs(5);
+    loop {
+        let locked = diesel::dsl::sql::<Bool>(&format!("pg_try_advisory_lock({KEY})"));
+        if diesel::select(locked).get_result(conn)? {
+            return Ok(true);
+        }
+        if Instant::now() >= give_up {
+            return Ok(false);
+        }
+        thread::sleep(Duration::from_millis(100));
+    }
 }
 
 fn locked(

@@ -1,5 +1,8 @@
 -- What the conversions of one session share. All of it is gone with the session.
 
+-- Compiling a conversion takes longer than it saves.
+SET jit = off;
+
 CREATE FUNCTION pg_temp.try_jsonb(document text) RETURNS jsonb
 LANGUAGE plpgsql IMMUTABLE AS $$
 BEGIN

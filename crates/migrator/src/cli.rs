@@ -14,7 +14,8 @@ use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use diesel::pg::PgConnection;
 use serde_json::{Value, json};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -255,16 +256,88 @@ impl Output {
     }
 }
 
+/// A subcommand that the program has beside those of this module.
+pub struct Extra {
+    /// Its name and arguments. It has `--database-url`, `--wait`, `--schema` and `--json` too.
+    pub command: clap::Command,
+    /// Does the work.
+    pub run: fn(&Call<'_>) -> Result<Done, Undone>,
+}
+
+/// A call of an [`Extra`].
+pub struct Call<'a> {
+    runner: Runner,
+    /// The arguments.
+    pub matches: &'a ArgMatches,
+    /// Whether `--json` was given: then only the document is printed.
+    pub json: bool,
+}
+
+impl Call<'_> {
+    /// Connects; `--schema` is the `search_path` of the session.
+    ///
+    /// # Errors
+    /// [`Error::Connect`] and [`Error::Database`], as what is printed.
+    pub fn connect(&self) -> Result<PgConnection, Undone> {
+        self.runner.session().map_err(Undone::from)
+    }
+}
+
+/// What an [`Extra`] has done.
+pub struct Done {
+    /// Exit code.
+    pub code: u8,
+    /// Printed without `--json`.
+    pub text: String,
+    /// `result` of the document with `--json`.
+    pub result: Value,
+}
+
+/// Why an [`Extra`] failed.
+pub struct Undone {
+    /// Exit code.
+    pub code: u8,
+    /// `error.kind` of the document.
+    pub kind: &'static str,
+    /// What happened, and what to do next.
+    pub message: String,
+}
+
+impl From<Error> for Undone {
+    fn from(error: Error) -> Self {
+        let code = match error {
+            Error::Url(_) => USAGE,
+            Error::Connect(_) => NO_CONNECTION,
+            _ => FAILED,
+        };
+        Self {
+            code,
+            kind: kind(&error),
+            message: error.to_string(),
+        }
+    }
+}
+
 /// Runs the command line of `program`. `runner` creates the configured runner for a database URL.
-pub fn main(program: Program, runner: impl Fn(&str) -> Result<Runner, Error>) -> ExitCode {
+pub fn main(
+    program: Program,
+    runner: impl Fn(&str) -> Result<Runner, Error>,
+    extras: &[Extra],
+) -> ExitCode {
     let command = Cli::command()
         .name(program.name)
         .version(program.version)
         .about(program.about)
-        .after_help(EXIT_CODES);
-    let matches = command.try_get_matches();
-    let code = match matches.and_then(|matches| Cli::from_arg_matches(&matches)) {
-        Ok(cli) => run(cli, runner),
+        .after_help(EXIT_CODES)
+        .subcommands(extras.iter().map(|extra| extra.command.clone()));
+    let code = match command.try_get_matches() {
+        Ok(matches) => match extra(&matches, extras) {
+            Some((extra, matches)) => run_extra(extra, matches, runner),
+            None => match Cli::from_arg_matches(&matches) {
+                Ok(cli) => run(cli, runner),
+                Err(error) => usage(&error),
+            },
+        },
         Err(error) => usage(&error),
     };
     if let Err(error) = io::stdout().flush() {
@@ -278,6 +351,65 @@ pub fn main(program: Program, runner: impl Fn(&str) -> Result<Runner, Error>) ->
         None => code,
     }
     .into()
+}
+
+fn extra<'a>(matches: &'a ArgMatches, extras: &'a [Extra]) -> Option<(&'a Extra, &'a ArgMatches)> {
+    let (name, matches) = matches.subcommand()?;
+    let extra = extras
+        .iter()
+        .find(|extra| extra.command.get_name() == name)?;
+    Some((extra, matches))
+}
+
+fn run_extra(
+    extra: &Extra,
+    matches: &ArgMatches,
+    runner: impl Fn(&str) -> Result<Runner, Error>,
+) -> u8 {
+    let command = extra.command.get_name();
+    let json = matches.get_flag("json");
+    let schemas: Vec<&String> = matches.get_many("schema").unwrap_or_default().collect();
+    let call = || {
+        let url = url(matches.get_one::<String>("database_url").cloned())?;
+        let wait = matches.get_one::<u64>("wait").copied().unwrap_or_default();
+        let mut runner = runner(&url)?.connect_wait(Duration::from_secs(wait));
+        match schemas[..] {
+            [] => {}
+            [schema] => runner = runner.schema(schema),
+            _ => return Err(Error::Url("give one --schema")),
+        }
+        (extra.run)(&Call {
+            runner,
+            matches,
+            json,
+        })
+        .map_or_else(|undone| Ok(Err(undone)), |done| Ok(Ok(done)))
+    };
+    let outcome = call().unwrap_or_else(|error: Error| Err(error.into()));
+    match outcome {
+        Ok(done) => {
+            if json {
+                let mut document = document(Some(command), done.code);
+                document["result"] = done.result;
+                say(document);
+            } else {
+                say(done.text);
+            }
+            done.code
+        }
+        Err(undone) => {
+            if json {
+                say(of_error(
+                    Some(command),
+                    undone.code,
+                    undone.kind,
+                    &undone.message,
+                ));
+            }
+            tell(format!("error: {}", undone.message));
+            undone.code
+        }
+    }
 }
 
 fn run(cli: Cli, runner: impl Fn(&str) -> Result<Runner, Error>) -> u8 {
@@ -351,7 +483,7 @@ fn schemas(
 ) -> Result<Vec<Option<String>>, Error> {
     let mut names = cli.schema.clone();
     if cli.command.is_of_all() {
-        let runner = runner(&url(cli)?)?;
+        let runner = runner(&url(cli.database_url.clone())?)?;
         names = runner
             .connect_wait(Duration::from_secs(cli.wait))
             .schemas()?;
@@ -411,9 +543,8 @@ fn usage(error: &clap::Error) -> u8 {
     USAGE
 }
 
-fn url(cli: &Cli) -> Result<String, Error> {
-    let url = cli.database_url.clone();
-    let url = url.or_else(|| env::var("DATABASE_URL").ok());
+fn url(given: Option<String>) -> Result<String, Error> {
+    let url = given.or_else(|| env::var("DATABASE_URL").ok());
     url.filter(|url| !url.is_empty())
         .ok_or(Error::Url("set DATABASE_URL or give --database-url"))
 }
@@ -428,7 +559,7 @@ fn execute(
 ) -> Result<Answer, Error> {
     let working = Arc::clone(&signals.working);
     let mut progress = (!cli.json).then(|| progress(out.clone()));
-    let mut runner = runner(&url(cli)?)?
+    let mut runner = runner(&url(cli.database_url.clone())?)?
         .connect_wait(Duration::from_secs(cli.wait))
         .lock_wait(Duration::from_secs(cli.lock_wait))
         .lock_timeout(Duration::from_secs(cli.lock_timeout))
@@ -559,6 +690,7 @@ fn document(command: Option<&str>, code: u8) -> Value {
         "verification": null,
         "granted": null,
         "maintained": null,
+        "result": null,
         "error": null,
         "schemas": null,
     })

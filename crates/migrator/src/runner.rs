@@ -296,6 +296,19 @@ impl Runner {
         Ok(own)
     }
 
+    /// Connects for work beside the migrations.
+    #[cfg(feature = "cli")]
+    pub(crate) fn session(&self) -> Result<PgConnection, Error> {
+        let mut connection = session::connect(&self.settings)?;
+        if self.settings.sets_path {
+            let path = crate::error::quoted(&self.settings.schema);
+            connection
+                .batch_execute(&format!("SET search_path = {path}"))
+                .map_err(Error::database("setting the search_path"))?;
+        }
+        Ok(connection)
+    }
+
     /// Returns what [`run_to`](Self::run_to) would do. Only reads.
     ///
     /// # Errors

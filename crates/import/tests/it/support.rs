@@ -44,6 +44,19 @@ impl Old {
         Self { database, conn }
     }
 
+    pub(crate) fn server(&self) -> &'static Server {
+        &SERVER
+    }
+
+    /// Another session of the owner.
+    pub(crate) fn other(&self) -> PgConnection {
+        PgConnection::establish(&self.database.url()).unwrap()
+    }
+
+    pub(crate) fn connect_again(&mut self) {
+        self.conn = self.other();
+    }
+
     pub(crate) fn migrate(&mut self) {
         self.conn.run_pending_migrations(MIGRATIONS).unwrap();
     }
