@@ -62,6 +62,11 @@ fn validate(root: &Value, schema: &Value, value: &Value) -> Result<(), String> {
                 true
             }
             // Held by "properties".
+            "additionalProperties" if rule.is_object() => {
+                let values = value.as_object().into_iter().flat_map(Map::values);
+                values.map(|value| validate(root, rule, value)).collect::<Result<(), _>>()?;
+                true
+            }
             "additionalProperties" => *rule == Value::Bool(false),
             "required" => {
                 let has = |key: &Value| value.get(key.as_str().unwrap_or_default()).is_some();

@@ -31,6 +31,8 @@ mod enums;
 mod faults;
 mod fixtures;
 mod gateway;
+#[cfg(feature = "cli")]
+mod import;
 mod instances;
 #[cfg(feature = "cli")]
 mod json;
