@@ -64,7 +64,9 @@ fn validate(root: &Value, schema: &Value, value: &Value) -> Result<(), String> {
             // Held by "properties".
             "additionalProperties" if rule.is_object() => {
                 let values = value.as_object().into_iter().flat_map(Map::values);
-                values.map(|value| validate(root, rule, value)).collect::<Result<(), _>>()?;
+                values
+                    .map(|value| validate(root, rule, value))
+                    .collect::<Result<(), _>>()?;
                 true
             }
             "additionalProperties" => *rule == Value::Bool(false),

@@ -3,7 +3,9 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::Command;
 
-use bruhmcp_db::import::{self, ImportError, Options, System, write_csv, write_json_lines};
+use bruhmcp_db::import::{
+    self, ImportError, Options, REASONS, System, write_csv, write_json_lines,
+};
 use bruhmcp_db::migrations::MIGRATIONS;
 use diesel::connection::SimpleConnection;
 use diesel_migrations::MigrationHarness;
@@ -456,4 +458,32 @@ fn what_nobody_knows_is_named() {
         ),
         ("sessions", 2)
     );
+}
+
+#[test]
+fn the_guide_has_all_codes() {
+    let guide = include_str!("../../../../docs/moving.md");
+    let (_, table) = guide.split_once("| --- | --- |\n| `null_default`").unwrap();
+    let table = format!("| `null_default`{table}");
+    let codes = REASONS
+        .iter()
+        .map(|reason| format!("| `{}` | {} |", reason.code, reason.meaning));
+    assert_eq!(table.lines().collect::<Vec<_>>(), codes.collect::<Vec<_>>());
+}
+
+#[test]
+fn each_code_is_in_the_conversions() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/src/tables");
+    let mut conversions: String = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|file| std::fs::read_to_string(file.unwrap().path()).unwrap())
+        .collect();
+    conversions += include_str!("../../src/run.rs");
+    for reason in REASONS {
+        assert!(
+            conversions.contains(&format!("'{}'", reason.code)),
+            "{}",
+            reason.code
+        );
+    }
 }
