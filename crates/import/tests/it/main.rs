@@ -3,4 +3,5 @@
 mod accounts;
 mod course;
 mod money;
+mod random;
 mod support;

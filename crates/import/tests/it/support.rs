@@ -34,6 +34,12 @@ impl Old {
         old
     }
 
+    pub(crate) fn copy_of(template: &Database) -> Self {
+        let database = SERVER.create_database_from(template).unwrap();
+        let conn = PgConnection::establish(&database.url()).unwrap();
+        Self { database, conn }
+    }
+
     pub(crate) fn before_migrations(shape: &str, rows: &str) -> Self {
         let database = SERVER.create_database().unwrap();
         let mut conn = PgConnection::establish(&database.url()).unwrap();
