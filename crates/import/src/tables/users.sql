@@ -17,7 +17,7 @@ addressed AS (
                WHEN suffix_emails THEN format(
                    '%s+duplicate-%s@%s',
                    split_part(canonical_email, '@', 1),
-                   left(replace(id::text, '-', ''), 12),
+                   replace(id::text, '-', ''),
                    split_part(canonical_email, '@', 2)
                )
            END AS new_email,
