@@ -12,7 +12,11 @@ use diesel_pg_migrator::cli::{self, Program};
 fn main() -> ExitCode {
     let program = Program {
         name: migrations::PROGRAM,
-        version: env!("CARGO_PKG_VERSION"),
+        version: format!(
+            "{} (schema {})",
+            env!("CARGO_PKG_VERSION"),
+            migrations::newest().unwrap_or_default()
+        ),
         about: "Applies, reverts and checks the migrations of BruhMCP's database.",
     };
     cli::main(program, migrations::runner)

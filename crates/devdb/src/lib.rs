@@ -279,7 +279,8 @@ impl Server {
             .execute(connection)?;
         if exists == 0 {
             let quoted = name.replace('"', "\"\"");
-            connection.batch_execute(&format!("CREATE DATABASE \"{quoted}\" TEMPLATE template0"))?;
+            connection
+                .batch_execute(&format!("CREATE DATABASE \"{quoted}\" TEMPLATE template0"))?;
         }
         Ok(self.named(name, true))
     }
