@@ -45,6 +45,10 @@ const EXIT_CODES: &str = "Exit codes: 0 done or current, 1 failed, 2 usage, 3 pe
     verify), 4 lock busy, 5 refused, 6 no connection, 7 drift (verify), 8 time limit (--timeout), \
     130 or 143 stopped by SIGINT or SIGTERM.";
 
+/// What to do where there is no connection.
+const REACH: &str = "Look at the server, and at the URL: --database-url, DATABASE_URL or .env. \
+    --wait SECS tries again while the server starts.";
+
 /// Interval between two lines about a migration that is still running.
 const LIVE: Duration = Duration::from_secs(2);
 
@@ -342,6 +346,9 @@ fn run(cli: Cli, runner: impl Fn(&str) -> Result<Runner, Error>) -> u8 {
         Err(error) => {
             let code = signals.exit_code(&error);
             tell(format!("error: {error}"));
+            if let Error::Connect(_) = error {
+                tell(REACH);
+            }
             if json {
                 say(of_answer(command, code, &Err(error)));
             }
@@ -368,6 +375,9 @@ fn run(cli: Cli, runner: impl Fn(&str) -> Result<Runner, Error>) -> u8 {
                     show_notes(&out, done);
                 }
                 out.tell(format!("error: {error}"));
+                if let Error::Connect(_) = error {
+                    out.tell(REACH);
+                }
             }
         }
         if (failed && cli.fail_fast) || signals.stop.load(Ordering::Relaxed) {

@@ -115,7 +115,7 @@ pub enum Refusal {
     )]
     Unknown(Vec<String>),
     /// This program has no migration of the requested version.
-    #[error("this program has no migration {0}. The status lists the ones it has.")]
+    #[error("this program has no migration {0}. `status` lists the ones it has.")]
     NoSuchVersion(String),
     /// A migration to revert has no `down.sql`.
     #[error(
