@@ -203,7 +203,9 @@ impl Server {
         };
         if !folder.exists() {
             // Under another name until it is whole.
-            let new = folder.with_extension("new");
+            let mut new = folder.clone().into_os_string();
+            new.push(".unfinished");
+            let new = PathBuf::from(new);
             if new.exists() {
                 fs::remove_dir_all(&new).map_err(Error::io(new.to_string_lossy()))?;
             }
