@@ -8,18 +8,23 @@ use diesel::connection::{DebugQuery, Instrumentation, InstrumentationEvent};
 /// its duration, and never with a value that is bound to it.
 ///
 /// ```no_run
-/// use bruhmcp_db::SlowStatements;
-/// use diesel::prelude::*;
 /// use std::time::Duration;
 ///
-/// let mut conn = PgConnection::establish("postgresql://app_user@db.example/bruhmcp")?;
-/// conn.set_instrumentation(SlowStatements::new(Duration::from_millis(200)));
-/// # Ok::<(), ConnectionError>(())
+/// use bruhmcp_db::SlowStatements;
+/// use diesel::connection::{Instrumentation, set_default_instrumentation};
+///
+/// fn slow() -> Option<Box<dyn Instrumentation>> {
+///     Some(Box::new(SlowStatements::new(Duration::from_millis(200))))
+/// }
+///
+/// // For each new connection, of a pool too.
+/// set_default_instrumentation(slow)?;
+/// # Ok::<(), diesel::result::Error>(())
 /// ```
 ///
-/// `diesel::connection::set_default_instrumentation` gives one to each new connection, of a pool
-/// too. The duration includes that of the network, but not that of reading the rows. A value that a
-/// caller writes into the text of a `sql_query` is part of the text.
+/// [`retry_transaction`](crate::retry_transaction) keeps the default instrumentation, not one that
+/// was set on a connection only. The duration includes that of the network, but not that of reading
+/// the rows. A value that a caller writes into the text of a `sql_query` is part of the text.
 #[derive(Debug)]
 pub struct SlowStatements {
     threshold: Duration,
