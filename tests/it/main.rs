@@ -9,6 +9,7 @@ mod audit;
 mod backend;
 mod batches;
 mod billing;
+mod book;
 #[cfg(feature = "crypto")]
 mod binds;
 // As `logs`, and with the keys of `sealing`.
