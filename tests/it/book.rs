@@ -63,7 +63,10 @@ fn shown() -> String {
         code.push_str(&blocks(docs));
     }
     let compiled = text(root().join("src/book.rs"));
-    for path in files("docs", "md").into_iter().chain([root().join("README.md")]) {
+    for path in files("docs", "md")
+        .into_iter()
+        .chain([root().join("README.md")])
+    {
         let name = path.strip_prefix(root()).unwrap().display();
         if compiled.contains(&format!("include_str!(\"../{name}\")")) {
             code.push_str(&blocks(text(path).lines()));
@@ -179,7 +182,9 @@ fn the_readme_names_operations_of_each_table() {
     let entities = readme_block("mermaid").into_iter().flat_map(|line| {
         let of_a_relation = line.split(':').next().unwrap().split_whitespace();
         let names: Vec<_> = of_a_relation.map(str::to_owned).collect();
-        names.into_iter().filter(|it| it.contains("_") || it == "users")
+        names
+            .into_iter()
+            .filter(|it| it.contains("_") || it == "users")
     });
     assert_same_set(tables, entities);
 }

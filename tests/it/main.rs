@@ -9,9 +9,9 @@ mod audit;
 mod backend;
 mod batches;
 mod billing;
-mod book;
 #[cfg(feature = "crypto")]
 mod binds;
+mod book;
 // As `logs`, and with the keys of `sealing`.
 #[cfg(all(feature = "crypto", target_os = "linux"))]
 mod buffers;
