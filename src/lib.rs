@@ -126,11 +126,5 @@ pub use secret::{HashedToken, NotSealed, Sealed, SecretText, StateDigest, TokenD
 pub use slow::SlowStatements;
 pub use transaction::{Durability, Isolation, MAX_ATTEMPTS, is_transient, retry_transaction};
 
-/// The README's example compiles.
-#[cfg(all(doctest, feature = "crypto"))]
-#[doc = include_str!("../README.md")]
-struct Readme;
-
-#[cfg(all(doctest, feature = "r2d2"))]
-#[doc = include_str!("../docs/scaling.md")]
-struct Scaling;
+#[cfg(doctest)]
+mod book;

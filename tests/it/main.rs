@@ -11,6 +11,7 @@ mod batches;
 mod billing;
 #[cfg(feature = "crypto")]
 mod binds;
+mod book;
 // As `logs`, and with the keys of `sealing`.
 #[cfg(all(feature = "crypto", target_os = "linux"))]
 mod buffers;
