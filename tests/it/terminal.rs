@@ -45,7 +45,7 @@ fn on_terminal(arguments: &str, setting: (&str, &str)) -> String {
 fn colours_are_for_terminals() {
     let none = ("UNSET", "");
     for (arguments, coloured) in [
-        ("stauts", "\x1b[1m\x1b[31merror:\x1b[0m"),
+        ("statuz", "\x1b[1m\x1b[31merror:\x1b[0m"),
         ("--help", "\x1b[1m"),
         (
             "--database-url postgresql://localhost:1/x status",
@@ -102,8 +102,8 @@ fn help_fits_the_terminal() {
 #[test]
 fn a_typing_error_gets_a_suggestion() {
     for (arguments, meant) in [
-        (&["stauts"][..], "'status'"),
-        (&["run", "--lock-wiat", "1"], "'--lock-wait'"),
+        (&["statuz"][..], "'status'"),
+        (&["run", "--lock-wayt", "1"], "'--lock-wait'"),
     ] {
         let outcome = bruhmcp("", arguments);
         assert_eq!(outcome.code, Some(2));
