@@ -9,9 +9,7 @@ WITH shaped AS (
                WHEN 'promotional' THEN 'promotion'
                ELSE coalesce(source_type, credit_type)
            END AS source,
-           nullif(
-               coalesce(source_id, source_transaction_id::text, subscription_id::text), ''
-           ) AS new_source_id,
+           coalesce(source_id, source_transaction_id::text, subscription_id::text) AS new_source_id,
            coalesce(created_at, updated_at, now) AS new_created_at,
            CASE
                WHEN credit_amount IS NULL THEN is_used OR is_used IS NULL AND used_at IS NOT NULL
@@ -35,15 +33,9 @@ parts AS (
       FROM shaped
      WHERE remaining_amount > 0
 ),
-sourced AS (
+judged AS (
     SELECT parts.*,
            source IN ('refund', 'downgrade') IS TRUE AS once,
-           row_number() OVER (PARTITION BY source, new_source_id ORDER BY new_created_at, id, part)
-               AS place
-      FROM parts
-),
-old AS (
-    SELECT sourced.*,
            CASE
                WHEN users.id IS NULL THEN 'parent_left_behind'
                WHEN rest = 0 OR rest IS NULL THEN 'amount_zero'
@@ -51,8 +43,16 @@ old AS (
                    THEN 'credit_source_unknown'
                WHEN new_currency !~ '^[A-Z]{3}$' THEN 'currency_unknown'
            END AS rejected
-      FROM sourced
-      LEFT JOIN new_users AS users ON users.id = sourced.user_id AND users.rejected IS NULL
+      FROM parts
+      LEFT JOIN new_users AS users ON users.id = parts.user_id AND users.rejected IS NULL
+),
+old AS (
+    SELECT judged.*,
+           row_number() OVER (
+               PARTITION BY rejected IS NULL, source, new_source_id
+               ORDER BY new_created_at, id, part
+           ) AS place
+      FROM judged
 )
 SELECT row_number() OVER (ORDER BY id, part) AS n,
        id::text AS key,
@@ -65,10 +65,14 @@ SELECT row_number() OVER (ORDER BY id, part) AS n,
                    THEN 'credit_inactive_rest'
            END,
            CASE WHEN new_currency <> currency THEN 'currency_upper' END,
-           CASE WHEN once AND new_source_id IS NULL THEN 'credit_source_missing' END,
            CASE
-               WHEN once AND new_source_id IS NOT NULL AND place > 1 AND part = 0
-                   THEN 'credit_source_repeated'
+               WHEN NOT once THEN NULL
+               WHEN coalesce(new_source_id, '') = '' THEN 'credit_source_missing'
+               WHEN place > 1 AND part = 0 THEN 'credit_source_repeated'
+           END,
+           CASE
+               WHEN num_nulls(source_transaction_id, subscription_id) = 0 OR applied_count > 1
+                   THEN 'credit_history_dropped'
            END,
            CASE
                WHEN new_is_used AND coalesce(used_at, last_applied_at) IS NULL THEN 'used_without_date'
@@ -76,6 +80,7 @@ SELECT row_number() OVER (ORDER BY id, part) AS n,
            END,
            CASE
                WHEN credit_amount IS NULL AND num_nulls(currency, is_used) > 0
+                   OR credit_amount IS NOT NULL AND is_active IS NULL
                    OR num_nulls(created_at, updated_at) > 0 AND NOT odd_time
                    THEN 'null_default'
            END,
@@ -89,8 +94,8 @@ SELECT row_number() OVER (ORDER BY id, part) AS n,
        CASE WHEN rejected IS NULL THEN source::credit_source END AS source_type,
        CASE
            WHEN NOT once THEN new_source_id
-           WHEN new_source_id IS NULL OR place > 1
-               THEN concat_ws(' ', new_source_id, 'imported', id, nullif(part, 0))
+           WHEN coalesce(new_source_id, '') = '' OR place > 1
+               THEN concat_ws(' ', nullif(new_source_id, ''), 'imported', id, nullif(part, 0))
            ELSE new_source_id
        END AS source_id,
        new_is_used AS is_used,
