@@ -267,7 +267,7 @@ fn odd_payments_are_converted() {
                FROM subscription_transactions WHERE id = '{}'",
             id(35)
         )),
-        r#"("{""removed"": ""a card number""}","{""unreadable"": ""[1e999]""}")"#
+        r#"({},"{""unreadable"": ""[1e999]""}")"#
     );
 }
 
@@ -542,7 +542,7 @@ fn a_card_is_kept_in_the_form_of_the_new_column() {
                    country, zip_code, cards)
                VALUES ('{3}', '{0}', 'Road 1', 'Pune', 'MH', 'IN', '1', 'null'),
                       ('{4}', '{1}', 'Road 1', 'Pune', 'MH', 'IN', '1',
-                       '[{{"id": "a", "token": "t", "brand": "	", "last4": 4242, "exp_month": "02",
+                       '[{{"id": "a", "token": "t", "brand": "\t", "last4": 4242, "exp_month": "02",
                            "exp_year": "2030", "funding": "credit"}}]'),
                       ('{5}', '{2}', 'Road 1', 'Pune', 'MH', 'IN', '1',
                        '[{{"id": "a", "token": "t", "brand": "visa", "last4": "4242", "exp_month": 2,
