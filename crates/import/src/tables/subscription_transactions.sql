@@ -1,5 +1,5 @@
--- No amount is changed but the sign of a refund: what breaks a rule of money is left behind. Parents
--- come before their children.
+-- No amount is changed but the sign of a refund: what breaks a rule of money is left behind.
+-- Parents come before their children.
 
 WITH RECURSIVE tree AS (
     SELECT id, 0 AS depth
@@ -23,7 +23,8 @@ converted AS (
            depth,
            transaction_type = 'refund' AS is_refund,
            CASE WHEN transaction_type = 'refund' THEN -abs(amount) ELSE amount END AS new_amount,
-           CASE WHEN transaction_type = 'refund' THEN -abs(net_amount) ELSE net_amount END AS new_net,
+           CASE WHEN transaction_type = 'refund' THEN -abs(net_amount) ELSE net_amount END
+               AS new_net,
            upper(btrim(coalesce(currency, 'INR'))) AS new_currency,
            coalesce(old.created_at, old.updated_at, now) AS new_created_at,
            pg_temp.document_of(method_details_json) AS details,

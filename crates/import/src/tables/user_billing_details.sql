@@ -63,7 +63,10 @@ SELECT row_number() OVER (ORDER BY billing_id) AS n,
        false AS extra,
        CASE WHEN is_orphan THEN 'parent_left_behind' END AS rejected,
        array_remove(ARRAY[
-           CASE WHEN '' IN (address_line1, city, state, country, zip_code) THEN 'address_part_empty' END,
+           CASE
+               WHEN '' IN (address_line1, city, state, country, zip_code)
+                   THEN 'address_part_empty'
+           END,
            CASE WHEN are_dropped THEN 'card_dropped' END,
            CASE WHEN are_stripped THEN 'card_number_stripped' END,
            CASE WHEN are_rewritten THEN 'card_rewritten' END,
@@ -73,7 +76,8 @@ SELECT row_number() OVER (ORDER BY billing_id) AS n,
                    THEN 'default_card_unknown'
            END,
            CASE
-               WHEN coalesce(cards, 'null') = 'null' OR num_nulls(created_at, updated_at) > 0 AND NOT odd_time
+               WHEN coalesce(cards, 'null') = 'null'
+                   OR num_nulls(created_at, updated_at) > 0 AND NOT odd_time
                    THEN 'null_default'
            END,
            CASE WHEN odd_time THEN 'time_out_of_range' END

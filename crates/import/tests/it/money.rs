@@ -464,11 +464,13 @@ fn credits_that_are_spent_in_part_become_two() {
                  is_active, last_applied_at, updated_at)
              VALUES ('{1}', '{0}', 100, 0, 'promotional', true, '2020-01-01', '2020-05-05'),
                     ('{2}', '{0}', 100, 30, 'refund', true, NULL, '2020-05-05'),
-                    ('{3}', '{0}', 100, 100, 'adjustment', false, NULL, '2020-05-05');",
+                    ('{3}', '{0}', 100, 100, 'adjustment', false, NULL, '2020-05-05'),
+                    ('{4}', '{0}', 50, 20, 'adjustment', false, '2020-04-04', '2020-05-05');
             id(1),
             id(11),
             id(12),
             id(13),
+            id(14),
         );
     let (mut old, report) = Old::imported(B, &rows);
     assert!(report.is_complete());
@@ -477,18 +479,21 @@ fn credits_that_are_spent_in_part_become_two() {
         .iter()
         .find(|table| table.table == "account_credits");
     let credits = credits.unwrap();
-    assert_eq!((credits.rows, credits.added), (3, 1));
-    assert_eq!(
-        keys(&report, "account_credits", "credit_inactive_rest"),
-        [id(13)]
-    );
+    assert_eq!((credits.rows, credits.added), (4, 2));
+    for (code, numbers) in [
+        ("credit_split", vec![id(12), id(14)]),
+        ("credit_inactive_rest", vec![id(13), id(14)]),
+        ("used_without_date", vec![id(12)]),
+    ] {
+        assert_eq!(keys(&report, "account_credits", code), numbers, "{code}");
+    }
     assert_eq!(
         old.text(
             "SELECT string_agg(concat_ws(' ', amount, source_type, is_used, used_at::date,
-                     expires_at::date), ', ' ORDER BY amount, is_used, source_type) FROM account_credits"
+                     expires_at::date), ', ' ORDER BY amount, source_type, is_used) FROM account_credits"
         ),
-        "30 refund f, 70 refund t 2020-05-05, 100 adjustment f 2020-05-05, \
-         100 promotion t 2020-01-01"
+        "20 adjustment f 2020-05-05, 30 refund f, 30 adjustment t 2020-04-04, \
+         70 refund t 2020-05-05, 100 adjustment f 2020-05-05, 100 promotion t 2020-01-01"
     );
 }
 
