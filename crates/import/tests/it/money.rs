@@ -465,7 +465,7 @@ fn credits_that_are_spent_in_part_become_two() {
              VALUES ('{1}', '{0}', 100, 0, 'promotional', true, '2020-01-01', '2020-05-05'),
                     ('{2}', '{0}', 100, 30, 'refund', true, NULL, '2020-05-05'),
                     ('{3}', '{0}', 100, 100, 'adjustment', false, NULL, '2020-05-05'),
-                    ('{4}', '{0}', 50, 20, 'adjustment', false, '2020-04-04', '2020-05-05');
+                    ('{4}', '{0}', 50, 20, 'adjustment', false, '2020-04-04', '2020-05-05');",
             id(1),
             id(11),
             id(12),
