@@ -70,8 +70,12 @@ mod runner;
 mod schemas;
 #[cfg(feature = "crypto")]
 mod sealing;
+#[cfg(all(feature = "crypto", feature = "migrator", feature = "tracing"))]
+mod slow;
 mod subscriptions;
 mod support;
+#[cfg(all(feature = "cli", target_os = "linux"))]
+mod terminal;
 #[cfg(feature = "crypto")]
 mod tokens;
 mod transactions;
