@@ -62,7 +62,7 @@ fn drop(conn: &mut PgConnection) -> QueryResult<Vec<String>> {
                 pg_describe_object(classid, objid, objsubid) AS object
            FROM pg_depend,
                 pg_identify_object_as_address(classid, objid, objsubid) AS address
-          WHERE (address.object_names[1] = 'bruhmcp_archive') IS NOT TRUE
+          WHERE (address.object_names[1] IN ('bruhmcp_archive', 'pg_toast')) IS NOT TRUE
             AND (starts_with(address.object_names[1], 'bruhmcp_archive.')) IS NOT TRUE
              OR classid = 'pg_publication_rel'::regclass;
          DELETE FROM outside
