@@ -128,7 +128,7 @@ fn what_a_down_leaves_or_takes_is_named() {
         (
             "ALTER TABLE users ALTER COLUMN name SET STORAGE EXTERNAL",
             "SELECT 1",
-            "+ storage of column users.name: e",
+            "+ storage of column public.users.name: e",
         ),
         (
             "CREATE FUNCTION one() RETURNS integer LANGUAGE sql AS 'SELECT 1'",

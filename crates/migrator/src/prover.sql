@@ -26,7 +26,7 @@ owned AS (
         relacl AS acl, CASE relkind WHEN 'S' THEN 's' ELSE 'r' END::"char" AS kind
     FROM relation
     UNION ALL
-    SELECT 'pg_attribute'::regclass, c.oid, a.attnum, c.relowner, a.attacl, 'c'
+    SELECT 'pg_class'::regclass, c.oid, a.attnum, c.relowner, a.attacl, 'c'
     FROM relation c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0
     UNION ALL
     SELECT 'pg_proc'::regclass, p.oid, 0, p.proowner, p.proacl, 'f'
