@@ -102,8 +102,8 @@ pub enum Error {
     },
     /// Rows or values of older tables are not as before.
     #[error(
-        "{name}: {direction}.sql loses or changes rows of tables that were there before, {}:\n{}\nIf \
-         that is meant, name the table with Prover::changes.",
+        "{name}: {direction}.sql loses or changes rows of tables that were there before, {}:\n{}\n\
+         If that is meant, name the table with Prover::changes.",
         at(*phase), changes.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
     )]
     #[expect(missing_docs, reason = "the names say it")]
@@ -207,8 +207,8 @@ pub struct Proof {
 /// Proves that all migrations can be reverted, without rows. See the [module](self).
 ///
 /// `url` is a database where nothing is migrated; its role may do what the migrations do. At the
-/// end it is as before, but for an empty `__diesel_schema_migrations`. After an error it stays where
-/// the proof stopped.
+/// end it is as before, but for an empty `__diesel_schema_migrations`. After an error it stays
+/// where the proof stopped.
 ///
 /// # Errors
 /// Any. The first that is found.
