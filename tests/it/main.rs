@@ -57,6 +57,7 @@ mod payments;
 mod plans;
 #[cfg(feature = "cli")]
 mod preflight;
+mod prover;
 #[cfg(all(feature = "crypto", feature = "migrator"))]
 mod quickstart;
 #[cfg(feature = "migrator")]
