@@ -1,13 +1,17 @@
 //! What frequent statements cost, each beside the rejected alternative in the same run. Prefers counts
 //! that don't depend on the machine, such as bytes of WAL.
 //!
-//! `cargo bench --bench costs` starts private servers, removes them at the end, and writes
-//! `docs/performance.md`.
+//! `cargo bench --features migrator --bench costs` starts private servers, removes them at the end,
+//! and writes `docs/performance.md`. With names of sections after `--`, such as `build-cost`, it
+//! writes only these anew.
 
+mod build;
 mod report;
 mod wire;
 
 use std::error::Error;
+use std::fs;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
@@ -54,31 +58,42 @@ fn main() -> Result {
     let synced = Server::private(&[("fsync", "on"), ("synchronous_commit", "on")])?;
     let version = version(&server)?;
     let mut report = Report::new(format!(
-        "Figures of one run of `cargo bench --bench costs`, which writes this page: PostgreSQL \
-         {version}, {cores} cores shared by client and server, release build. Compare them with \
-         each other, not with another machine's. A range is the lowest and the highest of {ROUNDS} \
-         rounds, and a ratio that of their middles to the first line's."
+        "Figures of `cargo bench --features migrator --bench costs`, which writes this page: \
+         PostgreSQL {version}, {cores} cores shared by client and server, release build. Compare \
+         them with each other, not with another machine's. A range is the lowest and the highest of \
+         {ROUNDS} rounds, and a ratio that of their middles to the first line's."
     ));
-    let mut steps: Vec<fn(&Servers) -> Result<Section>> = vec![
-        wal_of_calls,
-        wal_of_payments,
-        rate_of_calls,
-        rate_of_webhooks,
-        counters,
-        rate_of_sweeps,
+    let mut steps: Vec<(&str, fn(&Servers) -> Result<Section>)> = vec![
+        ("wal-per-call", wal_of_calls),
+        ("wal-per-payment", wal_of_payments),
+        ("calls-per-second", rate_of_calls),
+        ("webhook-workers", rate_of_webhooks),
+        ("counters", counters),
+        ("sweep-workers", rate_of_sweeps),
+        ("migrations", migrations),
     ];
     // The CPU of a process is read the Linux way.
     if cfg!(target_os = "linux") {
-        steps.push(client_library);
+        steps.push(("cpu-by-client", client_library));
+        steps.push(("build-cost", |_| build::build_cost()));
+    }
+    // Cargo adds `--bench`.
+    let wanted: Vec<String> = std::env::args()
+        .skip(1)
+        .filter(|argument| !argument.starts_with('-'))
+        .collect();
+    if !wanted.is_empty() {
+        steps.retain(|(name, _)| wanted.iter().any(|wanted| wanted == name));
+        report.keep()?;
     }
     let servers = Servers { server, synced };
     // Only on a terminal.
     let style = ProgressStyle::with_template("{bar:40} {pos}/{len}, {elapsed}, {eta} left")?;
     let progress = ProgressBar::new(steps.len().try_into()?).with_style(style);
     progress.enable_steady_tick(Duration::from_secs(1));
-    for step in steps {
+    for (_, step) in steps {
         let section = step(&servers)?;
-        progress.suspend(|| report.add(section));
+        progress.suspend(|| report.add(section))?;
         progress.inc(1);
     }
     report.write()
@@ -379,6 +394,50 @@ fn inserts(server: &Server, new_key: fn() -> Uuid) -> Result<f64> {
         Ok(())
     })?;
     Ok(each(bytes, INSERTS))
+}
+
+/// An empty database migrated by the runner and by `psql`, in turns.
+fn migrations(servers: &Servers) -> Result<Section> {
+    let file = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("migrations.sql");
+    let mut folders = fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/migrations"))?
+        .map(|entry| Ok(entry?.path().join("up.sql")))
+        .collect::<Result<Vec<_>>>()?;
+    folders.retain(|up| up.exists());
+    folders.sort();
+    let files = folders.iter().map(fs::read_to_string);
+    fs::write(&file, files.collect::<std::io::Result<String>>()?)?;
+    let (mut by_psql, mut by_runner) = (Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        let database = servers.server.create_database()?;
+        let start = Instant::now();
+        let psql = database
+            .client("psql")
+            .args(["-Xq1", "-v", "ON_ERROR_STOP=1", "-f"])
+            .arg(&file)
+            .output()?;
+        by_psql.push(1_000.0 * start.elapsed().as_secs_f64());
+        if !psql.status.success() {
+            return Err(String::from_utf8_lossy(&psql.stderr).into());
+        }
+        let database = servers.server.create_database()?;
+        let start = Instant::now();
+        bruhmcp_db::migrations::runner(&database.url())?.run()?;
+        by_runner.push(1_000.0 * start.elapsed().as_secs_f64());
+    }
+    Ok(Section {
+        name: "migrations",
+        title: "An empty database migrated",
+        text: format!(
+            "{} migrations, each in a transaction of its own by the runner, and all in one file and \
+             transaction by `psql`, with the start of each.",
+            folders.len()
+        ),
+        unit: "ms",
+        rows: vec![
+            ("psql, one file".to_owned(), Range::of(&by_psql)),
+            ("the runner".to_owned(), Range::of(&by_runner)),
+        ],
+    })
 }
 
 /// The registry row of a popular service, which each creation on it counts up.
