@@ -9,7 +9,7 @@
 //! A user signs up, connects Figma with an API key, and calls it:
 //!
 //! ```no_run
-//! # #[cfg(feature = "crypto")]
+//! # #[cfg(all(feature = "crypto", feature = "operations"))]
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use bruhmcp_db::SecretText;
 //! use bruhmcp_db::crypto::{KeyRing, SecretColumn};
@@ -40,7 +40,7 @@
 //! // Call the service on `service.port` with `api_key`.
 //! # Ok(())
 //! # }
-//! # #[cfg(not(feature = "crypto"))]
+//! # #[cfg(not(all(feature = "crypto", feature = "operations")))]
 //! # fn main() {}
 //! ```
 //!
@@ -91,17 +91,28 @@
 //! Rules that must always hold are kept by the database, also for statements written by hand.
 #![deny(missing_docs)]
 
+#[cfg(feature = "operations")]
 mod buffer;
 #[cfg(feature = "crypto")]
 pub mod crypto;
 pub mod enums;
+#[cfg(feature = "operations")]
 mod error;
 pub mod ids;
 #[cfg(feature = "migrations")]
 pub mod migrations;
+#[cfg(feature = "operations")]
 pub mod models;
+/// The rows of the tables. The operations on them need the feature `operations`.
+#[cfg(not(feature = "operations"))]
+pub mod models {
+    pub use crate::rows::*;
+}
+#[cfg(feature = "operations")]
 mod page;
+#[cfg(feature = "operations")]
 mod prepared;
+mod rows;
 #[expect(
     missing_docs,
     reason = "generated: `schema.rs` carries the database's comments and no others"
@@ -109,23 +120,28 @@ mod prepared;
 #[path = "../schema.rs"]
 pub mod schema;
 mod secret;
+#[cfg(feature = "operations")]
 mod transaction;
 pub mod views;
 
 /// Crates whose types appear in this crate's API.
 pub use {bigdecimal, chrono, diesel, serde_json, uuid, zeroize};
 
+#[cfg(feature = "operations")]
 pub use buffer::{Buffer, BufferLimits};
+#[cfg(feature = "operations")]
 pub use error::{ConstraintKind, ConstraintViolation, NegativeSpan};
+#[cfg(feature = "operations")]
 pub use page::{Cursor, Page};
 pub use secret::{HashedToken, NotSealed, Sealed, SecretText, StateDigest, TokenDigest};
+#[cfg(feature = "operations")]
 pub use transaction::{Durability, Isolation, MAX_ATTEMPTS, is_transient, retry_transaction};
 
 /// The README's example compiles.
-#[cfg(all(doctest, feature = "crypto"))]
+#[cfg(all(doctest, feature = "crypto", feature = "operations"))]
 #[doc = include_str!("../README.md")]
 struct Readme;
 
-#[cfg(all(doctest, feature = "r2d2"))]
+#[cfg(all(doctest, feature = "operations", feature = "r2d2"))]
 #[doc = include_str!("../docs/scaling.md")]
 struct Scaling;

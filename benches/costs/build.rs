@@ -16,7 +16,9 @@ features = ["32-column-tables", "chrono", "numeric", "postgres", "serde_json", "
 pub(crate) fn build_cost() -> Result<Section> {
     let this = env!("CARGO_MANIFEST_DIR");
     let with = |features: &str| {
-        format!("[dependencies.bruhmcp-db]\npath = {this:?}\ndefault-features = false\nfeatures = [{features}]")
+        format!(
+            "[dependencies.bruhmcp-db]\npath = {this:?}\ndefault-features = false\nfeatures = [{features}]"
+        )
     };
     let cases = [
         ("Diesel alone", DIESEL.to_owned()),
@@ -28,10 +30,7 @@ pub(crate) fn build_cost() -> Result<Section> {
     let mut rows = Vec::new();
     for (name, dependencies) in cases {
         let (crates, seconds) = build(&folder, &dependencies)?;
-        rows.push((
-            format!("{name} ({crates} crates)"),
-            Range::exactly(seconds),
-        ));
+        rows.push((format!("{name} ({crates} crates)"), Range::exactly(seconds)));
     }
     Ok(Section {
         name: "build-cost",

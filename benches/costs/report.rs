@@ -166,7 +166,11 @@ impl Report {
             println!("  {label:<56} {range} {}", section.unit);
         }
         let text = section.markdown()?;
-        match self.sections.iter_mut().find(|kept| kept.0 == section.title) {
+        match self
+            .sections
+            .iter_mut()
+            .find(|kept| kept.0 == section.title)
+        {
             Some(kept) => kept.1 = text,
             None => self.sections.push((section.title.to_owned(), text)),
         }
@@ -182,7 +186,10 @@ impl Report {
         }
         let mut page = format!("# Performance\n\n{}\n\n", self.intro);
         page.extend(self.sections.iter().map(|section| &*section.1));
-        fs::write(docs.join("performance.md"), page.trim_end().to_owned() + "\n")?;
+        fs::write(
+            docs.join("performance.md"),
+            page.trim_end().to_owned() + "\n",
+        )?;
         Ok(())
     }
 }

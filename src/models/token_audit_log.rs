@@ -2,7 +2,6 @@
 //! days old.
 
 use chrono::{DateTime, Utc};
-use diesel::pg::Pg;
 use diesel::prelude::*;
 use diesel::sql_types::{Array, Jsonb, Nullable, Text, Uuid};
 use serde::Serialize;
@@ -12,35 +11,10 @@ use crate::enums::AuditStatus;
 use crate::ids::{AuditId, InstanceId, UserId};
 use crate::page::{Cursor, Page, newest_first};
 use crate::prepared::Prepare;
+pub use crate::rows::TokenAudit;
 use crate::schema::sql_types::TokenAuditStatus;
 use crate::schema::token_audit_log;
 use crate::transaction::Durability;
-
-/// A row of `token_audit_log`. It must not contain a secret.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Queryable, Selectable, Identifiable)]
-#[diesel(table_name = token_audit_log, primary_key(instance_id, created_at, audit_id), check_for_backend(Pg))]
-#[expect(
-    missing_docs,
-    reason = "the other columns need no more than their name"
-)]
-pub struct TokenAudit {
-    pub audit_id: AuditId,
-    /// The instance. It may be deleted: the log has no foreign keys.
-    pub instance_id: InstanceId,
-    /// The user, who may be deleted; `None` for an operation of the system.
-    pub user_id: Option<UserId>,
-    /// The operation, such as `token_refresh`; not empty.
-    pub operation: String,
-    pub status: AuditStatus,
-    /// The method, such as `oauth` or `api_key`.
-    pub method: Option<String>,
-    pub error_type: Option<String>,
-    pub error_message: Option<String>,
-    /// Details. Never a token, key, code or other secret: the row can't be changed for 90 days.
-    pub metadata: Option<Value>,
-    /// Set by the database.
-    pub created_at: DateTime<Utc>,
-}
 
 /// Values of a new [`TokenAudit`].
 #[derive(Debug, Clone, Insertable)]
