@@ -3,8 +3,9 @@
 //!
 //! `cargo bench --features migrator --bench costs` starts private servers, removes them at the end,
 //! and writes `docs/performance.md`. With names of sections after `--`, such as `build-cost`, it
-//! writes only these anew.
+//! writes only these anew. `BRUHMCP_BENCH_ROWS` sets the size of the largest tables, such as 1000000.
 
+mod audit;
 mod build;
 mod report;
 mod wire;
@@ -23,7 +24,7 @@ use bruhmcp_db::models::{
     NewSubscriptionTransaction, NewTokenAudit, TokenAudit, User, WebhookEvent,
 };
 use bruhmcp_db::schema::{mcp_service_table, mcp_table, subscription_transactions, users};
-use bruhmcp_db::{Durability, HashedToken, Sealed};
+use bruhmcp_db::{Durability, HashedToken, Page, Sealed};
 use bruhmcp_devdb::{Database, Server};
 use chrono::TimeDelta;
 use diesel::connection::{CacheSize, SimpleConnection};
@@ -71,6 +72,10 @@ fn main() -> Result {
         ("counters", counters),
         ("sweep-workers", rate_of_sweeps),
         ("migrations", migrations),
+        ("buffers", buffers_by_size),
+        ("audit-inserts", audit::inserts),
+        ("audit-listing", audit::listing),
+        ("audit-retention", audit::retention),
     ];
     // The CPU of a process is read the Linux way.
     if cfg!(target_os = "linux") {
@@ -323,6 +328,88 @@ fn wal(
     Ok(number(conn, position)? - before)
 }
 
+/// The size of the largest tables.
+fn large() -> Result<i64> {
+    Ok(std::env::var("BRUHMCP_BENCH_ROWS").map_or(Ok(100_000), |rows| rows.parse())?)
+}
+
+/// Returns the buffers that a call of `work` reads after the first ones, with those of the catalogue.
+fn buffers(
+    conn: &mut PgConnection,
+    mut work: impl FnMut(&mut PgConnection) -> QueryResult<()>,
+) -> Result<f64> {
+    const CALLS: usize = 100;
+    let read =
+        "SELECT blks_hit + blks_read FROM pg_stat_database WHERE datname = current_database()";
+    // Until the plans of its statements are kept.
+    for _ in 0..10 {
+        work(conn)?;
+    }
+    conn.batch_execute("SELECT pg_stat_force_next_flush()")?;
+    let before = number(conn, read)?;
+    for _ in 0..CALLS {
+        work(conn)?;
+    }
+    conn.batch_execute("SELECT pg_stat_force_next_flush()")?;
+    Ok(each(number(conn, read)? - before, CALLS))
+}
+
+/// What frequent operations read, by the number of instances and of users.
+fn buffers_by_size(servers: &Servers) -> Result<Section> {
+    type Operation = fn(&mut PgConnection, InstanceId, UserId) -> QueryResult<()>;
+    let operations: [(&str, Operation); 5] = [
+        ("McpInstance::find_with_credentials", |conn, id, user| {
+            McpInstance::find_with_credentials(conn, id, "figma", Some(user)).map(drop)
+        }),
+        ("McpInstance::record_call", |conn, id, user| {
+            McpInstance::record_call(conn, id, Some(user)).map(drop)
+        }),
+        ("McpInstance::expire_due, none due", |conn, _, _| {
+            McpInstance::expire_due(conn, 10).map(drop)
+        }),
+        ("McpInstance::count_active", |conn, _, user| {
+            McpInstance::count_active(conn, user).map(drop)
+        }),
+        ("User::list", |conn, _, _| {
+            User::list(conn, Page::first(10)).map(drop)
+        }),
+    ];
+    let mut rows = Vec::new();
+    for (name, operation) in operations {
+        for size in [large()? / 10, large()?] {
+            let (_database, mut conn) = database(&servers.server)?;
+            let conn = &mut conn;
+            conn.batch_execute(&format!(
+                "SET session_replication_role = replica;
+                 INSERT INTO users (first_name, last_name, email)
+                 SELECT 'a', '', n || '@example.org' FROM generate_series(1, {size}) AS n;
+                 INSERT INTO user_plans (user_id, plan_type) SELECT id, 'pro' FROM users
+                     ON CONFLICT DO NOTHING;
+                 INSERT INTO mcp_table (mcp_service_name, display_name, port, type)
+                 VALUES ('figma', 'Figma', 49280, 'api_key');
+                 INSERT INTO mcp_service_table (user_id, mcp_service_id, oauth_status)
+                 SELECT id, mcp_service_id, 'completed' FROM mcp_table, users;
+                 RESET session_replication_role"
+            ))?;
+            conn.batch_execute("VACUUM ANALYZE")?;
+            let (id, user) = mcp_service_table::table
+                .select((mcp_service_table::instance_id, mcp_service_table::user_id))
+                .first(conn)?;
+            let read = buffers(conn, |conn| operation(conn, id, user))?;
+            rows.push((format!("{name}, {size} rows"), Range::exactly(read)));
+        }
+    }
+    Ok(Section {
+        name: "buffers",
+        title: "Buffers by table size",
+        text: "What a call reads, in tables of users and instances with so many rows each. \
+               `tests/it/buffers.rs` holds it for more operations."
+            .into(),
+        unit: "buffers a call",
+        rows,
+    })
+}
+
 /// Creates instances that can be called, and changes the schema; returns their keys, spread over the table.
 fn instances(conn: &mut PgConnection, change: Option<&str>) -> Result<Vec<InstanceId>> {
     conn.batch_execute(&format!(
@@ -368,7 +455,7 @@ fn calls(server: &Server, change: Option<&str>) -> Result<(f64, i64)> {
 fn inserts(server: &Server, new_key: fn() -> Uuid) -> Result<f64> {
     let (_database, mut conn) = database(server)?;
     let conn = &mut conn;
-    let user_id: UserId = User::list(conn, bruhmcp_db::Page::first(1))?
+    let user_id: UserId = User::list(conn, Page::first(1))?
         .first()
         .ok_or("no user")?
         .id;

@@ -199,6 +199,7 @@ impl TokenAudit {
     pub fn purge(conn: &mut PgConnection, limit: u16) -> QueryResult<i64> {
         diesel::select(cleanup_old_token_audit_logs(i32::from(limit))).get_result(conn)
     }
+
     /// Makes the partitions of this month and the next three, moves rows that had none to that of
     /// their month, and drops months that are wholly past 90 days. Run it once a day, outside a
     /// transaction; with nothing to do, nobody waits for it.

@@ -43,8 +43,8 @@ use crate::schema::webhook_events;
 /// ```
 ///
 /// A worker that dies costs its lease: the event is due again when that ends. After
-/// [`MAX_WEBHOOK_ATTEMPTS`] claims it is a dead letter, which [`list_dead`](Self::list_dead) shows and
-/// [`retry`](Self::retry) claims once more.
+/// [`MAX_WEBHOOK_ATTEMPTS`](crate::models::MAX_WEBHOOK_ATTEMPTS) claims it is a dead letter, which
+/// [`list_dead`](Self::list_dead) shows and [`retry`](Self::retry) claims once more.
 ///
 /// The events of a status, a page at a time; so is `'pending'`. The status is a literal, so that
 /// the planner uses the index of the queue, or that on `processed_at` for `'processed'`:
