@@ -64,7 +64,7 @@ fn main() -> Result {
          them with each other, not with another machine's. A range is the lowest and the highest of \
          {ROUNDS} rounds, and a ratio that of their middles to the first line's."
     ));
-    let mut steps: Vec<(&str, fn(&Servers) -> Result<Section>)> = vec![
+    let mut steps: Vec<(&str, Step)> = vec![
         ("wal-per-call", wal_of_calls),
         ("wal-per-payment", wal_of_payments),
         ("calls-per-second", rate_of_calls),
@@ -103,6 +103,8 @@ fn main() -> Result {
     }
     report.write()
 }
+
+type Step = fn(&Servers) -> Result<Section>;
 
 struct Servers {
     server: Server,
