@@ -383,8 +383,9 @@ fn buffers_by_size(servers: &Servers) -> Result<Section> {
             let conn = &mut conn;
             conn.batch_execute(&format!(
                 "SET session_replication_role = replica;
-                 INSERT INTO users (first_name, last_name, email)
-                 SELECT 'a', '', n || '@example.org' FROM generate_series(1, {size}) AS n;
+                 INSERT INTO users (first_name, last_name, email, created_at)
+                 SELECT 'a', '', n || '@example.org', now() - n * interval '1 second'
+                   FROM generate_series(1, {size}) AS n;
                  INSERT INTO user_plans (user_id, plan_type) SELECT id, 'pro' FROM users
                      ON CONFLICT DO NOTHING;
                  INSERT INTO mcp_table (mcp_service_name, display_name, port, type)
