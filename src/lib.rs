@@ -9,7 +9,7 @@
 //! A user signs up, connects Figma with an API key, and calls it:
 //!
 //! ```no_run
-//! # #[cfg(all(feature = "crypto", feature = "operations"))]
+//! # #[cfg(feature = "crypto")]
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use bruhmcp_db::SecretText;
 //! use bruhmcp_db::crypto::{KeyRing, SecretColumn};
@@ -40,7 +40,7 @@
 //! // Call the service on `service.port` with `api_key`.
 //! # Ok(())
 //! # }
-//! # #[cfg(not(all(feature = "crypto", feature = "operations")))]
+//! # #[cfg(not(feature = "crypto"))]
 //! # fn main() {}
 //! ```
 //!
@@ -138,7 +138,7 @@ pub use secret::{HashedToken, NotSealed, Sealed, SecretText, StateDigest, TokenD
 pub use transaction::{Durability, Isolation, MAX_ATTEMPTS, is_transient, retry_transaction};
 
 /// The README's example compiles.
-#[cfg(all(doctest, feature = "crypto", feature = "operations"))]
+#[cfg(all(doctest, feature = "crypto"))]
 #[doc = include_str!("../README.md")]
 struct Readme;
 
