@@ -4,28 +4,17 @@
 //! A row with a label that this crate doesn't know fails to load. Add a new label here, release the
 //! crate, and use the label after that.
 
+use std::fmt;
+use std::str::FromStr;
+
 use diesel_derive_enum::DbEnum;
+use serde::de::value::{Error, StrDeserializer};
 use serde::{Deserialize, Serialize};
-use strum::{Display, EnumString, VariantArray};
 
 /// What a token in `auth_tokens` is for.
-#[derive(
-    Debug,
-    Clone,
-    Copy,
-    PartialEq,
-    Eq,
-    Hash,
-    Serialize,
-    Deserialize,
-    DbEnum,
-    Display,
-    EnumString,
-    VariantArray,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, DbEnum)]
 #[ExistingTypePath = "crate::schema::sql_types::AuthTokenType"]
 #[serde(rename_all = "snake_case")]
-#[strum(serialize_all = "snake_case")]
 pub enum AuthTokenType {
     /// A six-digit code to sign in.
     EmailOtp,
@@ -40,23 +29,9 @@ pub enum AuthTokenType {
 }
 
 /// The plan that a subscription pays for.
-#[derive(
-    Debug,
-    Clone,
-    Copy,
-    PartialEq,
-    Eq,
-    Hash,
-    Serialize,
-    Deserialize,
-    DbEnum,
-    Display,
-    EnumString,
-    VariantArray,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, DbEnum)]
 #[ExistingTypePath = "crate::schema::sql_types::SubscriptionPlan"]
 #[serde(rename_all = "snake_case")]
-#[strum(serialize_all = "snake_case")]
 #[expect(missing_docs, reason = "labels without a doc explain themselves")]
 pub enum SubscriptionPlan {
     Free,
@@ -66,23 +41,9 @@ pub enum SubscriptionPlan {
 
 /// The status of a subscription, in the gateway's terms. A user has at most one that is active,
 /// past due or paused.
-#[derive(
-    Debug,
-    Clone,
-    Copy,
-    PartialEq,
-    Eq,
-    Hash,
-    Serialize,
-    Deserialize,
-    DbEnum,
-    Display,
-    EnumString,
-    VariantArray,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, DbEnum)]
 #[ExistingTypePath = "crate::schema::sql_types::SubscriptionStatus"]
 #[serde(rename_all = "snake_case")]
-#[strum(serialize_all = "snake_case")]
 #[expect(missing_docs, reason = "labels without a doc explain themselves")]
 pub enum SubscriptionStatus {
     Created,
@@ -117,23 +78,9 @@ impl SubscriptionStatus {
 }
 
 /// How often a subscription is charged.
-#[derive(
-    Debug,
-    Clone,
-    Copy,
-    PartialEq,
-    Eq,
-    Hash,
-    Serialize,
-    Deserialize,
-    DbEnum,
-    Display,
-    EnumString,
-    VariantArray,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, DbEnum)]
 #[ExistingTypePath = "crate::schema::sql_types::BillingCycle"]
 #[serde(rename_all = "snake_case")]
-#[strum(serialize_all = "snake_case")]
 #[expect(missing_docs, reason = "labels without a doc explain themselves")]
 pub enum BillingCycle {
     Monthly,
@@ -141,23 +88,9 @@ pub enum BillingCycle {
 }
 
 /// The type of a transaction.
-#[derive(
-    Debug,
-    Clone,
-    Copy,
-    PartialEq,
-    Eq,
-    Hash,
-    Serialize,
-    Deserialize,
-    DbEnum,
-    Display,
-    EnumString,
-    VariantArray,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, DbEnum)]
 #[ExistingTypePath = "crate::schema::sql_types::TransactionType"]
 #[serde(rename_all = "snake_case")]
-#[strum(serialize_all = "snake_case")]
 #[expect(missing_docs, reason = "labels without a doc explain themselves")]
 pub enum TransactionType {
     Subscription,
@@ -169,23 +102,9 @@ pub enum TransactionType {
 }
 
 /// The status of a transaction.
-#[derive(
-    Debug,
-    Clone,
-    Copy,
-    PartialEq,
-    Eq,
-    Hash,
-    Serialize,
-    Deserialize,
-    DbEnum,
-    Display,
-    EnumString,
-    VariantArray,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, DbEnum)]
 #[ExistingTypePath = "crate::schema::sql_types::TransactionStatus"]
 #[serde(rename_all = "snake_case")]
-#[strum(serialize_all = "snake_case")]
 #[expect(missing_docs, reason = "labels without a doc explain themselves")]
 pub enum TransactionStatus {
     /// Created, not paid yet.
@@ -200,23 +119,9 @@ pub enum TransactionStatus {
 }
 
 /// The source of a credit.
-#[derive(
-    Debug,
-    Clone,
-    Copy,
-    PartialEq,
-    Eq,
-    Hash,
-    Serialize,
-    Deserialize,
-    DbEnum,
-    Display,
-    EnumString,
-    VariantArray,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, DbEnum)]
 #[ExistingTypePath = "crate::schema::sql_types::CreditSource"]
 #[serde(rename_all = "snake_case")]
-#[strum(serialize_all = "snake_case")]
 #[expect(missing_docs, reason = "labels without a doc explain themselves")]
 pub enum CreditSource {
     /// A refund, credited once per `source_id`.
@@ -229,23 +134,9 @@ pub enum CreditSource {
 }
 
 /// How a service authenticates its users.
-#[derive(
-    Debug,
-    Clone,
-    Copy,
-    PartialEq,
-    Eq,
-    Hash,
-    Serialize,
-    Deserialize,
-    DbEnum,
-    Display,
-    EnumString,
-    VariantArray,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, DbEnum)]
 #[ExistingTypePath = "crate::schema::sql_types::McpAuthType"]
 #[serde(rename_all = "snake_case")]
-#[strum(serialize_all = "snake_case")]
 #[expect(missing_docs, reason = "labels without a doc explain themselves")]
 pub enum AuthType {
     ApiKey,
@@ -253,23 +144,9 @@ pub enum AuthType {
 }
 
 /// The status of an authorization. An API key is completed at once.
-#[derive(
-    Debug,
-    Clone,
-    Copy,
-    PartialEq,
-    Eq,
-    Hash,
-    Serialize,
-    Deserialize,
-    DbEnum,
-    Display,
-    EnumString,
-    VariantArray,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, DbEnum)]
 #[ExistingTypePath = "crate::schema::sql_types::McpOauthStatus"]
 #[serde(rename_all = "snake_case")]
-#[strum(serialize_all = "snake_case")]
 pub enum OauthStatus {
     /// The user has not granted access yet.
     Pending,
@@ -282,23 +159,9 @@ pub enum OauthStatus {
 }
 
 /// Whether an instance can be called.
-#[derive(
-    Debug,
-    Clone,
-    Copy,
-    PartialEq,
-    Eq,
-    Hash,
-    Serialize,
-    Deserialize,
-    DbEnum,
-    Display,
-    EnumString,
-    VariantArray,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, DbEnum)]
 #[ExistingTypePath = "crate::schema::sql_types::McpInstanceStatus"]
 #[serde(rename_all = "snake_case")]
-#[strum(serialize_all = "snake_case")]
 pub enum InstanceStatus {
     /// It can be called once its authorization is completed.
     Active,
@@ -309,23 +172,9 @@ pub enum InstanceStatus {
 }
 
 /// The outcome of an audited operation.
-#[derive(
-    Debug,
-    Clone,
-    Copy,
-    PartialEq,
-    Eq,
-    Hash,
-    Serialize,
-    Deserialize,
-    DbEnum,
-    Display,
-    EnumString,
-    VariantArray,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, DbEnum)]
 #[ExistingTypePath = "crate::schema::sql_types::TokenAuditStatus"]
 #[serde(rename_all = "snake_case")]
-#[strum(serialize_all = "snake_case")]
 #[expect(missing_docs, reason = "labels without a doc explain themselves")]
 pub enum AuditStatus {
     Success,
@@ -336,23 +185,9 @@ pub enum AuditStatus {
 }
 
 /// A user's plan.
-#[derive(
-    Debug,
-    Clone,
-    Copy,
-    PartialEq,
-    Eq,
-    Hash,
-    Serialize,
-    Deserialize,
-    DbEnum,
-    Display,
-    EnumString,
-    VariantArray,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, DbEnum)]
 #[ExistingTypePath = "crate::schema::sql_types::PlanType"]
 #[serde(rename_all = "snake_case")]
-#[strum(serialize_all = "snake_case")]
 pub enum PlanType {
     /// One active instance.
     Free,
@@ -361,23 +196,9 @@ pub enum PlanType {
 }
 
 /// The payment status of a plan.
-#[derive(
-    Debug,
-    Clone,
-    Copy,
-    PartialEq,
-    Eq,
-    Hash,
-    Serialize,
-    Deserialize,
-    DbEnum,
-    Display,
-    EnumString,
-    VariantArray,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, DbEnum)]
 #[ExistingTypePath = "crate::schema::sql_types::PlanPaymentStatus"]
 #[serde(rename_all = "snake_case")]
-#[strum(serialize_all = "snake_case")]
 #[expect(missing_docs, reason = "labels without a doc explain themselves")]
 pub enum PlanPaymentStatus {
     /// No payment is expected.
@@ -391,23 +212,9 @@ pub enum PlanPaymentStatus {
 }
 
 /// The payment gateway.
-#[derive(
-    Debug,
-    Clone,
-    Copy,
-    PartialEq,
-    Eq,
-    Hash,
-    Serialize,
-    Deserialize,
-    DbEnum,
-    Display,
-    EnumString,
-    VariantArray,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, DbEnum)]
 #[ExistingTypePath = "crate::schema::sql_types::PaymentGateway"]
 #[serde(rename_all = "snake_case")]
-#[strum(serialize_all = "snake_case")]
 #[expect(missing_docs, reason = "labels without a doc explain themselves")]
 pub enum PaymentGateway {
     Stripe,
@@ -415,23 +222,9 @@ pub enum PaymentGateway {
 }
 
 /// The processing status of a webhook event.
-#[derive(
-    Debug,
-    Clone,
-    Copy,
-    PartialEq,
-    Eq,
-    Hash,
-    Serialize,
-    Deserialize,
-    DbEnum,
-    Display,
-    EnumString,
-    VariantArray,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, DbEnum)]
 #[ExistingTypePath = "crate::schema::sql_types::WebhookStatus"]
 #[serde(rename_all = "snake_case")]
-#[strum(serialize_all = "snake_case")]
 #[expect(missing_docs, reason = "labels without a doc explain themselves")]
 pub enum WebhookStatus {
     /// Recorded, not processed yet.
@@ -443,28 +236,43 @@ pub enum WebhookStatus {
     Skipped,
 }
 
-macro_rules! all {
-    ($($name:ident)*) => {$(
+macro_rules! labels {
+    ($($name:ident: $($variant:ident)*;)*) => {$(
         impl $name {
             /// All variants, in the order of the database's labels.
-            pub const ALL: &'static [Self] = <Self as VariantArray>::VARIANTS;
+            pub const ALL: &'static [Self] = &[$(Self::$variant),*];
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                self.serialize(f)
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = Error;
+
+            fn from_str(label: &str) -> Result<Self, Error> {
+                Self::deserialize(StrDeserializer::new(label))
+            }
         }
     )*};
 }
-all! {
-    AuthTokenType
-    SubscriptionPlan
-    SubscriptionStatus
-    BillingCycle
-    TransactionType
-    TransactionStatus
-    CreditSource
-    AuthType
-    OauthStatus
-    InstanceStatus
-    AuditStatus
-    PlanType
-    PlanPaymentStatus
-    PaymentGateway
-    WebhookStatus
+labels! {
+    AuthTokenType: EmailOtp PasswordReset EmailVerification Refresh EmailChangePending;
+    SubscriptionPlan: Free Pro Plus;
+    SubscriptionStatus: Created Authenticated Active PastDue Cancelled Completed Paused Halted
+        Upgraded Replaced;
+    BillingCycle: Monthly Yearly;
+    TransactionType: Subscription Addon Refund Adjustment Fee;
+    TransactionStatus: Created Authorized Captured Refunded Failed Cancelled;
+    CreditSource: Refund Adjustment Promotion Downgrade;
+    AuthType: ApiKey Oauth;
+    OauthStatus: Pending Completed Failed Expired;
+    InstanceStatus: Active Inactive Expired;
+    AuditStatus: Success Failure Pending Warning;
+    PlanType: Free Pro;
+    PlanPaymentStatus: None Active Cancelled Failed PastDue;
+    PaymentGateway: Stripe Razorpay;
+    WebhookStatus: Pending Processed Failed Skipped;
 }

@@ -1,13 +1,18 @@
 //! What frequent statements cost, each beside the rejected alternative in the same run. Prefers counts
 //! that don't depend on the machine, such as bytes of WAL.
 //!
-//! `cargo bench --bench costs` starts private servers, removes them at the end, and writes
-//! `docs/performance.md`.
+//! `cargo bench --features migrator --bench costs` starts private servers, removes them at the end,
+//! and writes `docs/performance.md`. With names of sections after `--`, such as `build-cost`, it
+//! writes only these anew. `BRUHMCP_BENCH_ROWS` sets the size of the largest tables, such as 1000000.
 
+mod audit;
+mod build;
 mod report;
 mod wire;
 
 use std::error::Error;
+use std::fs;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
@@ -19,7 +24,7 @@ use bruhmcp_db::models::{
     NewSubscriptionTransaction, NewTokenAudit, TokenAudit, User, WebhookEvent,
 };
 use bruhmcp_db::schema::{mcp_service_table, mcp_table, subscription_transactions, users};
-use bruhmcp_db::{Durability, HashedToken, Sealed};
+use bruhmcp_db::{Durability, HashedToken, Page, Sealed};
 use bruhmcp_devdb::{Database, Server};
 use chrono::TimeDelta;
 use diesel::connection::{CacheSize, SimpleConnection};
@@ -54,35 +59,52 @@ fn main() -> Result {
     let synced = Server::private(&[("fsync", "on"), ("synchronous_commit", "on")])?;
     let version = version(&server)?;
     let mut report = Report::new(format!(
-        "Figures of one run of `cargo bench --bench costs`, which writes this page: PostgreSQL \
-         {version}, {cores} cores shared by client and server, release build. Compare them with \
-         each other, not with another machine's. A range is the lowest and the highest of {ROUNDS} \
-         rounds, and a ratio that of their middles to the first line's."
+        "Figures of `cargo bench --features migrator --bench costs`, which writes this page: \
+         PostgreSQL {version}, {cores} cores shared by client and server, release build. Compare \
+         them with each other, not with another machine's. A range is the lowest and the highest of \
+         {ROUNDS} rounds, and a ratio that of their middles to the first line's."
     ));
-    let mut steps: Vec<fn(&Servers) -> Result<Section>> = vec![
-        wal_of_calls,
-        wal_of_payments,
-        rate_of_calls,
-        rate_of_webhooks,
-        counters,
-        rate_of_sweeps,
+    let mut steps: Vec<(&str, Step)> = vec![
+        ("wal-per-call", wal_of_calls),
+        ("wal-per-payment", wal_of_payments),
+        ("calls-per-second", rate_of_calls),
+        ("webhook-workers", rate_of_webhooks),
+        ("counters", counters),
+        ("sweep-workers", rate_of_sweeps),
+        ("migrations", migrations),
+        ("buffers", buffers_by_size),
+        ("audit-inserts", audit::inserts),
+        ("audit-listing", audit::listing),
+        ("audit-retention", audit::retention),
     ];
     // The CPU of a process is read the Linux way.
     if cfg!(target_os = "linux") {
-        steps.push(client_library);
+        steps.push(("cpu-by-client", client_library));
+        steps.push(("build-cost", |_| build::build_cost()));
+    }
+    // Cargo adds `--bench`.
+    let wanted: Vec<String> = std::env::args()
+        .skip(1)
+        .filter(|argument| !argument.starts_with('-'))
+        .collect();
+    if !wanted.is_empty() {
+        steps.retain(|(name, _)| wanted.iter().any(|wanted| wanted == name));
+        report.keep()?;
     }
     let servers = Servers { server, synced };
     // Only on a terminal.
     let style = ProgressStyle::with_template("{bar:40} {pos}/{len}, {elapsed}, {eta} left")?;
     let progress = ProgressBar::new(steps.len().try_into()?).with_style(style);
     progress.enable_steady_tick(Duration::from_secs(1));
-    for step in steps {
+    for (_, step) in steps {
         let section = step(&servers)?;
-        progress.suspend(|| report.add(section));
+        progress.suspend(|| report.add(section))?;
         progress.inc(1);
     }
     report.write()
 }
+
+type Step = fn(&Servers) -> Result<Section>;
 
 struct Servers {
     server: Server,
@@ -308,6 +330,89 @@ fn wal(
     Ok(number(conn, position)? - before)
 }
 
+/// The size of the largest tables.
+fn large() -> Result<i64> {
+    Ok(std::env::var("BRUHMCP_BENCH_ROWS").map_or(Ok(100_000), |rows| rows.parse())?)
+}
+
+/// Returns the buffers that a call of `work` reads after the first ones, with those of the catalogue.
+fn buffers(
+    conn: &mut PgConnection,
+    mut work: impl FnMut(&mut PgConnection) -> QueryResult<()>,
+) -> Result<f64> {
+    const CALLS: usize = 100;
+    let read =
+        "SELECT blks_hit + blks_read FROM pg_stat_database WHERE datname = current_database()";
+    // Until the plans of its statements are kept.
+    for _ in 0..10 {
+        work(conn)?;
+    }
+    conn.batch_execute("SELECT pg_stat_force_next_flush()")?;
+    let before = number(conn, read)?;
+    for _ in 0..CALLS {
+        work(conn)?;
+    }
+    conn.batch_execute("SELECT pg_stat_force_next_flush()")?;
+    Ok(each(number(conn, read)? - before, CALLS))
+}
+
+/// What frequent operations read, by the number of instances and of users.
+fn buffers_by_size(servers: &Servers) -> Result<Section> {
+    type Operation = fn(&mut PgConnection, InstanceId, UserId) -> QueryResult<()>;
+    let operations: [(&str, Operation); 5] = [
+        ("McpInstance::find_with_credentials", |conn, id, user| {
+            McpInstance::find_with_credentials(conn, id, "figma", Some(user)).map(drop)
+        }),
+        ("McpInstance::record_call", |conn, id, user| {
+            McpInstance::record_call(conn, id, Some(user)).map(drop)
+        }),
+        ("McpInstance::expire_due, none due", |conn, _, _| {
+            McpInstance::expire_due(conn, 10).map(drop)
+        }),
+        ("McpInstance::count_active", |conn, _, user| {
+            McpInstance::count_active(conn, user).map(drop)
+        }),
+        ("User::list", |conn, _, _| {
+            User::list(conn, Page::first(10)).map(drop)
+        }),
+    ];
+    let mut rows = Vec::new();
+    for (name, operation) in operations {
+        for size in [large()? / 10, large()?] {
+            let (_database, mut conn) = database(&servers.server)?;
+            let conn = &mut conn;
+            conn.batch_execute(&format!(
+                "SET session_replication_role = replica;
+                 INSERT INTO users (first_name, last_name, email, created_at)
+                 SELECT 'a', '', n || '@example.org', now() - n * interval '1 second'
+                   FROM generate_series(1, {size}) AS n;
+                 INSERT INTO user_plans (user_id, plan_type) SELECT id, 'pro' FROM users
+                     ON CONFLICT DO NOTHING;
+                 INSERT INTO mcp_table (mcp_service_name, display_name, port, type)
+                 VALUES ('figma', 'Figma', 49280, 'api_key');
+                 INSERT INTO mcp_service_table (user_id, mcp_service_id, oauth_status)
+                 SELECT id, mcp_service_id, 'completed' FROM mcp_table, users;
+                 RESET session_replication_role"
+            ))?;
+            conn.batch_execute("VACUUM ANALYZE")?;
+            let (id, user) = mcp_service_table::table
+                .select((mcp_service_table::instance_id, mcp_service_table::user_id))
+                .first(conn)?;
+            let read = buffers(conn, |conn| operation(conn, id, user))?;
+            rows.push((format!("{name}, {size} rows"), Range::exactly(read)));
+        }
+    }
+    Ok(Section {
+        name: "buffers",
+        title: "Buffers by table size",
+        text: "What a call reads, in tables of users and instances with so many rows each. \
+               `tests/it/buffers.rs` holds it for more operations."
+            .into(),
+        unit: "buffers a call",
+        rows,
+    })
+}
+
 /// Creates instances that can be called, and changes the schema; returns their keys, spread over the table.
 fn instances(conn: &mut PgConnection, change: Option<&str>) -> Result<Vec<InstanceId>> {
     conn.batch_execute(&format!(
@@ -353,7 +458,7 @@ fn calls(server: &Server, change: Option<&str>) -> Result<(f64, i64)> {
 fn inserts(server: &Server, new_key: fn() -> Uuid) -> Result<f64> {
     let (_database, mut conn) = database(server)?;
     let conn = &mut conn;
-    let user_id: UserId = User::list(conn, bruhmcp_db::Page::first(1))?
+    let user_id: UserId = User::list(conn, Page::first(1))?
         .first()
         .ok_or("no user")?
         .id;
@@ -379,6 +484,50 @@ fn inserts(server: &Server, new_key: fn() -> Uuid) -> Result<f64> {
         Ok(())
     })?;
     Ok(each(bytes, INSERTS))
+}
+
+/// An empty database migrated by the runner and by `psql`, in turns.
+fn migrations(servers: &Servers) -> Result<Section> {
+    let file = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("migrations.sql");
+    let mut folders = fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/migrations"))?
+        .map(|entry| Ok(entry?.path().join("up.sql")))
+        .collect::<Result<Vec<_>>>()?;
+    folders.retain(|up| up.exists());
+    folders.sort();
+    let files = folders.iter().map(fs::read_to_string);
+    fs::write(&file, files.collect::<std::io::Result<String>>()?)?;
+    let (mut by_psql, mut by_runner) = (Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        let database = servers.server.create_database()?;
+        let start = Instant::now();
+        let psql = database
+            .client("psql")
+            .args(["-Xq1", "-v", "ON_ERROR_STOP=1", "-f"])
+            .arg(&file)
+            .output()?;
+        by_psql.push(1_000.0 * start.elapsed().as_secs_f64());
+        if !psql.status.success() {
+            return Err(String::from_utf8_lossy(&psql.stderr).into());
+        }
+        let database = servers.server.create_database()?;
+        let start = Instant::now();
+        bruhmcp_db::migrations::runner(&database.url())?.run()?;
+        by_runner.push(1_000.0 * start.elapsed().as_secs_f64());
+    }
+    Ok(Section {
+        name: "migrations",
+        title: "An empty database migrated",
+        text: format!(
+            "{} migrations, each in a transaction of its own by the runner, and all in one file and \
+             transaction by `psql`, with the start of each.",
+            folders.len()
+        ),
+        unit: "ms",
+        rows: vec![
+            ("psql, one file".to_owned(), Range::of(&by_psql)),
+            ("the runner".to_owned(), Range::of(&by_runner)),
+        ],
+    })
 }
 
 /// The registry row of a popular service, which each creation on it counts up.

@@ -132,10 +132,12 @@ impl Section {
     }
 }
 
-/// The page, written again by each whole run.
+/// The page: the sections of this run, and those of earlier ones that are kept.
 pub(crate) struct Report {
     intro: String,
-    sections: Vec<Section>,
+    /// By title.
+    sections: Vec<(String, String)>,
+    charts: Vec<(&'static str, String)>,
 }
 
 impl Report {
@@ -143,28 +145,55 @@ impl Report {
         Self {
             intro,
             sections: Vec::new(),
+            charts: Vec::new(),
         }
     }
 
-    pub(crate) fn add(&mut self, section: Section) {
+    /// Keeps the sections of the page as it is, unless this run adds them again.
+    pub(crate) fn keep(&mut self) -> Result {
+        let page = fs::read_to_string(docs().join("performance.md"))?;
+        for section in page.split("\n## ").skip(1) {
+            let title = section.lines().next().unwrap_or_default();
+            let text = format!("## {}\n\n", section.trim_end());
+            self.sections.push((title.to_owned(), text));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn add(&mut self, section: Section) -> Result {
         println!("{}", section.title);
         for (label, range) in &section.rows {
             println!("  {label:<56} {range} {}", section.unit);
         }
-        self.sections.push(section);
+        let text = section.markdown()?;
+        match self
+            .sections
+            .iter_mut()
+            .find(|kept| kept.0 == section.title)
+        {
+            Some(kept) => kept.1 = text,
+            None => self.sections.push((section.title.to_owned(), text)),
+        }
+        self.charts.push((section.name, section.svg()?));
+        Ok(())
     }
 
     pub(crate) fn write(&self) -> Result {
-        let docs = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("docs");
-        let mut page = format!("# Performance\n\n{}\n\n", self.intro);
+        let docs = docs();
         fs::create_dir_all(docs.join("performance"))?;
-        for section in &self.sections {
-            page += &section.markdown()?;
-            let chart = format!("performance/{}.svg", section.name);
-            fs::write(docs.join(chart), section.svg()?)?;
+        for (name, chart) in &self.charts {
+            fs::write(docs.join(format!("performance/{name}.svg")), chart)?;
         }
-        let page = page.trim_end().to_owned() + "\n";
-        fs::write(docs.join("performance.md"), page)?;
+        let mut page = format!("# Performance\n\n{}\n\n", self.intro);
+        page.extend(self.sections.iter().map(|section| &*section.1));
+        fs::write(
+            docs.join("performance.md"),
+            page.trim_end().to_owned() + "\n",
+        )?;
         Ok(())
     }
+}
+
+fn docs() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("docs")
 }

@@ -4,52 +4,23 @@ use chrono::{DateTime, TimeDelta, Utc};
 use diesel::connection::{AnsiTransactionManager, TransactionManager};
 use diesel::dsl::{not, now, sql, sum};
 use diesel::expression::SqlLiteral;
-use diesel::pg::Pg;
 use diesel::prelude::*;
 use diesel::result::Error;
 use diesel::sql_types::{BigInt, Bool, Interval, Nullable, Timestamptz};
-use serde::Serialize;
 
+pub use self::row::AuthToken;
 use crate::enums::AuthTokenType;
 use crate::error::NegativeSpan;
 use crate::ids::{AuthTokenId, FamilyId, UserId};
-use crate::models::User;
 use crate::page::{Cursor, Page, newest_first};
 use crate::prepared::Prepare;
 use crate::schema::{auth_tokens, users};
 use crate::secret::{HashedToken, TokenDigest};
 
+mod row;
 mod sessions;
 
 pub use sessions::{MAX_SESSIONS, REUSE_LEEWAY, Rotation, Session};
-
-/// A row of `auth_tokens`.
-#[derive(
-    Debug, Clone, PartialEq, Eq, Serialize, Queryable, Selectable, Identifiable, Associations,
-)]
-#[diesel(table_name = auth_tokens, belongs_to(User, foreign_key = user_id), check_for_backend(Pg))]
-#[expect(missing_docs, reason = "the other fields explain themselves")]
-pub struct AuthToken {
-    pub id: AuthTokenId,
-    pub user_id: UserId,
-    /// The keyed digest of the secret.
-    #[serde(skip_serializing)]
-    pub token: TokenDigest,
-    #[serde(rename = "type")]
-    pub type_: AuthTokenType,
-    pub expires_at: DateTime<Utc>,
-    /// Whether the token was consumed, replaced or revoked.
-    pub is_used: bool,
-    /// The number of wrong guesses.
-    pub attempts: i16,
-    pub created_at: DateTime<Utc>,
-    pub updated_at: DateTime<Utc>,
-    pub used_at: Option<DateTime<Utc>>,
-    /// The session of a refresh token; other types have none.
-    pub family_id: Option<FamilyId>,
-    /// When the session ends; other types have none.
-    pub session_expires_at: Option<DateTime<Utc>>,
-}
 
 /// The number of wrong guesses within [`CODE_WINDOW`] after which even the right code is rejected.
 pub const MAX_CODE_ATTEMPTS: i16 = 5;

@@ -1,5 +1,5 @@
-//! The tables: a file each, named after the table, with its row, its insert, its changeset and its
-//! operations.
+//! The tables: a file each, named after the table, with its insert, its changeset and the operations
+//! on its row.
 //!
 //! All operations take the connection first and work inside a transaction of the caller's as well
 //! as alone, except [`AuthToken::check_code`].

@@ -1,13 +1,15 @@
 //! The audit log of tokens and credentials. Rows can't be changed, nor deleted before they are 90
 //! days old.
 
+mod row;
+
 use chrono::{DateTime, Utc};
-use diesel::pg::Pg;
 use diesel::prelude::*;
 use diesel::sql_types::{Array, Jsonb, Nullable, Text, Uuid};
 use serde::Serialize;
 use serde_json::Value;
 
+pub use self::row::TokenAudit;
 use crate::enums::AuditStatus;
 use crate::ids::{AuditId, InstanceId, UserId};
 use crate::page::{Cursor, Page, newest_first};
@@ -15,32 +17,6 @@ use crate::prepared::Prepare;
 use crate::schema::sql_types::TokenAuditStatus;
 use crate::schema::token_audit_log;
 use crate::transaction::Durability;
-
-/// A row of `token_audit_log`. It must not contain a secret.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Queryable, Selectable, Identifiable)]
-#[diesel(table_name = token_audit_log, primary_key(instance_id, created_at, audit_id), check_for_backend(Pg))]
-#[expect(
-    missing_docs,
-    reason = "the other columns need no more than their name"
-)]
-pub struct TokenAudit {
-    pub audit_id: AuditId,
-    /// The instance. It may be deleted: the log has no foreign keys.
-    pub instance_id: InstanceId,
-    /// The user, who may be deleted; `None` for an operation of the system.
-    pub user_id: Option<UserId>,
-    /// The operation, such as `token_refresh`; not empty.
-    pub operation: String,
-    pub status: AuditStatus,
-    /// The method, such as `oauth` or `api_key`.
-    pub method: Option<String>,
-    pub error_type: Option<String>,
-    pub error_message: Option<String>,
-    /// Details. Never a token, key, code or other secret: the row can't be changed for 90 days.
-    pub metadata: Option<Value>,
-    /// Set by the database.
-    pub created_at: DateTime<Utc>,
-}
 
 /// Values of a new [`TokenAudit`].
 #[derive(Debug, Clone, Insertable)]
@@ -225,6 +201,7 @@ impl TokenAudit {
     pub fn purge(conn: &mut PgConnection, limit: u16) -> QueryResult<i64> {
         diesel::select(cleanup_old_token_audit_logs(i32::from(limit))).get_result(conn)
     }
+
     /// Makes the partitions of this month and the next three, moves rows that had none to that of
     /// their month, and drops months that are wholly past 90 days. Run it once a day, outside a
     /// transaction; with nothing to do, nobody waits for it.

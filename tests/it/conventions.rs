@@ -439,7 +439,7 @@ pub(crate) fn rust_files(folder: &Path) -> Vec<PathBuf> {
 /// can't see is a column without a field.
 fn row_structs() -> BTreeMap<String, BTreeSet<String>> {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    let mut files = rust_files(&source.join("models"));
+    let mut files = rust_files(&source.join("rows"));
     files.push(source.join("views.rs"));
     let mut rows = BTreeMap::new();
     for file in files {
@@ -465,7 +465,7 @@ fn row_structs() -> BTreeMap<String, BTreeSet<String>> {
             let place = file.with_extension("");
             assert!(
                 view || place.iter().any(|part| part == table),
-                "the row struct of {table} is in {}, not in src/models/{table}.rs",
+                "the row struct of {table} is in {}, not in src/models/{table}",
                 file.display()
             );
         }

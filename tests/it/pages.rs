@@ -93,7 +93,7 @@ fn page(database: &TestDatabase, name: &str, purpose: &str) -> String {
                        FROM pg_trigger JOIN pg_proc ON pg_proc.oid = tgfoid,
                             regexp_matches(
                                 prosrc,
-                                'CONSTRAINT = ''([^'']+)'',\s+HINT = ''((?:[^'']|'''')*)''', 'g'
+                                'CONSTRAINT = ''([^'']+)'',\\s+HINT = ''((?:[^'']|'''')*)''', 'g'
                             ) AS raised
                       WHERE tgrelid = {of}
                  ) AS rules
@@ -178,9 +178,11 @@ fn page(database: &TestDatabase, name: &str, purpose: &str) -> String {
 
 /// The file and the row type of a table's model.
 fn model(table: &str) -> Option<(String, String)> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let file = format!("src/models/{table}.rs");
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(&file);
-    let text = fs::read_to_string(path).ok()?;
+    let own = fs::read_to_string(root.join(&file)).ok()?;
+    let row = fs::read_to_string(root.join(format!("src/models/{table}/row.rs")));
+    let text = own + &row.unwrap_or_default();
     let (_, row) = text.split_once(&format!("/// A row of `{table}`"))?;
     let (_, row) = row.split_once("pub struct ")?;
     let end = row.find(|c: char| !c.is_alphanumeric())?;
@@ -416,9 +418,12 @@ fn diagram(states: &States, reached: &BTreeMap<String, BTreeSet<String>>) -> Str
 #[test]
 fn generated_pages() {
     let database = database_with_rows();
-    if rows(&database, "SELECT to_regrole('app_user'), to_regrole('app_admin')")
-        .concat()
-        .contains(&String::new())
+    if rows(
+        &database,
+        "SELECT to_regrole('app_user'), to_regrole('app_admin')",
+    )
+    .concat()
+    .contains(&String::new())
     {
         support::skipped("the rights of app_user and app_admin need these roles");
         return;

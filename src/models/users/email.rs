@@ -1,9 +1,8 @@
 //! The one spelling of an email address, and its change.
 
 use diesel::prelude::*;
-use icu_normalizer::ComposingNormalizerBorrowed;
-use icu_properties::props::{DefaultIgnorableCodePoint, GeneralCategory};
-use icu_properties::{CodePointMapData, CodePointSetData};
+use unicode_normalization::UnicodeNormalization;
+use unicode_properties::{GeneralCategory, UnicodeGeneralCategory};
 
 use super::{User, UserError};
 use crate::enums::AuthTokenType;
@@ -64,8 +63,7 @@ pub fn canonical_email(email: &str) -> Result<String, InvalidEmail> {
 }
 
 fn local_part(local: &str) -> Result<String, InvalidEmail> {
-    let nfc = ComposingNormalizerBorrowed::new_nfc();
-    let local = nfc.normalize(&local.to_lowercase()).into_owned();
+    let local: String = local.to_lowercase().nfc().collect();
     if local.split('.').any(str::is_empty) || !local.chars().all(is_allowed) {
         return Err(InvalidEmail);
     }
@@ -81,13 +79,11 @@ fn is_allowed(c: char) -> bool {
     if c.is_ascii() {
         return c.is_ascii_graphic() && !"\"(),:;<>@[\\]".contains(c);
     }
-    let category = CodePointMapData::<GeneralCategory>::new().get(c);
-    let invisible = CodePointSetData::new::<DefaultIgnorableCodePoint>().contains(c);
-    // U+2800 is a symbol without ink.
-    !invisible
+    !is_ignorable(c)
+        // U+2800 is a symbol without ink.
         && c != '\u{2800}'
         && !matches!(
-            category,
+            c.general_category(),
             Control
                 | Format
                 | LineSeparator
@@ -97,6 +93,22 @@ fn is_allowed(c: char) -> bool {
                 | Surrogate
                 | Unassigned
         )
+}
+
+/// Whether the character is a letter or a mark that is not to be seen: those of Unicode's
+/// `Default_Ignorable_Code_Point` whose category doesn't tell.
+fn is_ignorable(c: char) -> bool {
+    matches!(
+        c,
+        '\u{34f}'
+            | '\u{115f}'..='\u{1160}'
+            | '\u{17b4}'..='\u{17b5}'
+            | '\u{180b}'..='\u{180f}'
+            | '\u{3164}'
+            | '\u{fe00}'..='\u{fe0f}'
+            | '\u{ffa0}'
+            | '\u{e0100}'..='\u{e01ef}'
+    )
 }
 
 /// Like [`canonical_email`], but refuses the addresses of anonymised users.
