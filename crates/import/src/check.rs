@@ -176,8 +176,15 @@ fn of_rows(table: &Table) -> Vec<(&'static str, String)> {
     let of_both: Vec<String> = match name {
         "account_credits" => vec![
             differs("user_id"),
+            differs("description"),
+            differs("expires_at"),
             differs("created_at"),
             differs("updated_at"),
+            "new.amount <> coalesce(old.amount, old.credit_amount)".to_owned(),
+            "new.is_used <> coalesce(old.is_used, old.remaining_amount = 0)".to_owned(),
+            "new.source_id IS DISTINCT FROM coalesce(old.source_id, old.source_transaction_id::text,
+                old.subscription_id::text)"
+                .to_owned(),
         ],
         "users" => [
             "first_name",
