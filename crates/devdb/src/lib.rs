@@ -83,7 +83,8 @@ impl Error {
     }
 }
 
-/// A running server. Dropping it stops a private server and removes its data; a lasting one goes on.
+/// A running server. Dropping it stops a private server and removes its data; a lasting one runs
+/// on.
 pub struct Server {
     admin: Conninfo,
     bin_dir: PathBuf,

@@ -200,8 +200,8 @@ pub enum Refusal {
     Obstacles(Vec<Note>),
     /// The program was built without an expected catalogue of the applied migrations.
     #[error(
-        "this program has no expected catalogue of what is applied, to verify against. Build it with one: \
-         Runner::expect_catalogue."
+        "this program has no expected catalogue of what is applied, to verify against. Build it \
+         with one: Runner::expect_catalogue."
     )]
     NoCatalogue,
     /// The program was built without roles.
