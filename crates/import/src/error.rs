@@ -116,7 +116,9 @@ impl fmt::Display for ServerError {
                     // A message about a value quotes it behind a colon.
                     None => {
                         let message = information.message();
-                        let end = message.find(": \"").unwrap_or(message.len());
+                        let quotes = [": \"", ": »", ": «", ": „", ": “"];
+                        let ends = quotes.iter().filter_map(|quote| message.find(quote));
+                        let end = ends.min().unwrap_or(message.len());
                         formatter.write_str(&message[..end])
                     }
                 }

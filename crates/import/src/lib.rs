@@ -68,7 +68,7 @@ impl Options {
 pub enum DuplicateEmails {
     /// It is left behind, with all that it has, and reported.
     Report,
-    /// It gets another address: `ada+duplicate-0f3c1a2b4d5e@example.org`.
+    /// It gets another address, with its id in it: `ada+duplicate-<32 digits>@example.org`.
     Suffix,
 }
 

@@ -56,7 +56,7 @@ pub const REASONS: &[ReasonCode] = &[
     ),
     reason(
         "text_cut",
-        "custom_name",
+        "",
         "Longer than the new column: cut.",
     ),
     reason(

@@ -205,7 +205,9 @@ fn refuse_others(conn: &mut PgConnection) -> Result<(), ImportError> {
     let others: Vec<OtherSession> = sql_query(
         "SELECT pid, usename::text AS role, application_name AS application
            FROM pg_stat_activity
-          WHERE datname = current_database() AND backend_type = 'client backend'
+          WHERE datname = current_database()
+            -- NULL: this role may not see it.
+            AND coalesce(backend_type, 'client backend') = 'client backend'
             AND pid <> pg_backend_pid()
             AND has_table_privilege(usesysid, 'users', 'INSERT')
           ORDER BY pid",

@@ -17,7 +17,7 @@ addressed AS (
                WHEN suffix_emails THEN format(
                    '%s+duplicate-%s@%s',
                    split_part(canonical_email, '@', 1),
-                   left(replace(id::text, '-', ''), 12),
+                   replace(id::text, '-', ''),
                    split_part(canonical_email, '@', 2)
                )
            END AS new_email,
@@ -51,6 +51,9 @@ SELECT row_number() OVER (ORDER BY id) AS n,
        rejected,
        array_remove(ARRAY[
            CASE WHEN first_name = '' THEN 'name_empty' END,
+           CASE
+               WHEN greatest(char_length(first_name), char_length(last_name)) > 255 THEN 'text_cut'
+           END,
            CASE WHEN canonical_email <> email THEN 'email_canonical' END,
            CASE WHEN place > 1 THEN 'email_suffixed' END,
            CASE WHEN NOT is_hash THEN 'password_not_phc' END,
@@ -65,7 +68,7 @@ SELECT row_number() OVER (ORDER BY id) AS n,
        ], NULL) AS reasons,
        id,
        left(coalesce(nullif(first_name, ''), split_part(new_email, '@', 1)), 255) AS first_name,
-       last_name,
+       left(last_name, 255) AS last_name,
        new_email AS email,
        CASE WHEN is_hash THEN hash END AS password,
        coalesce(email_verified, is_verified, false) AS email_verified,

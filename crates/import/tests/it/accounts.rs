@@ -130,7 +130,7 @@ fn odd_users_are_converted_or_reported() {
     assert_eq!(keys(&report, "users", "email_suffixed"), [id(2)]);
     assert_eq!(
         old.text(&format!("SELECT email FROM users WHERE id = '{}'", id(2))),
-        "ada+duplicate-000000000000@example.org"
+        "ada+duplicate-00000000000040008000000000000002@example.org"
     );
 }
 
