@@ -1,8 +1,10 @@
 SET LOCAL lock_timeout = '5s';
 LOCK TABLE mcp_table, mcp_service_table, mcp_credentials IN SHARE ROW EXCLUSIVE MODE;
 
--- Credentials that a constraint refused.
+-- Instances whose credentials a constraint refused. Their versions and times are kept.
 ALTER TABLE mcp_service_table
+    DISABLE TRIGGER mcp_service_table_update_updated_at,
+    DISABLE TRIGGER mcp_service_table_update_version,
     DISABLE TRIGGER mcp_service_table_oauth_status_synced,
     DISABLE TRIGGER mcp_service_table_collect_update,
     DISABLE TRIGGER mcp_service_table_count_update;
@@ -13,6 +15,8 @@ UPDATE mcp_service_table AS instance
        SELECT FROM mcp_credentials WHERE mcp_credentials.instance_id = instance.instance_id
    );
 ALTER TABLE mcp_service_table
+    ENABLE TRIGGER mcp_service_table_update_updated_at,
+    ENABLE TRIGGER mcp_service_table_update_version,
     ENABLE TRIGGER mcp_service_table_oauth_status_synced,
     ENABLE TRIGGER mcp_service_table_collect_update,
     ENABLE TRIGGER mcp_service_table_count_update;
@@ -31,7 +35,7 @@ UPDATE mcp_table
 
 SELECT setval(
     pg_get_serial_sequence('token_audit_log', 'audit_id'), max(audit_id)
-) FROM token_audit_log;
+) FROM token_audit_log WHERE audit_id > 0;
 
 UPDATE bruhmcp_archive.import_run SET finished_at = clock_timestamp();
 ANALYZE users, mcp_table, mcp_service_table, mcp_credentials, user_plans, user_subscriptions,

@@ -54,11 +54,7 @@ pub const REASONS: &[ReasonCode] = &[
         "",
         "An empty text where JSON is expected: NULL.",
     ),
-    reason(
-        "text_cut",
-        "",
-        "Longer than the new column: cut.",
-    ),
+    reason("text_cut", "", "Longer than the new column: cut."),
     reason(
         "name_empty",
         "",
