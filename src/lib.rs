@@ -110,6 +110,8 @@ mod prepared;
 #[path = "../schema.rs"]
 pub mod schema;
 mod secret;
+#[cfg(feature = "tracing")]
+mod slow;
 mod transaction;
 pub mod views;
 
@@ -120,13 +122,9 @@ pub use buffer::{Buffer, BufferLimits};
 pub use error::{ConstraintKind, ConstraintViolation, NegativeSpan};
 pub use page::{Cursor, Page};
 pub use secret::{HashedToken, NotSealed, Sealed, SecretText, StateDigest, TokenDigest};
+#[cfg(feature = "tracing")]
+pub use slow::SlowStatements;
 pub use transaction::{Durability, Isolation, MAX_ATTEMPTS, is_transient, retry_transaction};
 
-/// The README's example compiles.
-#[cfg(all(doctest, feature = "crypto"))]
-#[doc = include_str!("../README.md")]
-struct Readme;
-
-#[cfg(all(doctest, feature = "r2d2"))]
-#[doc = include_str!("../docs/scaling.md")]
-struct Scaling;
+#[cfg(doctest)]
+mod book;

@@ -15,7 +15,11 @@ mod import_command;
 fn main() -> ExitCode {
     let program = Program {
         name: migrations::PROGRAM,
-        version: env!("CARGO_PKG_VERSION"),
+        version: format!(
+            "{} (schema {})",
+            env!("CARGO_PKG_VERSION"),
+            migrations::newest().unwrap_or_default()
+        ),
         about: "Applies, reverts and checks the migrations of BruhMCP's database.",
     };
     cli::main(program, migrations::runner, &import_command::extras())

@@ -9,7 +9,7 @@ use diesel_migrations::{EmbeddedMigrations, embed_migrations};
 mod archive;
 
 #[cfg(feature = "migrator")]
-pub use self::configured::{PROGRAM, runner};
+pub use self::configured::{PROGRAM, newest, runner};
 #[cfg(feature = "migrator")]
 pub use diesel_pg_migrator::*;
 
@@ -18,6 +18,8 @@ pub const MIGRATIONS: EmbeddedMigrations = embed_migrations!("migrations");
 
 #[cfg(feature = "migrator")]
 mod configured {
+    use diesel::migration::MigrationSource;
+    use diesel::pg::Pg;
     use diesel_pg_migrator::{Error, Runner};
 
     use super::MIGRATIONS;
@@ -28,6 +30,12 @@ mod configured {
 
     /// Name of the binary.
     pub const PROGRAM: &str = "bruhmcp-db";
+
+    /// Returns the name of the newest of [`MIGRATIONS`].
+    pub fn newest() -> Option<String> {
+        let migrations = MigrationSource::<Pg>::migrations(&MIGRATIONS).ok()?;
+        migrations.iter().map(|one| one.name().to_string()).max()
+    }
 
     /// Returns a runner of [`MIGRATIONS`] for the database at `url`. Connects only when it is used.
     ///

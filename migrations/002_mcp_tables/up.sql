@@ -118,6 +118,15 @@ COMMENT ON COLUMN mcp_service_table.expires_at IS 'NULL: never expires.';
 COMMENT ON COLUMN mcp_service_table.usage_count IS 'Number of calls through this instance.';
 COMMENT ON COLUMN mcp_service_table.custom_name IS 'Name that the user gave the instance.';
 COMMENT ON COLUMN mcp_service_table.renewed_count IS 'How often expires_at was extended.';
+COMMENT ON INDEX mcp_service_table_user_id_created_at_idx IS
+    'Lists the instances of a user, newest first.';
+COMMENT ON INDEX mcp_service_table_user_id_active_idx IS
+    'Counts the active instances of a user, for the plan limit.';
+COMMENT ON INDEX mcp_service_table_mcp_service_id_idx IS
+    'Counts the instances of a service, and serves its foreign key.';
+COMMENT ON INDEX mcp_service_table_expires_at_idx IS 'Finds the instances to expire.';
+COMMENT ON INDEX mcp_service_table_created_at_idx IS
+    'Finds the instances that stayed pending or failed.';
 
 CREATE TABLE mcp_credentials (
     credential_id           uuid             NOT NULL DEFAULT gen_random_uuid(),
@@ -251,6 +260,10 @@ COMMENT ON COLUMN mcp_credentials.oauth_state_expires_at IS
     'When the state can no longer be consumed.';
 COMMENT ON COLUMN mcp_credentials.refresh_leased_until IS
     'Until then a worker refreshes the tokens, or nobody does after a failure; NULL: nobody does.';
+COMMENT ON INDEX mcp_credentials_refresh_leased_until_token_expires_at_idx IS
+    'Finds the tokens to refresh: without a lease first.';
+COMMENT ON INDEX mcp_credentials_updated_at_instance_id_idx IS
+    'Finds the instances that were never authorized.';
 
 -- Keeps the instance's copy of oauth_status. An instance without credentials is pending.
 -- Functions that run as their owner compare enums with OPERATOR(pg_catalog.…): an operator that

@@ -50,6 +50,10 @@ COMMENT ON COLUMN token_audit_log.method IS 'How it was done, such as oauth or a
 COMMENT ON COLUMN token_audit_log.metadata IS 'Must not contain a secret.';
 COMMENT ON COLUMN token_audit_log.created_at IS
     'Set by the database. Only the owner can insert an older row; none is from the future.';
+COMMENT ON INDEX token_audit_log_user_id_created_at_idx IS
+    'Lists the rows of a user, newest first.';
+COMMENT ON INDEX token_audit_log_created_at_idx IS
+    'Lists the newest rows, and serves the summary of 30 days.';
 
 CREATE FUNCTION token_audit_log_refuse_change() RETURNS trigger
 LANGUAGE plpgsql AS $$

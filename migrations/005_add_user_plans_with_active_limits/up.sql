@@ -65,6 +65,7 @@ COMMENT ON COLUMN user_plans.max_instances IS
 COMMENT ON COLUMN user_plans.features IS 'Features enabled for this user, a JSON object.';
 COMMENT ON COLUMN user_plans.expires_at IS
     'From this time on no instance can be activated; NULL: the plan does not end.';
+COMMENT ON INDEX user_plans_expires_at_idx IS 'Finds the plans to downgrade.';
 
 CREATE FUNCTION assign_default_plan() RETURNS trigger
 LANGUAGE plpgsql AS $$

@@ -11,6 +11,7 @@ mod batches;
 mod billing;
 #[cfg(feature = "crypto")]
 mod binds;
+mod book;
 // As `logs`, and with the keys of `sealing`.
 #[cfg(all(feature = "crypto", target_os = "linux"))]
 mod buffers;
@@ -51,10 +52,12 @@ mod oauth;
 // As `faults`, and with the keys of `locks`.
 #[cfg(all(feature = "cli", feature = "crypto", target_os = "linux"))]
 mod operations;
+mod pages;
 mod payments;
 mod plans;
 #[cfg(feature = "cli")]
 mod preflight;
+mod prover;
 #[cfg(all(feature = "crypto", feature = "migrator"))]
 mod quickstart;
 #[cfg(feature = "migrator")]
@@ -70,8 +73,12 @@ mod runner;
 mod schemas;
 #[cfg(feature = "crypto")]
 mod sealing;
+#[cfg(all(feature = "crypto", feature = "migrator", feature = "tracing"))]
+mod slow;
 mod subscriptions;
 mod support;
+#[cfg(all(feature = "cli", target_os = "linux"))]
+mod terminal;
 #[cfg(feature = "crypto")]
 mod tokens;
 mod transactions;

@@ -1,15 +1,20 @@
-//! The migrations as files, and each of them up, down and up again.
+//! The migrations as files, and each of them up, down and up again, by the prover.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
+use bruhmcp_db::migrations::MIGRATIONS;
 use diesel::connection::SimpleConnection;
+use diesel::dsl::{select, sql};
+use diesel::prelude::*;
+use diesel::sql_types::Text;
+use diesel_pg_migrator::prover::{self, Prover};
 use sha2::{Digest, Sha256};
 
 use crate::difference::{assert_same, check_generated};
 use crate::rules::with_keys;
-use crate::support::{TestDatabase, database, down_sql, empty_database, up_sql};
+use crate::support::{TestDatabase, database, down_sql, empty_database, skipped, up_sql};
 
 /// Runs a file as Diesel does: in one transaction.
 fn apply(database: &TestDatabase, file: &Path) {
@@ -21,42 +26,7 @@ fn apply(database: &TestDatabase, file: &Path) {
 
 #[test]
 fn each_down_undoes_its_up() {
-    let database = empty_database();
-    for (up, down) in up_sql().iter().zip(down_sql()) {
-        let before = database.dump(&[]);
-        apply(&database, up);
-        let after = database.dump(&[]);
-        apply(&database, &down);
-        println!("{}", down.display());
-        assert_same(&before, &database.dump(&[]));
-        apply(&database, up);
-        println!("{}", up.display());
-        assert_same(&after, &database.dump(&[]));
-    }
-}
-
-/// The columns of each table in `public`.
-fn columns(database: &TestDatabase) -> BTreeMap<String, String> {
-    let rows = database.psql(
-        "SELECT attrelid::regclass, string_agg(quote_ident(attname), ', ' ORDER BY attnum)
-           FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid
-          WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p')
-            AND NOT relispartition AND attnum > 0 AND NOT attisdropped GROUP BY 1",
-    );
-    let split = |row: &str| {
-        row.split_once('|')
-            .map(|(table, list)| (table.into(), list.into()))
-    };
-    rows.unwrap().lines().filter_map(split).collect()
-}
-
-/// The rows in these columns.
-fn rows(database: &TestDatabase, columns: &BTreeMap<String, String>) -> String {
-    let select =
-        |(table, columns)| format!("SELECT '{table}', {columns} FROM {table} ORDER BY 2;\n");
-    database
-        .psql(&columns.iter().map(select).collect::<String>())
-        .unwrap()
+    prover::reversible(MIGRATIONS, &empty_database().url()).unwrap();
 }
 
 /// Also 000, on the archive of an old database.
@@ -66,45 +36,35 @@ fn each_down_keeps_the_rows_that_remain_and_each_up_takes_them() {
     database
         .psql(include_str!("../fixtures/legacy.sql"))
         .unwrap();
-    let archived = |database: &TestDatabase| database.dump(&["--schema=bruhmcp_archive"]);
-    let old = database.dump(&[]);
-    let (ups, downs) = (up_sql(), down_sql());
-    // The schema after each version, and its columns.
-    let mut at = Vec::new();
-    for up in &ups {
-        apply(&database, up);
-        at.push((database.dump(&["--schema-only"]), columns(&database)));
-    }
-    let archive = archived(&database);
-    database
-        .psql(&with_keys(include_str!("../fixtures/rows.sql")))
-        .unwrap();
+    let dump = || database.dump(&["--exclude-table=__diesel_schema_migrations"]);
+    let old = dump();
     // The rows are those of 000 to 007.
-    for table in at[7].1.keys() {
-        let some = database.psql(&format!("SELECT count(*) > 0 FROM {table}"));
-        assert_eq!(some.unwrap(), "t\n", "{table}");
+    let mut tables: Vec<String> = Vec::new();
+    let proof = Prover::new(MIGRATIONS)
+        .rows("007", |conn| {
+            conn.batch_execute(&with_keys(include_str!("../fixtures/rows.sql")))?;
+            let names = "format('%I.%I', schemaname, tablename) FROM pg_tables
+                         WHERE schemaname = 'public'";
+            tables = select(sql::<Text>(names)).load(conn)?;
+            Ok(())
+        })
+        .prove(&database.url())
+        .unwrap();
+    assert_eq!(proof.reverted.len(), up_sql().len());
+    for table in tables {
+        assert!(!proof.without_rows.contains(&table), "{table} has no rows");
     }
+    // The prover's own reading, against pg_dump's.
+    assert_same(&old, &dump());
+}
 
-    for version in (1..ups.len()).rev() {
-        println!("{}", downs[version].display());
-        let (schema, columns) = &at[version - 1];
-        let remain = rows(&database, columns);
-        apply(&database, &downs[version]);
-        assert_same(schema, &database.dump(&["--schema-only"]));
-        assert_same(&remain, &rows(&database, columns));
-
-        for up in &ups[version..] {
-            apply(&database, up);
-        }
-        assert_same(&at.last().unwrap().0, &database.dump(&["--schema-only"]));
-        assert_same(&remain, &rows(&database, columns));
-        for down in downs[version..].iter().rev() {
-            apply(&database, down);
-        }
+/// The Diesel CLI with the database's partitions, enums and comments.
+#[test]
+fn schema_rs_is_that_of_the_migrations() {
+    match prover::schema_file(MIGRATIONS, &empty_database().url(), "schema.rs") {
+        Err(prover::Error::Diesel(reason)) => skipped(&reason),
+        result => result.unwrap(),
     }
-    assert_same(&archive, &archived(&database));
-    apply(&database, &downs[0]);
-    assert_same(&old, &database.dump(&[]));
 }
 
 /// Users from before 005 get the free plan, and its limit applies at once.

@@ -4,6 +4,16 @@ use std::process::{Command, Stdio};
 
 use crate::support::{empty_database, example};
 
+/// What README.md shows of the output: its lines, some left out.
+fn shown_by_the_readme() -> Vec<&'static str> {
+    let readme = include_str!("../../README.md");
+    let lines = readme.lines().skip_while(|line| *line != "```text").skip(1);
+    lines
+        .take_while(|line| *line != "```")
+        .filter(|line| !matches!(line.trim(), "" | "…"))
+        .collect()
+}
+
 #[test]
 fn the_quickstart_runs_and_leaves_nothing_behind() {
     let other = empty_database();
@@ -43,6 +53,15 @@ fn the_quickstart_runs_and_leaves_nothing_behind() {
         "DELETE: token_audit_log is append-only",
     ] {
         assert!(printed.contains(line), "{line} is missing:\n{printed}");
+    }
+    let mut lines = printed.lines();
+    let shown = shown_by_the_readme();
+    assert!(shown.len() > 10, "{shown:?}");
+    for line in shown {
+        assert!(
+            lines.any(|printed| printed == line),
+            "README.md shows this line, or shows it later: {line}\n{printed}"
+        );
     }
     for (table, rows) in [
         ("users", 1),

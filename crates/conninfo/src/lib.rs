@@ -1,7 +1,4 @@
-//! Connection strings as libpq reads them: URLs and `key=value` pairs, service files and the
-//! environment included.
-//!
-//! No error of this crate contains a part of a connection string: it may hold a password.
+#![doc = include_str!("../README.md")]
 #![deny(missing_docs)]
 
 use std::ffi::CString;

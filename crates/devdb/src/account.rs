@@ -1,7 +1,10 @@
 //! The account of a private server.
 
 use std::ffi::OsStr;
+use std::io;
+use std::os::unix::fs::chown;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::Command;
 
 use crate::Error;
@@ -29,6 +32,14 @@ impl Account {
 
     pub(crate) fn is_other(&self) -> bool {
         self.0.is_some()
+    }
+
+    /// Gives a new folder to this account.
+    pub(crate) fn give(&self, folder: &Path) -> io::Result<()> {
+        match self.0 {
+            Some(Ids { user, group }) => chown(folder, Some(user), Some(group)),
+            None => Ok(()),
+        }
     }
 
     /// Returns a command that runs as this account, without root's groups.

@@ -4,21 +4,28 @@
 use std::collections::hash_map::RandomState;
 use std::env;
 use std::fmt;
-use std::fs::{self, OpenOptions};
+use std::fs::{self, DirBuilder, OpenOptions};
 use std::hash::{BuildHasher, Hasher};
 use std::io::{self, Write};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::{self, Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use diesel::connection::{Connection, SimpleConnection};
 use diesel::pg::PgConnection;
+use diesel::sql_types::Text;
+use diesel::{RunQueryDsl, sql_query};
 use libpq_conninfo::Conninfo;
 
 use crate::account::Account;
 
 mod account;
 mod find;
+
+/// The longest path of a folder with a socket. macOS allows 104 bytes for that of the socket;
+/// `/.s.PGSQL.5432` and a NUL take 15.
+const LONGEST: usize = 104 - 15;
 
 /// Why there is no server or no database. No text contains a password.
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +44,9 @@ pub enum Error {
          it as"
     )]
     NoAccount,
+    /// The path of a lasting server's folder is too long for a Unix-domain socket in it.
+    #[error("{0:?} is too long for the path of a socket's folder, {LONGEST} bytes: name another")]
+    LongPath(PathBuf),
     /// `DATABASE_URL` can't be read. The text says how to write one.
     #[error("can't read DATABASE_URL: {0}")]
     Url(&'static str),
@@ -73,7 +83,7 @@ impl Error {
     }
 }
 
-/// A running server. Dropping it stops a private server and removes its data.
+/// A running server. Dropping it stops a private server and removes its data; a lasting one goes on.
 pub struct Server {
     admin: Conninfo,
     bin_dir: PathBuf,
@@ -150,10 +160,9 @@ impl Server {
         let bin_dir = find::folder_with(find::SERVER)?;
         let account = Account::for_server()?;
         let prefix = unique_name();
-        // macOS allows 104 bytes for a socket's path; `/.s.PGSQL.5432` and a NUL take 15. Another
-        // account may have no access to the temporary folder of this one.
+        // Another account may have no access to the temporary folder of this one.
         let mut folder = env::temp_dir().join(&prefix);
-        if account.is_other() || folder.as_os_str().len() > 104 - 15 {
+        if account.is_other() || folder.as_os_str().len() > LONGEST {
             folder = Path::new("/tmp").join(&prefix);
         }
         // Started before there is anything to clean up.
@@ -164,24 +173,72 @@ impl Server {
         let private = Private {
             account,
             folder,
-            bin_dir: bin_dir.clone(),
+            bin_dir,
         };
         private.initialise(settings)?;
         private.start()?;
+        Ok(Self::of_folder(private, prefix, guardian))
+    }
+
+    /// Returns the server in `folder`, for development: created the first time, started if it is
+    /// not running. It outlives this process, and keeps its data in a crash of the machine. To
+    /// remove it, [`stop`](Self::stop) it and remove the folder.
+    ///
+    /// Only its account and root reach it, as with a [private](Self::private) one.
+    ///
+    /// # Errors
+    /// No PostgreSQL is found, it doesn't start, or the account of the server can't reach `folder`.
+    pub fn lasting(folder: &Path) -> Result<Self, Error> {
+        let bin_dir = find::folder_with(find::SERVER)?;
+        let folder = std::path::absolute(folder).map_err(Error::io(folder.to_string_lossy()))?;
+        if folder.as_os_str().len() > LONGEST {
+            return Err(Error::LongPath(folder));
+        }
+        let server = |folder: &Path| -> Result<Private, Error> {
+            Ok(Private {
+                account: Account::for_server()?,
+                folder: folder.to_owned(),
+                bin_dir: bin_dir.clone(),
+            })
+        };
+        if !folder.exists() {
+            // Under another name until it is whole.
+            let mut new = folder.clone().into_os_string();
+            new.push(".unfinished");
+            let new = PathBuf::from(new);
+            if new.exists() {
+                fs::remove_dir_all(&new).map_err(Error::io(new.to_string_lossy()))?;
+            }
+            server(&new)?.initialise(&[
+                // Of the data: right after a move, too.
+                ("unix_socket_directories", ".."),
+                ("fsync", "on"),
+                ("full_page_writes", "on"),
+            ])?;
+            fs::rename(&new, &folder).map_err(Error::io(folder.to_string_lossy()))?;
+        }
+        let private = server(&folder)?;
+        if !private.is_running()? {
+            private.start()?;
+        }
+        Ok(Self::of_folder(private, unique_name(), Guardian(None)))
+    }
+
+    fn of_folder(private: Private, prefix: String, guardian: Guardian) -> Self {
         let admin = Conninfo::default()
             .with("dbname", "postgres")
             .with("host", &private.folder.to_string_lossy())
             // Otherwise PGPORT would apply.
             .with("port", "5432")
             .with("user", "postgres");
-        Ok(Self {
+        Self {
             admin,
-            bin_dir,
+            bin_dir: private.bin_dir.clone(),
             prefix,
             next: AtomicU32::new(0),
             private: Some(private),
             _guardian: guardian,
-        })
+        }
     }
 
     /// Creates an empty database.
@@ -207,15 +264,42 @@ impl Server {
             self.prefix,
             self.next.fetch_add(1, Ordering::Relaxed)
         );
-        PgConnection::establish(&self.admin.secret_url())
-            .map_err(|error| Error::Connect(self.admin.conceal(&error.to_string())))?
+        self.connect()?
             .batch_execute(&format!("CREATE DATABASE {name} TEMPLATE {template}"))?;
-        Ok(Database {
-            conninfo: self.admin.clone().with("dbname", &name),
-            name,
+        Ok(self.named(&name, false))
+    }
+
+    /// Returns the database of this name, created empty if there is none. Dropping the value does
+    /// not drop the database.
+    ///
+    /// # Errors
+    /// The server is out of reach, or the role may not create databases.
+    pub fn lasting_database(&self, name: &str) -> Result<Database, Error> {
+        let connection = &mut self.connect()?;
+        let exists = sql_query("SELECT FROM pg_database WHERE datname = $1")
+            .bind::<Text, _>(name)
+            .execute(connection)?;
+        if exists == 0 {
+            let quoted = name.replace('"', "\"\"");
+            connection
+                .batch_execute(&format!("CREATE DATABASE \"{quoted}\" TEMPLATE template0"))?;
+        }
+        Ok(self.named(name, true))
+    }
+
+    fn connect(&self) -> Result<PgConnection, Error> {
+        PgConnection::establish(&self.admin.secret_url())
+            .map_err(|error| Error::Connect(self.admin.conceal(&error.to_string())))
+    }
+
+    fn named(&self, name: &str, stays: bool) -> Database {
+        Database {
+            conninfo: self.admin.clone().with("dbname", name),
+            name: name.to_owned(),
             admin: self.admin.clone(),
             bin_dir: self.bin_dir.clone(),
-        })
+            stays,
+        }
     }
 
     /// Returns the folder of `psql` and `pg_dump`, and of a private server's programs.
@@ -273,12 +357,14 @@ impl fmt::Debug for Server {
     }
 }
 
-/// A database of a [`Server`]. Dropping it drops the database and ends its sessions.
+/// A database of a [`Server`]. Dropping it drops the database and ends its sessions, unless it is a
+/// [lasting](Server::lasting_database) one.
 pub struct Database {
     conninfo: Conninfo,
     name: String,
     admin: Conninfo,
     bin_dir: PathBuf,
+    stays: bool,
 }
 
 impl Database {
@@ -315,6 +401,9 @@ impl fmt::Debug for Database {
 
 impl Drop for Database {
     fn drop(&mut self) {
+        if self.stays {
+            return;
+        }
         // If this fails, the guardian does it: the server may be stopped now.
         if let Ok(mut connection) = PgConnection::establish(&self.admin.secret_url()) {
             let _ = connection.batch_execute(&format!(
@@ -337,12 +426,11 @@ impl Private {
     }
 
     fn initialise(&self, settings: &[(&str, &str)]) -> Result<(), Error> {
-        // A program makes the folder, so that it belongs to the server's account.
-        run(self
-            .account
-            .command("mkdir")
-            .args(["-m", "700"])
-            .arg(&self.folder))?;
+        let make = || {
+            DirBuilder::new().mode(0o700).create(&self.folder)?;
+            self.account.give(&self.folder)
+        };
+        make().map_err(Error::io(self.folder.to_string_lossy()))?;
         run(self
             .account
             .command(self.bin_dir.join("initdb"))
@@ -384,18 +472,30 @@ impl Private {
 
     fn start(&self) -> Result<(), Error> {
         let log = self.folder.join("log");
+        let read = || fs::read_to_string(&log).unwrap_or_default();
+        let before = read().len();
         self.pg_ctl(&["start", "-l", &log.to_string_lossy()])
             .map_err(|error| match error {
                 // pg_ctl only refers to the log.
                 Error::Program { output, .. } => Error::Program {
                     program: "postgres".to_owned(),
-                    output: fs::read_to_string(log)
-                        .ok()
+                    output: read()
+                        .get(before..)
                         .filter(|text| !text.is_empty())
-                        .unwrap_or(output),
+                        .map_or(output, str::to_owned),
                 },
                 other => other,
             })
+    }
+
+    fn is_running(&self) -> Result<bool, Error> {
+        let mut status = self.account.command(self.bin_dir.join("pg_ctl"));
+        status.arg("status").arg("-D").arg(self.data());
+        match run(&mut status) {
+            Ok(()) => Ok(true),
+            Err(Error::Program { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     fn pg_ctl(&self, arguments: &[&str]) -> Result<(), Error> {

@@ -305,3 +305,51 @@ fn errors_hold_no_password() {
         assert!(!text.contains("secret"), "{text}");
     }
 }
+
+/// Stops the server and removes the folder.
+struct Lasting(PathBuf);
+
+impl Drop for Lasting {
+    fn drop(&mut self) {
+        if self.0.join("data/postmaster.pid").exists() {
+            Server::lasting(&self.0).unwrap().stop(true).unwrap();
+        }
+        fs::remove_dir_all(&self.0).unwrap();
+    }
+}
+
+#[test]
+fn a_lasting_server_stays_and_moves() {
+    let folder = PathBuf::from(format!("/tmp/bruhmcp_lasting_{}", std::process::id()));
+    // As an interrupted start leaves it.
+    fs::create_dir_all(folder.with_extension("unfinished").join("data")).unwrap();
+    let mut lasting = Lasting(folder.clone());
+    let pid = {
+        let server = Server::lasting(&folder).unwrap();
+        let database = server.lasting_database("some \"name\"").unwrap();
+        query(&database, "CREATE TABLE kept AS SELECT 1 AS a");
+        server.postmaster_pid().unwrap()
+    };
+    assert!(runs(pid));
+    let again = Server::lasting(&folder).unwrap();
+    assert_eq!(again.postmaster_pid(), Some(pid));
+    let database = again.lasting_database("some \"name\"").unwrap();
+    assert_eq!(query(&database, "TABLE kept"), "1\n");
+    assert_eq!(query(&database, "SHOW fsync"), "on\n");
+    // Its other databases are dropped as always.
+    let name = again.create_database().unwrap().name().to_owned();
+    let left = format!("SELECT count(*) FROM pg_database WHERE datname = '{name}'");
+    assert_eq!(query(&database, &left), "0\n");
+
+    again.stop(false).unwrap();
+    assert!(!runs(pid));
+    lasting.0 = folder.with_extension("moved");
+    fs::rename(&folder, &lasting.0).unwrap();
+    let moved = Server::lasting(&lasting.0).unwrap();
+    let database = moved.lasting_database("some \"name\"").unwrap();
+    assert_eq!(query(&database, "TABLE kept"), "1\n");
+
+    let long = Path::new("/tmp").join("a".repeat(100));
+    let refused = Server::lasting(&long).unwrap_err();
+    assert!(matches!(refused, Error::LongPath(_)), "{refused}");
+}

@@ -109,6 +109,11 @@ fn compare(conn: &mut PgConnection, system: &dyn NewSystem) -> Result<Check, Imp
             look_for(conn, &format!("{}: {what}", table.name), &query)?;
         }
     }
+    look_for(
+        conn,
+        "auth_tokens: rows, which no import writes",
+        "SELECT id::text AS key FROM auth_tokens",
+    )?;
     for (what, query) in OF_ALL {
         look_for(conn, what, query)?;
     }
@@ -162,12 +167,24 @@ fn of_rows(table: &Table) -> Vec<(&'static str, String)> {
         Kind::Text => format!("new.{0}::text IS DISTINCT FROM old.{0}", quoted(column)),
         _ => differs(column),
     });
+    let mut unstaged = UNSTAGED.to_vec();
+    if name == "mcp_service_table" {
+        // That of credentials, which a constraint may have refused.
+        unstaged.push("oauth_status");
+    }
     // The later shape has other columns for a few of these; those are compared as staged.
     let of_both: Vec<String> = match name {
         "account_credits" => vec![
             differs("user_id"),
+            differs("description"),
+            differs("expires_at"),
             differs("created_at"),
             differs("updated_at"),
+            "new.amount <> coalesce(old.amount, old.credit_amount)".to_owned(),
+            "new.is_used <> coalesce(old.is_used, old.remaining_amount = 0)".to_owned(),
+            "new.source_id IS DISTINCT FROM coalesce(old.source_id, old.source_transaction_id::text,
+                old.subscription_id::text)"
+                .to_owned(),
         ],
         "users" => [
             "first_name",
@@ -200,6 +217,20 @@ fn of_rows(table: &Table) -> Vec<(&'static str, String)> {
             ),
         ),
         (
+            "rows that are left behind or reported for a reason that the archive doesn't have",
+            // What a constraint refuses, and a secret that can't be sealed, shows when it is written.
+            format!(
+                "SELECT key
+                   FROM (SELECT key, min(rejected) AS reason FROM new_{name} GROUP BY key) AS staged
+                   FULL JOIN (
+                       SELECT key, reason AS reported FROM bruhmcp_archive.import_rejected
+                        WHERE table_name = '{name}'
+                   ) AS reported USING (key)
+                  WHERE reason IS DISTINCT FROM reported
+                    AND (reported ~ '^refused:|^secret_too_long$') IS NOT TRUE"
+            ),
+        ),
+        (
             "rows that the archive does not have",
             format!(
                 "SELECT {key}::text AS key FROM {name} AS new
@@ -227,7 +258,7 @@ fn of_rows(table: &Table) -> Vec<(&'static str, String)> {
                   WHERE rejected IS NULL
                     AND NOT new.row @> (
                         staged.row - '{{n,key,extra,rejected,reasons,{}}}'::text[])",
-                UNSTAGED.join(",")
+                unstaged.join(",")
             ),
         ),
     ]
@@ -249,18 +280,17 @@ const UNEQUAL: [&str; 11] = [
 ];
 
 /// Columns that are written after staging.
-const UNSTAGED: [&str; 7] = [
+const UNSTAGED: [&str; 6] = [
     "api_key",
     "client_secret",
     "access_token",
     "refresh_token",
     "total_instances_created",
     "active_instances_count",
-    "oauth_status",
 ];
 
 /// What must not be found in several tables.
-const OF_ALL: [(&str, &str); 7] = [
+const OF_ALL: [(&str, &str); 8] = [
     (
         "users: without a plan",
         "SELECT id::text AS key FROM users
@@ -285,10 +315,29 @@ const OF_ALL: [(&str, &str); 7] = [
         "SELECT instance_id::text AS key
            FROM mcp_service_table AS new JOIN old_mcp_service_table AS old USING (instance_id)
            JOIN user_plans ON user_plans.user_id = new.user_id
+           CROSS JOIN settings
           WHERE new.status::text <> coalesce(old.status, 'active')
             AND NOT (new.status = 'inactive'
-                     AND (max_instances IS NOT NULL OR user_plans.expires_at IS NOT NULL
-                          OR old.status NOT IN ('active', 'inactive', 'expired')))",
+                     AND (old.status NOT IN ('active', 'inactive', 'expired')
+                          OR coalesce(old.status, 'active') = 'active'
+                             AND new.oauth_status = 'completed'
+                             AND (max_instances IS NOT NULL OR user_plans.expires_at <= now)))",
+    ),
+    (
+        "users: with fewer active instances than the archive has and the plan allows",
+        "SELECT user_id::text AS key
+           FROM (
+               SELECT new.user_id,
+                      count(*) FILTER (WHERE coalesce(old.status, 'active') = 'active') AS had,
+                      count(*) FILTER (WHERE new.status = 'active') AS has
+                 FROM mcp_service_table AS new
+                 JOIN old_mcp_service_table AS old USING (instance_id)
+                WHERE new.oauth_status = 'completed'
+                GROUP BY new.user_id
+           ) AS counts
+           JOIN user_plans USING (user_id)
+           CROSS JOIN settings
+          WHERE has < least(had, max_instances) AND (expires_at <= now) IS NOT TRUE",
     ),
     (
         "mcp_table: wrong counters",
@@ -308,7 +357,8 @@ const OF_ALL: [(&str, &str); 7] = [
     (
         "users: a password that is not that of the archive",
         "SELECT id::text AS key FROM users AS new JOIN old_users AS old USING (id)
-          WHERE new.password <> coalesce(old.password, old.password_hash)",
+          WHERE new.password IS NOT NULL
+            AND new.password IS DISTINCT FROM coalesce(old.password, old.password_hash)",
     ),
     (
         "subscription_transactions: amounts that are not those of the archive",

@@ -35,7 +35,7 @@ UPDATE mcp_table
 
 SELECT setval(
     pg_get_serial_sequence('token_audit_log', 'audit_id'), max(audit_id)
-) FROM token_audit_log WHERE audit_id > 0;
+) FROM token_audit_log HAVING max(audit_id) > 0;
 
 UPDATE bruhmcp_archive.import_run SET finished_at = clock_timestamp();
 ANALYZE users, mcp_table, mcp_service_table, mcp_credentials, user_plans, user_subscriptions,

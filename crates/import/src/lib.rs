@@ -162,9 +162,9 @@ pub fn check(conn: &mut PgConnection, system: &dyn NewSystem) -> Result<Check, I
 }
 
 /// Drops the archive, if [`check()`] holds and `confirm` returns `true`. It gets what outside the
-/// archive depends on it and would be dropped too: views, foreign keys. Returns the check.
+/// archive depends on it and is dropped too: views, foreign keys. Returns the check.
 ///
-/// One transaction, which locks the archive's tables.
+/// One transaction, which locks the archive's tables from before the check until after `confirm`.
 ///
 /// # Errors
 /// `NotConfirmed`, and those of [`check()`]. A check that doesn't hold is no error: its differences

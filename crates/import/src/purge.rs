@@ -10,70 +10,74 @@ use crate::NewSystem;
 use crate::check::{self, Check};
 use crate::error::ImportError;
 
+/// Nothing of the archive changes, and nothing more depends on it, after the check.
+const LOCK: &str = "
+    SET LOCAL lock_timeout = '5s';
+    DO $$
+    DECLARE
+        archived regclass;
+    BEGIN
+        FOR archived IN
+            SELECT oid FROM pg_class
+             WHERE relnamespace = to_regnamespace('bruhmcp_archive') AND relkind IN ('r', 'p')
+        LOOP
+            EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE', archived);
+        END LOOP;
+    END
+    $$";
+
 pub(crate) fn purge_archive(
     conn: &mut PgConnection,
     system: &dyn NewSystem,
     confirm: &mut dyn FnMut(&[String]) -> bool,
 ) -> Result<Check, ImportError> {
-    let check = check::check(conn, system)?;
-    if !check.holds() {
-        return Ok(check);
-    }
     conn.transaction(|conn| {
-        let dependents =
-            dependents(conn).map_err(ImportError::database("looking for dependents"))?;
-        if !confirm(&dependents) {
+        let locked = conn.batch_execute(LOCK);
+        locked.map_err(ImportError::database("locking the archive"))?;
+        let check = check::check(conn, system)?;
+        if !check.holds() {
+            return Ok(check);
+        }
+        let gone = drop(conn).map_err(ImportError::database("dropping the archive"))?;
+        if !confirm(&gone) {
             return Err(ImportError::NotConfirmed);
         }
-        let dropped = conn
-            .batch_execute("SET LOCAL lock_timeout = '5s'; DROP SCHEMA bruhmcp_archive CASCADE");
-        dropped.map_err(ImportError::database("dropping the archive"))
-    })?;
-    Ok(check)
+        Ok(check)
+    })
 }
 
 #[derive(QueryableByName)]
-struct Dependent {
+struct Gone {
     #[diesel(sql_type = Text)]
     object: String,
 }
 
-/// Returns what outside the archive goes with it.
-fn dependents(conn: &mut PgConnection) -> QueryResult<Vec<String>> {
-    // A view depends by its rule, a column default by its own entry: what these belong to is named.
-    let rows: Vec<Dependent> = sql_query(
-        "WITH archived AS (
-             SELECT 'pg_class'::regclass::oid AS classid, oid AS objid FROM pg_class
-              WHERE relnamespace = 'bruhmcp_archive'::regnamespace
-             UNION ALL
-             SELECT 'pg_type'::regclass, oid FROM pg_type
-              WHERE typnamespace = 'bruhmcp_archive'::regnamespace
-             UNION ALL
-             SELECT 'pg_proc'::regclass, oid FROM pg_proc
-              WHERE pronamespace = 'bruhmcp_archive'::regnamespace
-         ),
-         dependent AS (
-             SELECT DISTINCT d.classid, d.objid, d.objsubid
-               FROM archived
-               JOIN pg_depend AS d ON (d.refclassid, d.refobjid) = (archived.classid, archived.objid)
-              WHERE d.deptype IN ('n', 'a')
-         )
-         SELECT DISTINCT pg_describe_object(classid, objid, objsubid) AS object
-           FROM dependent
-           LEFT JOIN pg_constraint ON classid = 'pg_constraint'::regclass
-                                  AND pg_constraint.oid = objid
-           LEFT JOIN pg_rewrite ON classid = 'pg_rewrite'::regclass AND pg_rewrite.oid = objid
-           LEFT JOIN pg_attrdef ON classid = 'pg_attrdef'::regclass AND pg_attrdef.oid = objid
-           LEFT JOIN pg_trigger ON classid = 'pg_trigger'::regclass AND pg_trigger.oid = objid
-           LEFT JOIN pg_class ON pg_class.oid = coalesce(
-               conrelid, ev_class, adrelid, tgrelid,
-               CASE classid WHEN 'pg_class'::regclass THEN objid END)
-           LEFT JOIN pg_proc ON classid = 'pg_proc'::regclass AND pg_proc.oid = objid
-           LEFT JOIN pg_type ON classid = 'pg_type'::regclass AND pg_type.oid = objid
-          WHERE coalesce(relnamespace, pronamespace, typnamespace)
-                IS DISTINCT FROM 'bruhmcp_archive'::regnamespace
-          ORDER BY 1",
+/// Drops the archive, and returns what outside it is gone with it: also a view on a view on it.
+fn drop(conn: &mut PgConnection) -> QueryResult<Vec<String>> {
+    // Every object outside has entries in pg_depend, of its schema at least. What is internal to
+    // another, such as the rule of a view, is left out.
+    conn.batch_execute(
+        "CREATE TEMP TABLE outside ON COMMIT DROP AS
+         SELECT DISTINCT classid, objid, objsubid,
+                pg_describe_object(classid, objid, objsubid) AS object
+           FROM pg_depend,
+                pg_identify_object_as_address(classid, objid, objsubid) AS address
+          WHERE (address.object_names[1] IN ('bruhmcp_archive', 'pg_toast')) IS NOT TRUE
+            AND (starts_with(address.object_names[1], 'bruhmcp_archive.')) IS NOT TRUE
+             OR classid = 'pg_publication_rel'::regclass;
+         DELETE FROM outside
+          USING pg_depend AS d
+          WHERE (d.classid, d.objid, d.deptype) = (outside.classid, outside.objid, 'i');
+         DROP SCHEMA bruhmcp_archive CASCADE",
+    )?;
+    let gone: Vec<Gone> = sql_query(
+        "SELECT object FROM outside
+          WHERE NOT EXISTS (
+              SELECT FROM pg_depend AS d
+               WHERE (d.classid, d.objid, d.objsubid)
+                     = (outside.classid, outside.objid, outside.objsubid))
+          ORDER BY object",
     )
     .load(conn)?;
-    Ok(rows.into_iter().map(|row| row.object).collect())
+    Ok(gone.into_iter().map(|gone| gone.object).collect())
 }

@@ -172,6 +172,16 @@ pub const REASONS: &[ReasonCode] = &[
         "An unknown plan or status: left behind.",
     ),
     reason(
+        "period_reset",
+        "current_period_end",
+        "A period that ends before it starts: 30 days.",
+    ),
+    reason(
+        "period_endless",
+        "current_period_end",
+        "Without end, or beyond what the new column holds: until the year 9000.",
+    ),
+    reason(
         "trial_without_start",
         "trial_start",
         "The end of a trial without a start: the row's creation.",
@@ -247,7 +257,7 @@ pub const REASONS: &[ReasonCode] = &[
     reason(
         "exchange_rate_invalid",
         "exchange_rate",
-        "Not a positive number: left behind.",
+        "Not a positive number below 10,000,000,000: left behind.",
     ),
     reason(
         "parent_unlinked",
@@ -287,6 +297,11 @@ pub const REASONS: &[ReasonCode] = &[
         "Spent in part: a used credit and one with the rest.",
     ),
     reason(
+        "credit_history_dropped",
+        "",
+        "A subscription beside the transaction, or a number of uses: no column is for it. It stays in the archive.",
+    ),
+    reason(
         "credit_inactive_rest",
         "expires_at",
         "A rest of a credit that was switched off: expired with the last change.",
@@ -311,6 +326,11 @@ pub const REASONS: &[ReasonCode] = &[
         "card_dropped",
         "cards",
         "A card without token, last four digits or expiry, or twice: dropped.",
+    ),
+    reason(
+        "card_rewritten",
+        "cards",
+        "A card with other details than the new column allows, or in another form: without them, or in its form.",
     ),
     reason(
         "default_card_unknown",
@@ -390,6 +410,16 @@ pub const REASONS: &[ReasonCode] = &[
         "event_id_empty",
         "external_event_id",
         "No id of the gateway: one that names the import.",
+    ),
+    reason(
+        "event_id_of_payload",
+        "external_event_id",
+        "Not the id that the payload of Stripe has: that one.",
+    ),
+    reason(
+        "event_id_of_another",
+        "external_event_id",
+        "The id of a payment or the like, not of Razorpay's event: as it is. The event is new when it is delivered again.",
     ),
     reason(
         "event_status_unknown",

@@ -182,6 +182,7 @@ pub(crate) fn of_table(conn: &mut PgConnection, table: &Table) -> Result<TableRe
                      FROM new_{name},
                           unnest(CASE WHEN rejected IS NULL THEN reasons ELSE ARRAY[rejected] END)
                               AS reason
+                    WHERE NOT extra OR rejected IS NULL
                ) AS reasons
               GROUP BY reason, left_behind"
         ))

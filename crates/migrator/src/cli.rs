@@ -1,12 +1,15 @@
 //! The command line: `run`, `revert`, `redo`, `status`, `plan`, `adopt`, `verify`, `grant` and
-//! `maintain`.
-//! `--help` lists the exit codes.
+//! `maintain`; `completions` and `man` for an installation.
+//!
+//! `--help` lists the exit codes. Without `--database-url` and the variable `DATABASE_URL`, the URL
+//! is that of the file `.env`, as for the Diesel CLI.
 
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
-use std::env;
+use std::env::{self, VarError};
 use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
+use std::path::{Path, PathBuf};
 use std::process::{self, ExitCode};
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -14,6 +17,9 @@ use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use anstream::stream::RawStream;
+use anstream::{AutoStream, ColorChoice};
+use clap::builder::styling::{AnsiColor, Style};
 use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use diesel::pg::PgConnection;
 use serde_json::{Value, json};
@@ -40,22 +46,26 @@ const EXIT_CODES: &str = "Exit codes: 0 done or current, 1 failed, 2 usage, 3 pe
     verify), 4 lock busy, 5 refused, 6 no connection, 7 drift (verify), 8 time limit (--timeout), \
     130 or 143 stopped by SIGINT or SIGTERM.";
 
+/// What to do where there is no connection.
+const REACH: &str = "Look at the server, and at the URL: --database-url, DATABASE_URL or .env. \
+    --wait SECS tries again while the server starts.";
+
 /// Interval between two lines about a migration that is still running.
 const LIVE: Duration = Duration::from_secs(2);
 
-/// What `--help` and `--version` say about a program.
+/// What `--help` and `--version` say about a program. `version` may name that of the schema too.
 #[expect(missing_docs, reason = "the names say it")]
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Program {
     pub name: &'static str,
-    pub version: &'static str,
+    pub version: String,
     pub about: &'static str,
 }
 
 #[derive(Parser)]
 struct Cli {
     /// postgresql:// URL or key=value pairs. Default: the variable DATABASE_URL, which other users
-    /// of the machine can't see.
+    /// of the machine can't see, then that of the file .env.
     #[arg(long, global = true, value_name = "URL")]
     database_url: Option<String>,
     /// How long to retry while the server is starting, full or out of reach.
@@ -137,6 +147,16 @@ enum Command {
     Grant(SchemasArg),
     /// Do the regular maintenance: call it once a day.
     Maintain(SchemasArg),
+    /// Print the completions of a shell.
+    Completions {
+        #[arg(value_enum)]
+        shell: clap_complete::Shell,
+    },
+    /// Write the man pages, one for each command.
+    Man {
+        /// The folder.
+        folder: PathBuf,
+    },
 }
 
 #[derive(Args)]
@@ -181,6 +201,8 @@ impl Command {
             Self::Verify { .. } => "verify",
             Self::Grant(_) => "grant",
             Self::Maintain(_) => "maintain",
+            Self::Completions { .. } => "completions",
+            Self::Man { .. } => "man",
         }
     }
 
@@ -193,7 +215,11 @@ impl Command {
             | Self::Verify { schemas, .. }
             | Self::Grant(schemas)
             | Self::Maintain(schemas) => schemas.all,
-            Self::Revert { .. } | Self::Redo(_) | Self::Adopt => false,
+            Self::Revert { .. }
+            | Self::Redo(_)
+            | Self::Adopt
+            | Self::Completions { .. }
+            | Self::Man { .. } => false,
         }
     }
 }
@@ -235,11 +261,11 @@ struct Output {
 
 impl Output {
     fn say(&self, text: impl Display) {
-        say(self.of_schema(text));
+        say(self.of_schema(painted(&text, &io::stdout())));
     }
 
     fn tell(&self, text: impl Display) {
-        tell(self.of_schema(text));
+        tell(self.of_schema(painted(&text, &io::stderr())));
     }
 
     fn of_schema(&self, text: impl Display) -> String {
@@ -330,10 +356,18 @@ pub fn main(
         .about(program.about)
         .after_help(EXIT_CODES)
         .subcommands(extras.iter().map(|extra| extra.command.clone()));
-    let code = match command.try_get_matches() {
+    let code = match command.clone().try_get_matches() {
         Ok(matches) => match extra(&matches, extras) {
             Some((extra, matches)) => run_extra(extra, matches, runner),
             None => match Cli::from_arg_matches(&matches) {
+                Ok(Cli {
+                    command: Command::Completions { shell },
+                    ..
+                }) => completions(command, shell),
+                Ok(Cli {
+                    command: Command::Man { folder },
+                    ..
+                }) => man(command, &folder),
                 Ok(cli) => run(cli, runner),
                 Err(error) => usage(&error),
             },
@@ -412,6 +446,28 @@ fn run_extra(
     }
 }
 
+fn completions(mut command: clap::Command, shell: clap_complete::Shell) -> u8 {
+    // To a buffer: it panics where it can't write.
+    let mut script = Vec::new();
+    let name = command.get_name().to_owned();
+    clap_complete::generate(shell, &mut command, name, &mut script);
+    say(String::from_utf8_lossy(&script).trim_end());
+    DONE
+}
+
+fn man(command: clap::Command, folder: &Path) -> u8 {
+    match clap_mangen::generate_to(command, folder) {
+        Ok(()) => DONE,
+        Err(error) => {
+            tell(format!(
+                "error: can't write the man pages to {}: {error}",
+                folder.display()
+            ));
+            FAILED
+        }
+    }
+}
+
 fn run(cli: Cli, runner: impl Fn(&str) -> Result<Runner, Error>) -> u8 {
     let (json, command) = (cli.json, cli.command.name());
     let signals = Signal::catch(json, command);
@@ -422,6 +478,9 @@ fn run(cli: Cli, runner: impl Fn(&str) -> Result<Runner, Error>) -> u8 {
         Err(error) => {
             let code = signals.exit_code(&error);
             tell(format!("error: {error}"));
+            if let Error::Connect(_) = error {
+                tell(REACH);
+            }
             if json {
                 say(of_answer(command, code, &Err(error)));
             }
@@ -448,6 +507,9 @@ fn run(cli: Cli, runner: impl Fn(&str) -> Result<Runner, Error>) -> u8 {
                     show_notes(&out, done);
                 }
                 out.tell(format!("error: {error}"));
+                if let Error::Connect(_) = error {
+                    out.tell(REACH);
+                }
             }
         }
         if (failed && cli.fail_fast) || signals.stop.load(Ordering::Relaxed) {
@@ -519,7 +581,7 @@ fn worse(one: u8, other: u8) -> u8 {
 
 fn usage(error: &clap::Error) -> u8 {
     if !error.use_stderr() {
-        say(error.to_string().trim_end());
+        say(rendered(error, &io::stdout()).trim_end());
         return DONE;
     }
     // clap quotes arguments. One that may be a part of a URL is never printed.
@@ -530,23 +592,54 @@ fn usage(error: &clap::Error) -> u8 {
     let is_public = env::args_os()
         .skip(1)
         .all(|argument| argument.into_string().is_ok_and(is_word));
-    let text = if is_public {
-        error.to_string().trim_end().to_owned()
-    } else {
-        format!("error: {}. See --help.", error.kind())
-    };
+    let hidden = format!("error: {}. See --help.", error.kind());
     if env::args_os().any(|argument| argument == "--json") {
-        let message = text.trim_start_matches("error: ");
+        let text = if is_public {
+            &error.to_string()
+        } else {
+            &hidden
+        };
+        let message = text.trim_end().trim_start_matches("error: ");
         say(of_error(None, USAGE, "usage", message));
     }
-    tell(text);
+    if is_public {
+        tell(rendered(error, &io::stderr()).trim_end());
+    } else {
+        tell(hidden);
+    }
     USAGE
 }
 
 fn url(given: Option<String>) -> Result<String, Error> {
-    let url = given.or_else(|| env::var("DATABASE_URL").ok());
-    url.filter(|url| !url.is_empty())
-        .ok_or(Error::Url("set DATABASE_URL or give --database-url"))
+    let url = match given {
+        Some(url) => Some(url),
+        None => match env::var("DATABASE_URL") {
+            Err(VarError::NotPresent) => url_of_file()?,
+            url => url.ok(),
+        },
+    };
+    url.filter(|url| !url.is_empty()).ok_or(Error::Url(
+        "set DATABASE_URL, also in the file .env, or give --database-url",
+    ))
+}
+
+/// Returns the `DATABASE_URL` of the file `.env` in this folder or the nearest one above. The
+/// environment stays as it is.
+fn url_of_file() -> Result<Option<String>, Error> {
+    // Neither text quotes the file, as the errors do.
+    let lines = match dotenvy::dotenv_iter() {
+        Ok(lines) => lines,
+        Err(error) if error.not_found() => return Ok(None),
+        Err(_) => return Err(Error::Url("the file .env can't be opened")),
+    };
+    for line in lines {
+        match line {
+            Ok((name, url)) if name == "DATABASE_URL" => return Ok(Some(url)),
+            Ok(_) => {}
+            Err(_) => return Err(Error::Url("the file .env has a line that can't be read")),
+        }
+    }
+    Ok(None)
 }
 
 /// Does the work in one schema. The time limit counts from `begin`.
@@ -601,6 +694,8 @@ fn execute(
         }
         Command::Grant(_) => Answer::Granted(runner.grant()?),
         Command::Maintain(_) => Answer::Maintained(runner.maintain()?),
+        // They need no database: `main` has done them.
+        Command::Completions { .. } | Command::Man { .. } => Answer::Report(Report::default()),
     })
 }
 
@@ -1014,5 +1109,47 @@ fn unwritten(error: &io::Error) {
 
 /// Prints to standard error.
 fn tell(text: impl Display) {
-    let _ = writeln!(io::stderr(), "{text}");
+    let _ = writeln!(io::stderr(), "{}", painted(&text, &io::stderr()));
+}
+
+/// Whether what goes there is coloured: on a terminal, unless NO_COLOR or TERM says no.
+fn is_coloured(stream: &impl RawStream) -> bool {
+    AutoStream::choice(stream) != ColorChoice::Never
+}
+
+/// Colours the word that a text begins with.
+fn painted(text: &impl Display, stream: &impl RawStream) -> String {
+    const GREEN: Style = AnsiColor::Green.on_default();
+    const YELLOW: Style = AnsiColor::Yellow.on_default();
+    const RED: Style = AnsiColor::Red.on_default();
+    const WORDS: [(&str, Style); 9] = [
+        ("applied ", GREEN),
+        ("granted ", GREEN),
+        ("recorded ", GREEN),
+        ("reverted ", YELLOW),
+        ("pending ", YELLOW),
+        ("missing ", YELLOW),
+        ("unknown ", RED),
+        ("warning:", YELLOW.bold()),
+        ("error:", RED.bold()),
+    ];
+    let text = text.to_string();
+    if !is_coloured(stream) {
+        return text;
+    }
+    let word = WORDS.iter().find_map(|(word, style)| {
+        let rest = text.strip_prefix(word)?;
+        Some(format!("{style}{word}{style:#}{rest}"))
+    });
+    word.unwrap_or(text)
+}
+
+/// Returns clap's own text, in its colours where they are shown.
+fn rendered(error: &clap::Error, stream: &impl RawStream) -> String {
+    let text = error.render();
+    if is_coloured(stream) {
+        text.ansi().to_string()
+    } else {
+        text.to_string()
+    }
 }

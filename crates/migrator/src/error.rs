@@ -115,10 +115,12 @@ pub enum Refusal {
     )]
     Unknown(Vec<String>),
     /// This program has no migration of the requested version.
-    #[error("this program has no migration {0}. The status lists the ones it has.")]
+    #[error("this program has no migration {0}. `status` lists the ones it has.")]
     NoSuchVersion(String),
     /// A migration to revert has no `down.sql`.
-    #[error("{0} can't be reverted: it has no down.sql.")]
+    #[error(
+        "{0} can't be reverted: it has no down.sql. Undo it by a new migration, or give it one."
+    )]
     NoDown(String),
     /// The schema of the migrations does not exist.
     #[error(
@@ -128,7 +130,8 @@ pub enum Refusal {
     NoSchema(String),
     /// No schema of the database has a migration of this program.
     #[error(
-        "no schema has a __diesel_schema_migrations with a migration of this program. Name one."
+        "no schema has a __diesel_schema_migrations with a migration of this program. Name one \
+         (`--schema`)."
     )]
     NoLedgers,
     /// Unqualified names would not be created in the schema of the migrations.
@@ -196,16 +199,19 @@ pub enum Refusal {
     )]
     Obstacles(Vec<Note>),
     /// The program was built without an expected catalogue of the applied migrations.
-    #[error("this program has no expected catalogue of what is applied, to verify against.")]
+    #[error(
+        "this program has no expected catalogue of what is applied, to verify against. Build it with one: \
+         Runner::expect_catalogue."
+    )]
     NoCatalogue,
     /// The program was built without roles.
-    #[error("this program has no roles to grant rights to.")]
+    #[error("this program has no roles to grant rights to. Build it with some: Runner::roles.")]
     NoRoles,
     /// The program was built without a maintenance.
-    #[error("this program has no maintenance to do.")]
+    #[error("this program has no maintenance to do. Build it with one: Runner::maintenance.")]
     NoMaintenance,
     /// Migrations are pending, and what was asked for needs them.
-    #[error("{0} migrations are pending. Run them first.")]
+    #[error("{0} migrations are pending. Run them first (`run`).")]
     Pending(usize),
     /// A migration that runs in a transaction has a statement that begins or ends one, so that it
     /// could not be rolled back.

@@ -6,6 +6,8 @@ mod adoption;
 pub mod cli;
 mod control;
 mod error;
+#[cfg(feature = "prover")]
+pub mod prover;
 mod rehearsal;
 mod report;
 mod runner;

@@ -31,6 +31,33 @@ pub enum Event<'a> {
     Finished(&'a Step),
 }
 
+#[cfg(feature = "tracing")]
+impl Event<'_> {
+    /// Sends the event to `tracing`, as `info`, or as `warn` where somebody may have to act.
+    pub(crate) fn trace(&self) {
+        use tracing::{info, warn};
+
+        match self {
+            Self::Waiting(holder) => warn!(pid = holder.pid, "another runner holds the lock"),
+            Self::Lifted(settings) => info!(?settings, "settings don't apply to the run"),
+            Self::Started(migration, direction) => info!(migration, %direction, "started"),
+            Self::Blocked(migration, blockers) => {
+                let pids: Vec<i32> = blockers.iter().map(|blocker| blocker.pid).collect();
+                warn!(migration, ?pids, "waits for locks");
+            }
+            Self::Retrying(migration, pause) => {
+                warn!(migration, ?pause, "rolled back, tried again")
+            }
+            Self::Finished(step) => info!(
+                migration = step.name,
+                direction = %step.direction,
+                duration_ms = step.duration.as_secs_f64() * 1e3,
+                "finished"
+            ),
+        }
+    }
+}
+
 /// Whether a migration is applied (`up.sql`) or reverted (`down.sql`).
 #[expect(missing_docs, reason = "the names say it")]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]

@@ -137,7 +137,7 @@ impl Runner {
             roles: None,
             maintenance: None,
             hook: None,
-            watcher: Arc::new(Mutex::new(Box::new(|_| {}))),
+            watcher: Arc::new(Mutex::new(traced(|_| {}))),
         })
     }
 
@@ -261,7 +261,7 @@ impl Runner {
     /// Calls `watcher` with each event, for a log or a terminal. A second thread calls it too.
     #[must_use]
     pub fn on_event(mut self, watcher: impl FnMut(Event<'_>) + Send + 'static) -> Self {
-        self.watcher = Arc::new(Mutex::new(Box::new(watcher)));
+        self.watcher = Arc::new(Mutex::new(traced(watcher)));
         self
     }
 
@@ -1049,6 +1049,15 @@ impl Runner {
         };
         again().unwrap_or_else(|error: Error| StateAfter::Unknown(error.to_string()))
     }
+}
+
+/// With the feature `tracing`, each event goes there too.
+fn traced(mut watcher: impl FnMut(Event<'_>) + Send + 'static) -> Watcher {
+    Box::new(move |event| {
+        #[cfg(feature = "tracing")]
+        event.trace();
+        watcher(event);
+    })
 }
 
 /// Why a try of a migration failed.

@@ -212,10 +212,7 @@ impl Found {
                 .bind::<Array<Text>, _>(roles)
                 .sql(")")
                 .load(connection)?;
-                let lines: Vec<Line> = sql_query(include_str!("catalogue.sql"))
-                    .bind::<Text, _>(schema)
-                    .bind::<Nullable<Array<Text>>, _>(&keys)
-                    .load(connection)?;
+                let lines = Lines::read(connection, schema, keys.as_deref())?;
                 // The catalogue's query has changed the search_path.
                 sql_query(PINNED).execute(connection)?;
                 let granted = sql_query(include_str!("rights.sql"))
@@ -224,7 +221,7 @@ impl Found {
                     .bind::<Array<Text>, _>(trusted)
                     .load(connection)?;
                 Ok(Self {
-                    lines: lines.into_iter().collect(),
+                    lines,
                     granted,
                     roles,
                 })
@@ -251,6 +248,20 @@ impl fmt::Display for Found {
 pub(crate) struct Lines(BTreeMap<String, String>);
 
 impl Lines {
+    /// Reads those of `schema` that have these keys, or all. Leaves the schema as the
+    /// `search_path` of the transaction.
+    pub(crate) fn read(
+        connection: &mut PgConnection,
+        schema: &str,
+        keys: Option<&[&String]>,
+    ) -> QueryResult<Self> {
+        let lines: Vec<Line> = sql_query(include_str!("catalogue.sql"))
+            .bind::<Text, _>(schema)
+            .bind::<Nullable<Array<Text>>, _>(keys)
+            .load(connection)?;
+        Ok(lines.into_iter().collect())
+    }
+
     fn sum(catalogue: &str, headings: &[&str]) -> Option<Self> {
         let mut lines = Self::default();
         for name in headings {
@@ -377,7 +388,7 @@ fn acts(key: &str) -> bool {
 }
 
 #[derive(QueryableByName)]
-struct Line {
+pub(crate) struct Line {
     #[diesel(sql_type = Text)]
     key: String,
     #[diesel(sql_type = Text)]
@@ -386,7 +397,7 @@ struct Line {
 
 /// Settings of a role or database that change how the server prints a definition. The query itself
 /// looks names up in `pg_catalog` alone.
-const PINNED: &str = "SELECT set_config(name, value, true) FROM (VALUES
+pub(crate) const PINNED: &str = "SELECT set_config(name, value, true) FROM (VALUES
     ('search_path', 'pg_catalog'), ('quote_all_identifiers', 'off'),
     ('standard_conforming_strings', 'on'), ('bytea_output', 'hex'), ('extra_float_digits', '1'),
     ('datestyle', 'ISO, YMD'), ('intervalstyle', 'postgres'), ('timezone', 'UTC')

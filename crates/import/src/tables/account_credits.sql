@@ -1,5 +1,5 @@
--- The later system counted down what is left of a credit. A credit that is spent in part becomes two
--- rows here: one that is used, and one with the rest.
+-- The later system counted down what is left of a credit. A credit that is spent in part becomes
+-- two rows here: one that is used, and one with the rest.
 
 WITH shaped AS (
     SELECT old.*,
@@ -9,9 +9,7 @@ WITH shaped AS (
                WHEN 'promotional' THEN 'promotion'
                ELSE coalesce(source_type, credit_type)
            END AS source,
-           nullif(
-               coalesce(source_id, source_transaction_id::text, subscription_id::text), ''
-           ) AS new_source_id,
+           coalesce(source_id, source_transaction_id::text, subscription_id::text) AS new_source_id,
            coalesce(created_at, updated_at, now) AS new_created_at,
            CASE
                WHEN credit_amount IS NULL THEN is_used OR is_used IS NULL AND used_at IS NOT NULL
@@ -23,7 +21,7 @@ parts AS (
     -- The whole, or what is spent of it.
     SELECT shaped.*,
            0 AS part,
-           coalesce(amount, credit_amount - CASE WHEN is_spent THEN 0 ELSE remaining_amount END) AS rest,
+           coalesce(amount, credit_amount - remaining_amount) AS rest,
            credit_amount IS NULL AND is_spent OR credit_amount IS NOT NULL AS new_is_used
       FROM shaped
      WHERE credit_amount IS NULL OR remaining_amount < credit_amount
@@ -35,15 +33,9 @@ parts AS (
       FROM shaped
      WHERE remaining_amount > 0
 ),
-sourced AS (
+judged AS (
     SELECT parts.*,
            source IN ('refund', 'downgrade') IS TRUE AS once,
-           row_number() OVER (PARTITION BY source, new_source_id ORDER BY new_created_at, id, part)
-               AS place
-      FROM parts
-),
-old AS (
-    SELECT sourced.*,
            CASE
                WHEN users.id IS NULL THEN 'parent_left_behind'
                WHEN rest = 0 OR rest IS NULL THEN 'amount_zero'
@@ -51,36 +43,53 @@ old AS (
                    THEN 'credit_source_unknown'
                WHEN new_currency !~ '^[A-Z]{3}$' THEN 'currency_unknown'
            END AS rejected
-      FROM sourced
-      LEFT JOIN new_users AS users ON users.id = sourced.user_id AND users.rejected IS NULL
+      FROM parts
+      LEFT JOIN new_users AS users ON users.id = parts.user_id AND users.rejected IS NULL
+),
+old AS (
+    SELECT judged.*,
+           row_number() OVER (
+               PARTITION BY rejected IS NULL, source, new_source_id
+               ORDER BY new_created_at, id, part
+           ) AS place
+      FROM judged
 )
 SELECT row_number() OVER (ORDER BY id, part) AS n,
        id::text AS key,
        part = 1 AS extra,
        rejected,
-       array_remove(ARRAY[
-           CASE WHEN part = 1 OR remaining_amount BETWEEN 1 AND credit_amount - 1 THEN 'credit_split' END,
-           CASE
-               WHEN is_active IS FALSE AND NOT new_is_used AND credit_amount IS NOT NULL
-                   THEN 'credit_inactive_rest'
-           END,
-           CASE WHEN new_currency <> currency THEN 'currency_upper' END,
-           CASE WHEN once AND new_source_id IS NULL THEN 'credit_source_missing' END,
-           CASE
-               WHEN once AND new_source_id IS NOT NULL AND place > 1 AND part = 0
-                   THEN 'credit_source_repeated'
-           END,
-           CASE
-               WHEN new_is_used AND coalesce(used_at, last_applied_at) IS NULL THEN 'used_without_date'
-               WHEN NOT new_is_used AND used_at IS NOT NULL THEN 'used_at_of_unused'
-           END,
-           CASE
-               WHEN credit_amount IS NULL AND num_nulls(currency, is_used) > 0
-                   OR num_nulls(created_at, updated_at) > 0 AND NOT odd_time
-                   THEN 'null_default'
-           END,
-           CASE WHEN odd_time THEN 'time_out_of_range' END
-       ], NULL) AS reasons,
+       CASE part
+           -- The other reasons of the row are counted once.
+           WHEN 1 THEN ARRAY(SELECT 'credit_inactive_rest' WHERE is_active IS FALSE)
+           ELSE array_remove(ARRAY[
+               CASE
+                   WHEN remaining_amount BETWEEN 1 AND credit_amount - 1 THEN 'credit_split'
+                   WHEN is_active IS FALSE AND remaining_amount > 0 THEN 'credit_inactive_rest'
+               END,
+               CASE WHEN new_currency <> currency THEN 'currency_upper' END,
+               CASE
+                   WHEN NOT once THEN NULL
+                   WHEN coalesce(new_source_id, '') = '' THEN 'credit_source_missing'
+                   WHEN place > 1 THEN 'credit_source_repeated'
+               END,
+               CASE
+                   WHEN num_nulls(source_transaction_id, subscription_id) = 0 OR applied_count > 1
+                       THEN 'credit_history_dropped'
+               END,
+               CASE
+                   WHEN new_is_used AND coalesce(used_at, last_applied_at) IS NULL
+                       THEN 'used_without_date'
+                   WHEN NOT new_is_used AND used_at IS NOT NULL THEN 'used_at_of_unused'
+               END,
+               CASE
+                   WHEN credit_amount IS NULL AND num_nulls(currency, is_used) > 0
+                       OR credit_amount IS NOT NULL AND is_active IS NULL
+                       OR num_nulls(created_at, updated_at) > 0 AND NOT odd_time
+                       THEN 'null_default'
+               END,
+               CASE WHEN odd_time THEN 'time_out_of_range' END
+           ], NULL)
+       END AS reasons,
        CASE part WHEN 0 THEN id ELSE md5('rest of ' || id)::uuid END AS id,
        user_id,
        rest AS amount,
@@ -89,8 +98,8 @@ SELECT row_number() OVER (ORDER BY id, part) AS n,
        CASE WHEN rejected IS NULL THEN source::credit_source END AS source_type,
        CASE
            WHEN NOT once THEN new_source_id
-           WHEN new_source_id IS NULL OR place > 1
-               THEN concat_ws(' ', new_source_id, 'imported', id, nullif(part, 0))
+           WHEN coalesce(new_source_id, '') = '' OR place > 1
+               THEN concat_ws(' ', nullif(new_source_id, ''), 'imported', id, nullif(part, 0))
            ELSE new_source_id
        END AS source_id,
        new_is_used AS is_used,

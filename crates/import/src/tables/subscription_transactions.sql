@@ -1,5 +1,5 @@
--- No amount is changed but the sign of a refund: what breaks a rule of money is left behind. Parents
--- come before their children.
+-- No amount is changed but the sign of a refund: what breaks a rule of money is left behind.
+-- Parents come before their children.
 
 WITH RECURSIVE tree AS (
     SELECT id, 0 AS depth
@@ -23,13 +23,12 @@ converted AS (
            depth,
            transaction_type = 'refund' AS is_refund,
            CASE WHEN transaction_type = 'refund' THEN -abs(amount) ELSE amount END AS new_amount,
-           CASE WHEN transaction_type = 'refund' THEN -abs(net_amount) ELSE net_amount END AS new_net,
+           CASE WHEN transaction_type = 'refund' THEN -abs(net_amount) ELSE net_amount END
+               AS new_net,
            upper(btrim(coalesce(currency, 'INR'))) AS new_currency,
            coalesce(old.created_at, old.updated_at, now) AS new_created_at,
-           coalesce(pg_temp.try_jsonb(nullif(btrim(method_details_json), '')),
-               pg_temp.wrapped(nullif(btrim(method_details_json), ''))) AS details,
-           coalesce(pg_temp.try_jsonb(nullif(btrim(gateway_response_json), '')),
-               pg_temp.wrapped(nullif(btrim(gateway_response_json), ''))) AS response
+           pg_temp.document_of(method_details_json) AS details,
+           pg_temp.document_of(gateway_response_json) AS response
       FROM old_subscription_transactions AS old
       CROSS JOIN settings
       LEFT JOIN tree USING (id)
@@ -45,7 +44,10 @@ judged AS (
                    )
                    THEN 'transaction_unknown'
                WHEN new_currency !~ '^[A-Z]{3}$' THEN 'currency_unknown'
-               WHEN exchange_rate = 'NaN' AND new_currency <> 'INR' OR exchange_rate <= 0
+               -- NaN is greater than any number.
+               WHEN exchange_rate <= 0
+                   OR exchange_rate >= 1e10
+                   AND NOT (exchange_rate = 'NaN' AND new_currency = 'INR')
                    THEN 'exchange_rate_invalid'
                WHEN is_refund AND new_amount = 0 THEN 'refund_of_nothing'
                WHEN is_refund THEN NULL
@@ -79,7 +81,14 @@ refunds AS (
      WHERE refund.is_refund AND refund.own_verdict IS NULL
 ),
 verdicts AS (
-    SELECT judged.*, coalesce(own_verdict, refunds.verdict) AS rejected
+    SELECT judged.*,
+           coalesce(own_verdict, refunds.verdict) AS rejected,
+           details = pg_temp.wrapped(method_details_json) AS details_are_wrapped,
+           CASE
+               WHEN details = pg_temp.wrapped(method_details_json)
+                   THEN pg_temp.text_has_card_secret(method_details_json)
+               ELSE pg_temp.has_card_secret(details)
+           END AS has_card_secret
       FROM judged
       LEFT JOIN refunds USING (id)
 ),
@@ -116,17 +125,15 @@ SELECT row_number() OVER (ORDER BY depth NULLS FIRST, id) AS n,
                    THEN 'gateway_id_empty'
            END,
            CASE
-               WHEN '' IN (btrim(method_details_json), btrim(gateway_response_json))
+               WHEN method_details_json IS NOT NULL AND details IS NULL
+                   OR gateway_response_json IS NOT NULL AND response IS NULL
                    THEN 'gateway_text_empty'
            END,
            CASE
-               WHEN method_details_json <> '' AND pg_temp.try_jsonb(method_details_json) IS NULL
-                   OR gateway_response_json <> ''
-                   AND pg_temp.try_jsonb(gateway_response_json) IS NULL
-                   OR NOT pg_temp.is_readable(details) OR NOT pg_temp.is_readable(response)
+               WHEN details_are_wrapped OR response = pg_temp.wrapped(gateway_response_json)
                    THEN 'gateway_text_wrapped'
            END,
-           CASE WHEN pg_temp.has_card_secret(details) THEN 'card_number_stripped' END,
+           CASE WHEN has_card_secret THEN 'card_number_stripped' END,
            CASE WHEN retry_count < 0 THEN 'negative_count' END,
            CASE
                WHEN num_nulls(
@@ -154,14 +161,11 @@ SELECT row_number() OVER (ORDER BY depth NULLS FIRST, id) AS n,
        gateway_status,
        method,
        CASE
-           WHEN pg_temp.has_card_secret(details) THEN '{"removed": "a card number"}'
-           WHEN NOT pg_temp.is_readable(details) THEN pg_temp.wrapped(method_details_json)
-           ELSE details
+           WHEN NOT has_card_secret THEN details
+           WHEN details_are_wrapped THEN '{"removed": "a card number"}'
+           ELSE pg_temp.without_card_secrets(details)
        END AS method_details_json,
-       CASE
-           WHEN NOT pg_temp.is_readable(response) THEN pg_temp.wrapped(gateway_response_json)
-           ELSE response
-       END AS gateway_response_json,
+       response AS gateway_response_json,
        description,
        nullif(receipt_number, '') AS receipt_number,
        nullif(invoice_id, '') AS invoice_id,

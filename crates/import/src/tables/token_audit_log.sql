@@ -36,11 +36,10 @@ SELECT row_number() OVER (ORDER BY audit_id) AS n,
        error_message,
        CASE
            WHEN new_status = status OR status = 'failed' THEN new_metadata
-           WHEN jsonb_typeof(new_metadata) = 'object'
+           WHEN new_metadata IS NULL THEN jsonb_build_object('status', status)
+           WHEN jsonb_typeof(new_metadata) = 'object' AND NOT new_metadata ? 'status'
                THEN new_metadata || jsonb_build_object('status', status)
-           ELSE jsonb_strip_nulls(
-               jsonb_build_object('status', status, 'metadata', new_metadata)
-           )
+           ELSE jsonb_build_object('status', status, 'metadata', new_metadata)
        END AS metadata,
        least(created_at, now) AS created_at
   FROM old

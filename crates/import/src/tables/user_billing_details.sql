@@ -6,7 +6,7 @@ WITH element AS (
            card,
            card ->> 'id' AS id,
            card ->> 'token' AS token,
-           coalesce(nullif(btrim(card ->> 'brand'), ''), 'unknown') AS brand,
+           CASE WHEN card ->> 'brand' ~ '\S' THEN card ->> 'brand' ELSE 'unknown' END AS brand,
            coalesce(
                substring(card ->> 'last4' FROM '^[0-9]{4}$'),
                right(regexp_replace(card ->> 'number', '[^0-9]', '', 'g'), 4)
@@ -35,7 +35,8 @@ kept AS (
     SELECT billing_id,
            jsonb_agg(new_card ORDER BY position) AS cards,
            count(*) AS number,
-           bool_or(new_card <> card) AS are_stripped
+           bool_or(new_card <> card AND pg_temp.has_card_secret(card)) AS are_stripped,
+           bool_or(new_card <> card AND NOT pg_temp.has_card_secret(card)) AS are_rewritten
       FROM readable
      WHERE place = 1
      GROUP BY billing_id
@@ -50,7 +51,8 @@ old AS (
                WHEN 'null' THEN 0
                ELSE 1
            END AS are_dropped,
-           coalesce(are_stripped, false) AS are_stripped
+           are_stripped,
+           are_rewritten
       FROM old_user_billing_details AS old
       CROSS JOIN settings
       LEFT JOIN kept USING (billing_id)
@@ -61,16 +63,21 @@ SELECT row_number() OVER (ORDER BY billing_id) AS n,
        false AS extra,
        CASE WHEN is_orphan THEN 'parent_left_behind' END AS rejected,
        array_remove(ARRAY[
-           CASE WHEN '' IN (address_line1, city, state, country, zip_code) THEN 'address_part_empty' END,
+           CASE
+               WHEN '' IN (address_line1, city, state, country, zip_code)
+                   THEN 'address_part_empty'
+           END,
            CASE WHEN are_dropped THEN 'card_dropped' END,
            CASE WHEN are_stripped THEN 'card_number_stripped' END,
+           CASE WHEN are_rewritten THEN 'card_rewritten' END,
            CASE
                WHEN default_card_id IS NOT NULL
                    AND NOT new_cards @> jsonb_build_array(jsonb_build_object('id', default_card_id))
                    THEN 'default_card_unknown'
            END,
            CASE
-               WHEN cards IS NULL OR num_nulls(created_at, updated_at) > 0 AND NOT odd_time
+               WHEN coalesce(cards, 'null') = 'null'
+                   OR num_nulls(created_at, updated_at) > 0 AND NOT odd_time
                    THEN 'null_default'
            END,
            CASE WHEN odd_time THEN 'time_out_of_range' END

@@ -5,19 +5,21 @@ WITH entitled AS (
     SELECT DISTINCT ON (user_id) *
       FROM (
           SELECT new_user_subscriptions.*,
-                 current_period_end + CASE
+                 -- NULL: without end.
+                 CASE
+                     WHEN current_period_end >= '9000-01-01 UTC' THEN NULL
                      WHEN status IN ('active', 'past_due') AND NOT cancel_at_period_end
-                         THEN make_interval(days => least(grace_period_days, 3650))
-                     ELSE interval '0'
+                         THEN current_period_end
+                             + make_interval(days => least(grace_period_days, 3650))
+                     ELSE current_period_end
                  END AS until
             FROM new_user_subscriptions
            WHERE rejected IS NULL
              AND plan_code <> 'free'
              AND status IN ('active', 'past_due', 'paused', 'cancelled', 'completed')
-             AND current_period_end < '9000-01-01'
       ) AS paid
-     WHERE until > (SELECT now FROM settings)
-     ORDER BY user_id, until DESC, id
+     WHERE until IS NULL OR until > (SELECT now FROM settings)
+     ORDER BY user_id, until DESC NULLS FIRST, id
 ),
 merged AS (
     SELECT old.plan_id,

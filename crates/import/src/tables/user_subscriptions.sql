@@ -11,6 +11,9 @@ judged AS (
     SELECT times.*,
            CASE
                WHEN current_period_end > start THEN current_period_end
+               -- It is after the start, and beyond what the column holds: never.
+               WHEN current_period_end IS NULL AND current_period_start < '9000-01-01 UTC'
+                   THEN '9000-01-01 UTC'
                ELSE start + interval '30 days'
            END AS new_end,
            status IN ('active', 'past_due', 'paused') AS is_live,
@@ -50,7 +53,15 @@ SELECT row_number() OVER (ORDER BY id) AS n,
        array_remove(ARRAY[
            CASE WHEN is_live AND live > 1 AND place = 1 THEN 'subscription_merged' END,
            CASE WHEN is_live AND place > 1 THEN 'subscription_replaced' END,
-           CASE WHEN '' IN (razorpay_subscription_id, razorpay_customer_id) THEN 'gateway_id_empty' END,
+           CASE WHEN current_period_end <= start THEN 'period_reset' END,
+           CASE
+               WHEN new_end = '9000-01-01 UTC' AND current_period_end IS NULL
+                   THEN 'period_endless'
+           END,
+           CASE
+               WHEN '' IN (razorpay_subscription_id, razorpay_customer_id)
+                   THEN 'gateway_id_empty'
+           END,
            CASE
                WHEN trial_end IS NOT NULL AND new_trial_start IS NULL THEN 'trial_dropped'
                WHEN trial_end IS NOT NULL AND trial_start IS NULL THEN 'trial_without_start'

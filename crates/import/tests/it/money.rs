@@ -1,5 +1,7 @@
 //! Subscriptions, payments, credits and billing details.
 
+use bruhmcp_db::import::Options;
+
 use crate::support::{Old, SHAPES, id, keys, user};
 
 const A: &str = SHAPES[0];
@@ -60,6 +62,7 @@ fn odd_subscriptions_are_converted() {
         ("gateway_id_empty", 11),
         ("negative_count", 11),
         ("time_out_of_range", 11),
+        ("period_endless", 11),
     ] {
         assert_eq!(
             keys(&report, "user_subscriptions", code),
@@ -77,11 +80,53 @@ fn odd_subscriptions_are_converted() {
     assert_eq!(
         old.text(
             "SELECT string_agg(concat_ws(' ', billing_cycle, discount_amount, grace_period_days,
-                     trial_start::date, current_period_end - current_period_start = '30 days'), ', '
+                     trial_start::date, current_period_end > '2999-01-01'), ', '
                      ORDER BY id) FROM user_subscriptions"
         ),
         "monthly 0 0 2020-01-01 t, yearly 5 3 f"
     );
+}
+
+#[test]
+fn a_period_without_end_gives_a_plan_without_end() {
+    let rows = user(B, 1, "ada@example.org")
+        + &format!(
+            "INSERT INTO user_subscriptions (id, user_id, plan_code, current_period_end)
+             VALUES ('{}', '{}', 'pro', 'infinity');",
+            id(11),
+            id(1),
+        );
+    let (mut old, report) = Old::imported(B, &rows);
+    assert_eq!(
+        keys(&report, "user_subscriptions", "period_endless"),
+        [id(11)]
+    );
+    assert_eq!(
+        old.text("SELECT (plan_type, max_instances, expires_at) FROM user_plans"),
+        "(pro,,)"
+    );
+}
+
+#[test]
+fn a_period_that_ends_in_the_hour_that_is_skipped_is_reset() {
+    let rows = user(A, 1, "ada@example.org")
+        + &format!(
+            "INSERT INTO user_subscriptions (id, user_id, current_period_start, current_period_end)
+             VALUES ('{}', '{}', '2021-03-14 02:30', '2021-03-14 03:00');",
+            id(11),
+            id(1),
+        );
+    let mut old = Old::new(A, &rows);
+    let options = Options {
+        timezone: "America/New_York".to_owned(),
+        ..Options::default()
+    };
+    let report = old.import(&options).unwrap();
+    assert_eq!(
+        keys(&report, "user_subscriptions", "period_reset"),
+        [id(11)]
+    );
+    assert!(old.check().holds());
 }
 
 /// A payment of 1,000 paise by user 1, and a refund of it.
@@ -222,7 +267,65 @@ fn odd_payments_are_converted() {
                FROM subscription_transactions WHERE id = '{}'",
             id(35)
         )),
-        r#"("{""removed"": ""a card number""}","{""unreadable"": ""[1e999]""}")"#
+        r#"({},"{""unreadable"": ""[1e999]""}")"#
+    );
+}
+
+#[test]
+fn card_numbers_are_taken_out_of_the_details() {
+    let more = format!(
+        r#"INSERT INTO subscription_transactions (id, user_id, amount, net_amount, status,
+               method_details_json, gateway_response_json)
+           VALUES ('{1}', '{0}', 5, 5, 'created', NULL, NULL),
+                  ('{2}', '{0}', 5, 5, 'created', E' \n', '{{"a": null}}'),
+                  ('{3}', '{0}', 5, 5, 'created',
+                   '{{"card": {{"number": "x", "last4": "1111", "CVV": 123}},
+                      "seen": ["4111-1111-1111-1111", 5111111111111111, "visa"]}}', NULL),
+                  ('{4}', '{0}', 5, 5, 'created', '{{''cvv'': ''123''}}', NULL),
+                  ('{5}', '{0}', 5, 5, 'created', 'card=4111 1111 1111 1111;', NULL),
+                  ('{6}', '{0}', 5, 5, 'created', '{{''last4'': ''1111''}}', NULL);"#,
+        id(1),
+        id(31),
+        id(32),
+        id(33),
+        id(34),
+        id(35),
+        id(36),
+    );
+    let (mut old, report) = Old::imported(A, &payment(&more));
+    for (code, numbers) in [
+        ("gateway_text_empty", vec![id(32)]),
+        ("card_number_stripped", vec![id(33), id(34), id(35)]),
+        ("gateway_text_wrapped", vec![id(34), id(35), id(36)]),
+    ] {
+        assert_eq!(
+            keys(&report, "subscription_transactions", code),
+            numbers,
+            "{code}"
+        );
+    }
+    for (number, details) in [
+        (31, "NULL"),
+        (32, "NULL"),
+        (
+            33,
+            r#"{"card": {"last4": "1111"}, "seen": ["removed", "removed", "visa"]}"#,
+        ),
+        (34, r#"{"removed": "a card number"}"#),
+        (35, r#"{"removed": "a card number"}"#),
+        (36, r#"{"unreadable": "{'last4': '1111'}"}"#),
+    ] {
+        let query = format!(
+            "SELECT method_details_json FROM subscription_transactions WHERE id = '{}'",
+            id(number)
+        );
+        assert_eq!(old.text(&query), details, "{number}");
+    }
+    assert_eq!(
+        old.text(
+            "SELECT string_agg(gateway_response_json::text, ', ') FROM subscription_transactions"
+        ),
+        r#"{"a": null}"#
     );
 }
 
@@ -295,6 +398,65 @@ fn odd_credits_of_the_first_shape_are_converted() {
 }
 
 #[test]
+fn the_source_of_a_credit_is_kept() {
+    let rows = user(A, 1, "ada@example.org")
+        + &format!(
+            "INSERT INTO account_credits (id, user_id, amount, source_type, source_id, created_at)
+             VALUES ('{1}', '{0}', 100, 'promotion', '', '2020-01-01'),
+                    ('{2}', '{0}', 0, 'refund', 'r', '2020-01-01'),
+                    ('{3}', '{0}', 100, 'refund', 'r', '2020-01-02'),
+                    ('{4}', '{0}', 100, 'downgrade', '', '2020-01-02');",
+            id(1),
+            id(11),
+            id(12),
+            id(13),
+            id(14),
+        );
+    let (mut old, report) = Old::imported(A, &rows);
+    assert!(keys(&report, "account_credits", "credit_source_repeated").is_empty());
+    assert_eq!(
+        keys(&report, "account_credits", "credit_source_missing"),
+        [id(14)]
+    );
+    assert_eq!(
+        old.text("SELECT json_agg(source_id ORDER BY id) FROM account_credits"),
+        format!(r#"["", "r", "imported {}"]"#, id(14))
+    );
+}
+
+#[test]
+fn what_a_credit_has_no_column_for_is_named() {
+    let rows = user(B, 1, "ada@example.org")
+        + &format!(
+            "INSERT INTO user_subscriptions (id, user_id) VALUES ('{1}', '{0}');
+             INSERT INTO subscription_transactions (id, user_id, amount, net_amount, status)
+             VALUES ('{2}', '{0}', 5, 5, 'captured');
+             INSERT INTO account_credits (id, user_id, credit_amount, remaining_amount, credit_type,
+                 subscription_id, source_transaction_id, applied_count, is_active)
+             VALUES ('{3}', '{0}', 5, 5, 'refund', '{1}', '{2}', 0, true),
+                    ('{4}', '{0}', 5, 0, 'adjustment', NULL, NULL, 2, true),
+                    ('{5}', '{0}', 5, 5, 'downgrade', '{1}', NULL, 0, NULL);",
+            id(1),
+            id(21),
+            id(22),
+            id(11),
+            id(12),
+            id(13),
+        );
+    let (mut old, report) = Old::imported(B, &rows);
+    for (code, numbers) in [
+        ("credit_history_dropped", vec![id(11), id(12)]),
+        ("null_default", vec![id(13)]),
+    ] {
+        assert_eq!(keys(&report, "account_credits", code), numbers, "{code}");
+    }
+    assert_eq!(
+        old.text("SELECT json_agg(source_id ORDER BY id) FROM account_credits"),
+        format!(r#"["{}", null, "{}"]"#, id(22), id(21))
+    );
+}
+
+#[test]
 fn credits_that_are_spent_in_part_become_two() {
     let rows = user(B, 1, "ada@example.org")
         + &format!(
@@ -302,11 +464,13 @@ fn credits_that_are_spent_in_part_become_two() {
                  is_active, last_applied_at, updated_at)
              VALUES ('{1}', '{0}', 100, 0, 'promotional', true, '2020-01-01', '2020-05-05'),
                     ('{2}', '{0}', 100, 30, 'refund', true, NULL, '2020-05-05'),
-                    ('{3}', '{0}', 100, 100, 'adjustment', false, NULL, '2020-05-05');",
+                    ('{3}', '{0}', 100, 100, 'adjustment', false, NULL, '2020-05-05'),
+                    ('{4}', '{0}', 50, 20, 'adjustment', false, '2020-04-04', '2020-05-05');",
             id(1),
             id(11),
             id(12),
             id(13),
+            id(14),
         );
     let (mut old, report) = Old::imported(B, &rows);
     assert!(report.is_complete());
@@ -315,18 +479,21 @@ fn credits_that_are_spent_in_part_become_two() {
         .iter()
         .find(|table| table.table == "account_credits");
     let credits = credits.unwrap();
-    assert_eq!((credits.rows, credits.added), (3, 1));
-    assert_eq!(
-        keys(&report, "account_credits", "credit_inactive_rest"),
-        [id(13)]
-    );
+    assert_eq!((credits.rows, credits.added), (4, 2));
+    for (code, numbers) in [
+        ("credit_split", vec![id(12), id(14)]),
+        ("credit_inactive_rest", vec![id(13), id(14)]),
+        ("used_without_date", vec![id(12)]),
+    ] {
+        assert_eq!(keys(&report, "account_credits", code), numbers, "{code}");
+    }
     assert_eq!(
         old.text(
             "SELECT string_agg(concat_ws(' ', amount, source_type, is_used, used_at::date,
-                     expires_at::date), ', ' ORDER BY amount, is_used, source_type) FROM account_credits"
+                     expires_at::date), ', ' ORDER BY amount, source_type, is_used) FROM account_credits"
         ),
-        "30 refund f, 70 refund t 2020-05-05, 100 adjustment f 2020-05-05, \
-         100 promotion t 2020-01-01"
+        "20 adjustment f 2020-05-05, 30 refund f, 30 adjustment t 2020-04-04, \
+         70 refund t 2020-05-05, 100 adjustment f 2020-05-05, 100 promotion t 2020-01-01"
     );
 }
 
@@ -367,6 +534,81 @@ fn cards_without_numbers_are_kept() {
                      ORDER BY billing_id) FROM user_billing_details"
         ),
         r#"- ["a", "b"], Pune []"#
+    );
+}
+
+#[test]
+fn a_card_is_kept_in_the_form_of_the_new_column() {
+    let rows = (1..=3)
+        .map(|number| user(A, number, &format!("{number}@example.org")))
+        .collect::<String>()
+        + &format!(
+            r#"INSERT INTO user_billing_details (billing_id, user_id, address_line1, city, state,
+                   country, zip_code, cards)
+               VALUES ('{3}', '{0}', 'Road 1', 'Pune', 'MH', 'IN', '1', 'null'),
+                      ('{4}', '{1}', 'Road 1', 'Pune', 'MH', 'IN', '1',
+                       '[{{"id": "a", "token": "t", "brand": "\t", "last4": 4242, "exp_month": "02",
+                           "exp_year": "2030", "funding": "credit"}}]'),
+                      ('{5}', '{2}', 'Road 1', 'Pune', 'MH', 'IN', '1',
+                       '[{{"id": "a", "token": "t", "brand": "visa", "last4": "4242", "exp_month": 2,
+                           "exp_year": 2030}}]');"#,
+            id(1),
+            id(2),
+            id(3),
+            id(11),
+            id(12),
+            id(13),
+        );
+    let (mut old, report) = Old::imported(A, &rows);
+    for (code, numbers) in [
+        ("null_default", vec![id(11)]),
+        ("card_rewritten", vec![id(12)]),
+        ("card_number_stripped", vec![]),
+        ("card_dropped", vec![]),
+    ] {
+        assert_eq!(
+            keys(&report, "user_billing_details", code),
+            numbers,
+            "{code}"
+        );
+    }
+    assert_eq!(
+        old.text(
+            "SELECT string_agg(coalesce(cards -> 0 ->> 'brand', 'none'), ', ' ORDER BY billing_id)
+               FROM user_billing_details"
+        ),
+        "none, unknown, visa"
+    );
+}
+
+#[test]
+fn events_have_the_ids_of_the_gateway() {
+    let rows = r#"INSERT INTO webhook_events (event_id, external_event_id, event_type,
+                      payment_gateway, payload, created_at)
+                  SELECT ('00000000-0000-4000-8000-00000000000' || id)::uuid, external, 'x', gateway,
+                         payload::jsonb, '2199-01-01'
+                    FROM (VALUES (1, 'own-1', 'stripe', '{"id": "evt_1"}'),
+                                 (2, 'own-2', 'stripe', '{"id": "evt_1"}'),
+                                 (3, 'own-3', 'stripe', '{"id": "evt_4"}'),
+                                 (4, 'evt_4', 'stripe', '{"id": "evt_4"}'),
+                                 (5, '', 'stripe', '{"id": "evt_5"}'),
+                                 (6, 'pay_1', 'razorpay', '{"id": "evt_6"}'),
+                                 (7, 'x', 'razorpay', '[1]')) AS events (id, external, gateway, payload)"#;
+    let (mut old, report) = Old::imported(A, rows);
+    for (code, numbers) in [
+        ("event_id_of_payload", vec![id(1), id(5)]),
+        ("event_id_of_another", vec![id(6)]),
+        ("event_id_empty", vec![]),
+    ] {
+        assert_eq!(keys(&report, "webhook_events", code), numbers, "{code}");
+    }
+    assert_eq!(
+        old.text("SELECT string_agg(external_event_id, ' ' ORDER BY event_id) FROM webhook_events"),
+        "evt_1 own-2 own-3 evt_4 evt_5 pay_1 x"
+    );
+    assert_eq!(
+        old.text("SELECT count(*) FROM webhook_events WHERE available_at > now()"),
+        "0"
     );
 }
 
@@ -435,5 +677,32 @@ fn the_audit_log_keeps_its_words_and_numbers() {
     assert_eq!(
         old.text("SELECT nextval(pg_get_serial_sequence('token_audit_log', 'audit_id'))"),
         "14"
+    );
+}
+
+#[test]
+fn the_metadata_of_the_audit_log_keep_all_they_have() {
+    let rows = user(A, 1, "ada@example.org")
+        + &format!(
+            r#"INSERT INTO mcp_table (mcp_service_id, mcp_service_name, display_name, port, type)
+               VALUES ('{1}', 'figma', 'Figma', 1, 'oauth');
+               INSERT INTO mcp_service_table (instance_id, user_id, mcp_service_id)
+               VALUES ('{2}', '{0}', '{1}');
+               INSERT INTO token_audit_log (audit_id, instance_id, operation, status, metadata)
+               VALUES (-3, '{2}', 'x', 'info', '{{"status": 200, "a": null}}'),
+                      (-2, '{2}', 'x', 'info', '[{{"a": null}}]'),
+                      (-1, '{2}', 'x', 'info', NULL);"#,
+            id(1),
+            id(2),
+            id(3)
+        );
+    let (mut old, _) = Old::imported(A, &rows);
+    assert_eq!(
+        old.text("SELECT string_agg(metadata::text, ', ' ORDER BY audit_id) FROM token_audit_log"),
+        r#"{"status": "info", "metadata": {"a": null, "status": 200}}, {"status": "info", "metadata": [{"a": null}]}, {"status": "info"}"#
+    );
+    assert_eq!(
+        old.text("SELECT nextval(pg_get_serial_sequence('token_audit_log', 'audit_id'))"),
+        "1"
     );
 }

@@ -396,6 +396,7 @@ const FIRST: [Rows; 3] = [
                 &[
                     "NULL",
                     "'[]'",
+                    "'null'",
                     "'{}'",
                     "'[1, null, [], {}]'",
                     r#"'[{"id": "a", "token": "t", "brand": "visa", "last4": "4242", "exp_month": 1, "exp_year": 2030}]'"#,
@@ -413,11 +414,22 @@ const FIRST: [Rows; 3] = [
     (
         "webhook_events",
         &[
-            ("external_event_id", IDS),
+            (
+                "external_event_id",
+                &["''", "'evt_1'", "'evt_2'", "'pay_1'", "' id'"],
+            ),
             ("event_type", &["''", "'payment.captured'"]),
             ("payment_gateway", &["'stripe'", "'razorpay'"]),
             ("processed_at", TIMES),
-            ("payload", JSON),
+            (
+                "payload",
+                &[
+                    "'{}'",
+                    "'[1e999]'",
+                    "'{\"id\": \"evt_1\"}'",
+                    "'{\"id\": \"evt_2\"}'",
+                ],
+            ),
             (
                 "processing_status",
                 &["NULL", "'pending'", "'processed'", "'failed'", "'skipped'"],
