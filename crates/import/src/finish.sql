@@ -1,8 +1,10 @@
 SET LOCAL lock_timeout = '5s';
 LOCK TABLE mcp_table, mcp_service_table, mcp_credentials IN SHARE ROW EXCLUSIVE MODE;
 
--- Credentials that a constraint refused.
+-- Instances whose credentials a constraint refused. Their versions and times are kept.
 ALTER TABLE mcp_service_table
+    DISABLE TRIGGER mcp_service_table_update_updated_at,
+    DISABLE TRIGGER mcp_service_table_update_version,
     DISABLE TRIGGER mcp_service_table_oauth_status_synced,
     DISABLE TRIGGER mcp_service_table_collect_update,
     DISABLE TRIGGER mcp_service_table_count_update;
@@ -13,6 +15,8 @@ UPDATE mcp_service_table AS instance
        SELECT FROM mcp_credentials WHERE mcp_credentials.instance_id = instance.instance_id
    );
 ALTER TABLE mcp_service_table
+    ENABLE TRIGGER mcp_service_table_update_updated_at,
+    ENABLE TRIGGER mcp_service_table_update_version,
     ENABLE TRIGGER mcp_service_table_oauth_status_synced,
     ENABLE TRIGGER mcp_service_table_collect_update,
     ENABLE TRIGGER mcp_service_table_count_update;

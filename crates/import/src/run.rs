@@ -131,6 +131,7 @@ fn locked(
         write(conn, system, table, progress)?;
     }
     finish(conn).map_err(ImportError::database("finishing the import"))?;
+    stage::reject_again(conn).map_err(ImportError::database("reading the rejected rows"))?;
     for (table, counted) in TABLES.iter().zip(&mut report.tables) {
         *counted = crate::report::of_table(conn, table)?;
     }

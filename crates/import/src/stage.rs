@@ -10,7 +10,8 @@ use uuid::Uuid;
 use crate::error::ImportError;
 use crate::old::{Archive, Unknown};
 use crate::report::{self, Report};
-use crate::tables::TABLES;
+use crate::run::Run;
+use crate::tables::{TABLES, Table};
 use crate::{DuplicateEmails, NewSystem, Options};
 
 /// Rows that are read or written at once.
@@ -34,7 +35,6 @@ pub(crate) fn stage(
 ) -> Result<Report, ImportError> {
     prepare(conn, options, archive, began_at).map_err(ImportError::database("converting"))?;
     spell_emails(conn, system).map_err(ImportError::database("reading the email addresses"))?;
-    let mut tables = Vec::new();
     for table in &TABLES {
         let name = table.name;
         let staging = format!(
@@ -45,8 +45,12 @@ pub(crate) fn stage(
         );
         let staged = conn.batch_execute(&staging);
         staged.map_err(ImportError::database("converting"))?;
-        tables.push(report::of_table(conn, table)?);
     }
+    if Run::find(conn)?.is_some() {
+        reject_again(conn).map_err(ImportError::database("reading the rejected rows"))?;
+    }
+    let tables = TABLES.iter().map(|table| report::of_table(conn, table));
+    let tables = tables.collect::<Result<_, _>>()?;
     let Unknown {
         columns: unknown_columns,
         tables: unknown_tables,
@@ -57,6 +61,29 @@ pub(crate) fn stage(
         unknown_columns,
         unknown_tables,
     })
+}
+
+/// Marks the rows that were found out only when they were written. After the staging of all tables:
+/// no conversion may depend on it, for it is another one in the next run.
+pub(crate) fn reject_again(conn: &mut PgConnection) -> QueryResult<()> {
+    for Table { name, key, .. } in TABLES.iter().filter(|table| table.name != "auth_tokens") {
+        conn.batch_execute(&format!(
+            "UPDATE new_{name} AS staged SET rejected = import_rejected.reason
+               FROM bruhmcp_archive.import_rejected
+              WHERE table_name = '{name}' AND import_rejected.key = staged.key
+                AND rejected IS NULL
+                AND NOT EXISTS (SELECT FROM {name} AS written WHERE written.{key} = staged.{key})"
+        ))?;
+    }
+    // As the end of the import leaves them.
+    conn.batch_execute(
+        "UPDATE new_mcp_service_table AS instance
+            SET oauth_status = 'pending',
+                reasons = array_append(instance.reasons, 'oauth_status_of_credentials')
+           FROM new_mcp_credentials AS credentials
+          WHERE credentials.instance_id = instance.instance_id
+            AND credentials.rejected IS NOT NULL AND instance.oauth_status <> 'pending'",
+    )
 }
 
 fn prepare(

@@ -4,7 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::Command;
 
 use bruhmcp_db::import::{
-    self, ImportError, Options, REASONS, System, write_csv, write_json_lines,
+    self, ImportError, Options, REASONS, Report, System, write_csv, write_json_lines,
 };
 use bruhmcp_db::migrations::MIGRATIONS;
 use diesel::connection::SimpleConnection;
@@ -318,6 +318,36 @@ fn a_row_that_a_constraint_refuses_is_rejected_alone() {
             "{csv}"
         );
     }
+}
+
+#[test]
+fn a_refused_row_is_told_again() {
+    let mut old = Old::new(A, &rows(A, 3));
+    old.conn
+        .batch_execute(
+            "ALTER TABLE mcp_credentials
+                 ADD CONSTRAINT mine CHECK (client_id <> 'client' OR instance_id::text NOT LIKE '%2')",
+        )
+        .unwrap();
+    let kept = "SELECT string_agg(concat_ws(' ', oauth_status, version, updated_at), ', ' ORDER BY instance_id)
+                  FROM mcp_service_table";
+    let first = old.import(&Options::default()).unwrap();
+    let credentials = |report: &Report| {
+        let mut tables = report.tables.iter();
+        tables
+            .find(|table| table.table == "mcp_credentials")
+            .cloned()
+    };
+    assert!(
+        credentials(&first)
+            .unwrap()
+            .reasons
+            .contains_key("refused:mine")
+    );
+    assert!(old.text(kept).contains("pending 1 "), "{}", old.text(kept));
+    assert!(old.check().holds(), "{:?}", old.check());
+    let second = old.import(&Options::default()).unwrap();
+    assert_eq!(first.tables, second.tables);
 }
 
 #[test]
