@@ -634,3 +634,42 @@ COMMENT ON COLUMN account_credits.amount IS
 COMMENT ON COLUMN account_credits.source_id IS
     'Id of what the credit is for, such as a refund. A refund or downgrade is credited only once.';
 COMMENT ON COLUMN account_credits.expires_at IS 'NULL: never expires.';
+
+COMMENT ON INDEX users_created_at_idx IS
+    'Users by the time of their sign-up: pages of a list, and sign-ups that were never verified.';
+COMMENT ON INDEX auth_tokens_token_key IS
+    'A token by its digest. Codes are excluded: they may be equal for two users.';
+COMMENT ON INDEX auth_tokens_one_live_per_type IS
+    'The live code or link of a user, and that there is only one of a type.';
+COMMENT ON INDEX auth_tokens_user_id_type_created_at_idx IS
+    'The tokens of a user by type since a time: the limit of issues, and revocation.';
+COMMENT ON INDEX auth_tokens_expires_at_idx IS 'Expired tokens, for the purge.';
+COMMENT ON INDEX auth_tokens_family_id_idx IS
+    'The refresh tokens of a session: its end, and the answer to a reused token.';
+COMMENT ON INDEX user_subscriptions_one_live_per_user IS
+    'The live subscription of a user, and that there is only one.';
+COMMENT ON INDEX user_subscriptions_user_id_created_at_idx IS
+    'The subscriptions of a user, newest first.';
+COMMENT ON INDEX user_subscriptions_next_billing_date_idx IS
+    'The subscriptions whose billing is due.';
+COMMENT ON INDEX user_subscriptions_cancel_at_period_end_idx IS
+    'What a sweep ends: a cancelled subscription whose period is over.';
+COMMENT ON INDEX user_subscriptions_past_due_idx IS
+    'What a sweep ends: a grace period that is over.';
+COMMENT ON INDEX user_subscriptions_resume_at_idx IS 'What a sweep resumes: a pause that is over.';
+COMMENT ON INDEX user_subscriptions_created_at_idx IS
+    'What a sweep ends: a subscription that was created and never paid.';
+COMMENT ON INDEX subscription_transactions_user_id_created_at_idx IS
+    'The transactions of a user, newest first.';
+COMMENT ON INDEX subscription_transactions_subscription_id_idx IS
+    'The transactions of a subscription, and its foreign key.';
+COMMENT ON INDEX subscription_transactions_parent_transaction_id_idx IS
+    'The refunds of a payment, and its foreign key.';
+COMMENT ON INDEX subscription_transactions_razorpay_order_id_idx IS
+    'The transactions of an order at Razorpay.';
+COMMENT ON INDEX subscription_transactions_created_at_id_idx IS
+    'Payments that were begun and not ended, oldest first.';
+COMMENT ON INDEX account_credits_source_type_source_id_key IS
+    'That a refund or a downgrade is credited once.';
+COMMENT ON INDEX account_credits_user_id_created_at_idx IS
+    'The credits of a user: the balance, and a list with the newest first.';

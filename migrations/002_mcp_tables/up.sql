@@ -481,3 +481,25 @@ BEGIN
     END LOOP;
 END
 $$;
+
+COMMENT ON INDEX mcp_service_table_user_id_created_at_idx IS
+    'The instances of a user, newest first.';
+COMMENT ON INDEX mcp_service_table_user_id_active_idx IS
+    'The active instances of a user: their count against the plan.';
+COMMENT ON INDEX mcp_service_table_mcp_service_id_idx IS
+    'The instances of a service: the recount, and its foreign key.';
+COMMENT ON INDEX mcp_service_table_expires_at_idx IS 'The instances that are due to expire.';
+COMMENT ON INDEX mcp_service_table_created_at_idx IS
+    'The instances that wait for authorization, or failed to get it.';
+COMMENT ON INDEX mcp_credentials_refresh_leased_until_token_expires_at_idx IS
+    'The refresh queue: rows without a lease first, then those whose lease ends first.';
+COMMENT ON INDEX mcp_credentials_updated_at_instance_id_idx IS
+    'The credentials that were never authorized, for the sweep that deletes their instances.';
+COMMENT ON FUNCTION mcp_credentials_sync_oauth_status() IS
+    'Copies oauth_status of the credentials to their instance.';
+COMMENT ON FUNCTION mcp_service_table_check_insert() IS
+    'Refuses an instance of an inactive user or of a disabled service.';
+COMMENT ON FUNCTION mcp_service_table_collect_counts() IS
+    'Adds a change of the instances to the sums of this transaction.';
+COMMENT ON FUNCTION mcp_service_table_count_instances() IS
+    'Writes the sums of this transaction to the counters of mcp_table, one update per service.';

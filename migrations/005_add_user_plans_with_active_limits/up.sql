@@ -204,6 +204,13 @@ BEGIN
 END
 $$;
 
+COMMENT ON INDEX user_plans_expires_at_idx IS 'The plans that a sweep returns to free.';
+COMMENT ON FUNCTION assign_default_plan() IS 'Gives a new user the free plan.';
+COMMENT ON FUNCTION mcp_service_table_check_active_limit() IS
+    'Refuses to activate an instance without a plan, with an expired one, or beyond its limit.';
+COMMENT ON FUNCTION user_plans_deactivate_surplus() IS
+    'Deactivates all active instances of a user who has more of them than the plan allows.';
+
 -- Existing users get the free plan. A user with more than one active instance has all of them
 -- deactivated, as after a downgrade.
 INSERT INTO user_plans (user_id, plan_type, max_instances) SELECT id, 'free', 1 FROM users;

@@ -49,6 +49,7 @@ mod oauth;
 // As `faults`, and with the keys of `locks`.
 #[cfg(all(feature = "cli", feature = "crypto", target_os = "linux"))]
 mod operations;
+mod pages;
 mod payments;
 mod plans;
 #[cfg(feature = "cli")]
