@@ -122,12 +122,13 @@ const RIGHTS: &str = "
 
 /// The entities of the diagram: keys, and what refers to a row.
 const ENTITY: &str = "
-    SELECT format('        %s %s%s', format_type(atttypid, NULL), attname, coalesce(' ' || string_agg(
+    SELECT format('        %s %s%s', typname, attname, coalesce(' ' || string_agg(
                DISTINCT CASE contype WHEN 'p' THEN 'PK' WHEN 'f' THEN 'FK' ELSE 'UK' END, ', '), ''))
-      FROM pg_attribute JOIN pg_constraint ON conrelid = attrelid AND attnum = ANY (conkey)
+      FROM pg_attribute JOIN pg_type ON pg_type.oid = atttypid
+           JOIN pg_constraint ON conrelid = attrelid AND attnum = ANY (conkey)
      WHERE attrelid = '$table'::regclass
        AND (contype IN ('p', 'f') OR (contype = 'u' AND cardinality(conkey) = 1))
-     GROUP BY attnum, attname, atttypid ORDER BY attnum";
+     GROUP BY attnum, attname, typname ORDER BY attnum";
 
 const RELATIONS: &str = "
     SELECT format('    %s %s--%s %s : %s', confrelid::regclass,
@@ -252,8 +253,8 @@ const MACHINES: [Machine; 4] = [
         drawing: "instance",
         column: "mcp_service_table.status",
         of_type: "mcp_instance_status",
-        note: "An instance can be called if it is active and its OAuth status is completed; then the \
-               plan's limit counts it.",
+        note: "An instance is called, and counts for the plan, if it is active and its OAuth status is\n\
+               completed.",
         insert: "INSERT INTO mcp_service_table (user_id, mcp_service_id, status)
                  SELECT id, mcp_service_id, '$state' FROM users, mcp_table",
         update: "UPDATE mcp_service_table SET status = '$state'",
@@ -343,14 +344,14 @@ fn states(database: &TestDatabase, conn: &mut PgConnection, machine: &Machine) -
     }
     text += "```\n";
     let held = match rules.len() {
-        0 => "The database refuses none of the changes.".to_owned(),
+        0 => "The database refuses no change.".to_owned(),
         _ => {
             let rules: Vec<_> = rules.iter().map(|rule| format!("`{rule}`")).collect();
-            format!("Refused by {}: every other change.", rules.join(", "))
+            format!("{} refuses every other change.", rules.join(", "))
         }
     };
     format!(
-        "\n## {}\n\n`{}`; drawn in [{drawing}.svg]({drawing}.svg). {held}\n{}\n\n{text}",
+        "\n## {}\n\n`{}`; drawn in [{drawing}.svg]({drawing}.svg).\n{held}\n{}\n\n{text}",
         machine.title,
         machine.column,
         machine.note,
