@@ -208,11 +208,18 @@ fn overview(database: &TestDatabase, tables: &[String]) -> String {
         let holds = read(database, holds, table);
         text += &format!("| [{table}]({table}.md) | `{row}` | {} |\n", holds.trim());
     }
-    text += "\n```mermaid\nerDiagram\n";
-    text += &read(database, RELATIONS, "");
-    for table in tables {
-        text += &format!("    {table} {{\n{}    }}\n", read(database, ENTITY, table));
-    }
+    text += "\n```mermaid\nerDiagram\n    direction LR\n";
+    let relations = read(database, RELATIONS, "");
+    let entities = tables.iter().map(|table| {
+        let is_alone = !relations.split(' ').any(|word| word == table);
+        let columns = read(database, ENTITY, table);
+        (is_alone, format!("    {table} {{\n{columns}    }}\n"))
+    });
+    let (alone, others): (Vec<_>, Vec<_>) = entities.partition(|(is_alone, _)| *is_alone);
+    // Mermaid lays them out in this order: a table without a key between others hides their lines.
+    text.extend(alone.into_iter().map(|(_, entity)| entity));
+    text += &relations;
+    text.extend(others.into_iter().map(|(_, entity)| entity));
     text + "```\n"
 }
 
@@ -411,13 +418,13 @@ fn generated_pages() {
 fn each_index_and_trigger_function_has_a_comment() {
     let found = database()
         .psql(
-            "SELECT indexrelid::regclass FROM pg_index JOIN pg_class ON pg_class.oid = indrelid
+            "SELECT indexrelid::regclass::text FROM pg_index JOIN pg_class ON pg_class.oid = indrelid
               WHERE relnamespace = 'public'::regnamespace AND NOT relispartition
                 AND NOT EXISTS (SELECT FROM pg_constraint
                                  WHERE conindid = indexrelid AND contype IN ('p', 'u'))
                 AND obj_description(indexrelid, 'pg_class') IS NULL
               UNION ALL
-             SELECT proname FROM pg_proc
+             SELECT proname::text FROM pg_proc
               WHERE pronamespace = 'public'::regnamespace AND prorettype = 'trigger'::regtype
                 AND obj_description(oid, 'pg_proc') IS NULL",
         )
