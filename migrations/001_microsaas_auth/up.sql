@@ -134,7 +134,6 @@ COMMENT ON COLUMN users.email_verified IS
 COMMENT ON COLUMN users.razorpay_customer_id IS
     'Customer id at Razorpay. Unique, because saved cards are looked up by it.';
 COMMENT ON COLUMN users.is_active IS 'False: deactivated; the user can''t sign in.';
-COMMENT ON INDEX users_created_at_idx IS 'Lists the users, newest first.';
 
 CREATE TABLE auth_tokens (
     id         uuid            NOT NULL DEFAULT gen_random_uuid(),
@@ -221,14 +220,6 @@ COMMENT ON COLUMN auth_tokens.family_id IS
     'The session of a refresh token: the tokens that descend from one sign-in.';
 COMMENT ON COLUMN auth_tokens.session_expires_at IS
     'When the session ends, however often its token is replaced; at most 365 days after sign-in.';
-COMMENT ON INDEX auth_tokens_token_key IS
-    'Finds the token of a digest: sessions, links, refreshes.';
-COMMENT ON INDEX auth_tokens_one_live_per_type IS
-    'Finds the code or link that a user can still use, and keeps it the only one.';
-COMMENT ON INDEX auth_tokens_user_id_type_created_at_idx IS
-    'Counts and lists the tokens of a user and type since a time.';
-COMMENT ON INDEX auth_tokens_expires_at_idx IS 'Finds the tokens to purge.';
-COMMENT ON INDEX auth_tokens_family_id_idx IS 'Finds the tokens of a session, to end it.';
 
 CREATE TABLE user_subscriptions (
     id                       uuid                NOT NULL DEFAULT gen_random_uuid(),
@@ -341,17 +332,6 @@ COMMENT ON COLUMN user_subscriptions.grace_period_days IS
     'How many days the subscription may be past due before it is halted.';
 COMMENT ON COLUMN user_subscriptions.status_event_at IS
     'When the gateway made the status what it is; NULL: no event has. An older event changes no status.';
-COMMENT ON INDEX user_subscriptions_one_live_per_user IS
-    'Finds the live subscription of a user, and keeps it the only one.';
-COMMENT ON INDEX user_subscriptions_user_id_created_at_idx IS
-    'Lists the subscriptions of a user, newest first.';
-COMMENT ON INDEX user_subscriptions_next_billing_date_idx IS 'Finds the subscriptions to bill.';
-COMMENT ON INDEX user_subscriptions_cancel_at_period_end_idx IS
-    'Finds what a sweep cancels: the period is over.';
-COMMENT ON INDEX user_subscriptions_past_due_idx IS
-    'Finds what a sweep halts: the grace period is over.';
-COMMENT ON INDEX user_subscriptions_resume_at_idx IS 'Finds what a sweep resumes.';
-COMMENT ON INDEX user_subscriptions_created_at_idx IS 'Finds what a sweep abandons: never paid.';
 
 CREATE TABLE subscription_transactions (
     id                    uuid               NOT NULL DEFAULT gen_random_uuid(),
@@ -592,16 +572,6 @@ COMMENT ON COLUMN subscription_transactions.method_details_json IS
     'What may be shown of the means of payment; never a card number or security code.';
 COMMENT ON COLUMN subscription_transactions.parent_transaction_id IS
     'The payment to which this refund or adjustment belongs.';
-COMMENT ON INDEX subscription_transactions_user_id_created_at_idx IS
-    'Lists the transactions of a user, newest first.';
-COMMENT ON INDEX subscription_transactions_subscription_id_idx IS
-    'Lists the transactions of a subscription, and serves its foreign key.';
-COMMENT ON INDEX subscription_transactions_parent_transaction_id_idx IS
-    'Sums the refunds of a payment, and serves its foreign key.';
-COMMENT ON INDEX subscription_transactions_razorpay_order_id_idx IS
-    'Finds the transactions of an order.';
-COMMENT ON INDEX subscription_transactions_created_at_id_idx IS
-    'Lists the payments that are still open, oldest first.';
 
 CREATE TABLE account_credits (
     id          uuid        NOT NULL DEFAULT gen_random_uuid(),
@@ -664,6 +634,42 @@ COMMENT ON COLUMN account_credits.amount IS
 COMMENT ON COLUMN account_credits.source_id IS
     'Id of what the credit is for, such as a refund. A refund or downgrade is credited only once.';
 COMMENT ON COLUMN account_credits.expires_at IS 'NULL: never expires.';
+
+COMMENT ON INDEX users_created_at_idx IS
+    'Users by the time of their sign-up: pages of a list, and sign-ups that were never verified.';
+COMMENT ON INDEX auth_tokens_token_key IS
+    'A token by its digest. Codes are excluded: they may be equal for two users.';
+COMMENT ON INDEX auth_tokens_one_live_per_type IS
+    'The live code or link of a user, and that there is only one of a type.';
+COMMENT ON INDEX auth_tokens_user_id_type_created_at_idx IS
+    'The tokens of a user by type since a time: the limit of issues, and revocation.';
+COMMENT ON INDEX auth_tokens_expires_at_idx IS 'Expired tokens, for the purge.';
+COMMENT ON INDEX auth_tokens_family_id_idx IS
+    'The refresh tokens of a session: its end, and the answer to a reused token.';
+COMMENT ON INDEX user_subscriptions_one_live_per_user IS
+    'The live subscription of a user, and that there is only one.';
+COMMENT ON INDEX user_subscriptions_user_id_created_at_idx IS
+    'The subscriptions of a user, newest first.';
+COMMENT ON INDEX user_subscriptions_next_billing_date_idx IS
+    'The subscriptions whose billing is due.';
+COMMENT ON INDEX user_subscriptions_cancel_at_period_end_idx IS
+    'What a sweep ends: a cancelled subscription whose period is over.';
+COMMENT ON INDEX user_subscriptions_past_due_idx IS
+    'What a sweep ends: a grace period that is over.';
+COMMENT ON INDEX user_subscriptions_resume_at_idx IS 'What a sweep resumes: a pause that is over.';
+COMMENT ON INDEX user_subscriptions_created_at_idx IS
+    'What a sweep ends: a subscription that was created and never paid.';
+COMMENT ON INDEX subscription_transactions_user_id_created_at_idx IS
+    'The transactions of a user, newest first.';
+COMMENT ON INDEX subscription_transactions_subscription_id_idx IS
+    'The transactions of a subscription, and its foreign key.';
+COMMENT ON INDEX subscription_transactions_parent_transaction_id_idx IS
+    'The refunds of a payment, and its foreign key.';
+COMMENT ON INDEX subscription_transactions_razorpay_order_id_idx IS
+    'The transactions of an order at Razorpay.';
+COMMENT ON INDEX subscription_transactions_created_at_id_idx IS
+    'Payments that were begun and not ended, oldest first.';
 COMMENT ON INDEX account_credits_source_type_source_id_key IS
-    'Keeps a refund or downgrade from being credited twice.';
-COMMENT ON INDEX account_credits_user_id_created_at_idx IS 'Lists and sums the credits of a user.';
+    'That a refund or a downgrade is credited once.';
+COMMENT ON INDEX account_credits_user_id_created_at_idx IS
+    'The credits of a user: the balance, and a list with the newest first.';

@@ -118,15 +118,6 @@ COMMENT ON COLUMN mcp_service_table.expires_at IS 'NULL: never expires.';
 COMMENT ON COLUMN mcp_service_table.usage_count IS 'Number of calls through this instance.';
 COMMENT ON COLUMN mcp_service_table.custom_name IS 'Name that the user gave the instance.';
 COMMENT ON COLUMN mcp_service_table.renewed_count IS 'How often expires_at was extended.';
-COMMENT ON INDEX mcp_service_table_user_id_created_at_idx IS
-    'Lists the instances of a user, newest first.';
-COMMENT ON INDEX mcp_service_table_user_id_active_idx IS
-    'Counts the active instances of a user, for the plan limit.';
-COMMENT ON INDEX mcp_service_table_mcp_service_id_idx IS
-    'Counts the instances of a service, and serves its foreign key.';
-COMMENT ON INDEX mcp_service_table_expires_at_idx IS 'Finds the instances to expire.';
-COMMENT ON INDEX mcp_service_table_created_at_idx IS
-    'Finds the instances that stayed pending or failed.';
 
 CREATE TABLE mcp_credentials (
     credential_id           uuid             NOT NULL DEFAULT gen_random_uuid(),
@@ -260,10 +251,6 @@ COMMENT ON COLUMN mcp_credentials.oauth_state_expires_at IS
     'When the state can no longer be consumed.';
 COMMENT ON COLUMN mcp_credentials.refresh_leased_until IS
     'Until then a worker refreshes the tokens, or nobody does after a failure; NULL: nobody does.';
-COMMENT ON INDEX mcp_credentials_refresh_leased_until_token_expires_at_idx IS
-    'Finds the tokens to refresh: without a lease first.';
-COMMENT ON INDEX mcp_credentials_updated_at_instance_id_idx IS
-    'Finds the instances that were never authorized.';
 
 -- Keeps the instance's copy of oauth_status. An instance without credentials is pending.
 -- Functions that run as their owner compare enums with OPERATOR(pg_catalog.…): an operator that
@@ -494,3 +481,25 @@ BEGIN
     END LOOP;
 END
 $$;
+
+COMMENT ON INDEX mcp_service_table_user_id_created_at_idx IS
+    'The instances of a user, newest first.';
+COMMENT ON INDEX mcp_service_table_user_id_active_idx IS
+    'The active instances of a user: their count against the plan.';
+COMMENT ON INDEX mcp_service_table_mcp_service_id_idx IS
+    'The instances of a service: the recount, and its foreign key.';
+COMMENT ON INDEX mcp_service_table_expires_at_idx IS 'The instances that are due to expire.';
+COMMENT ON INDEX mcp_service_table_created_at_idx IS
+    'The instances that wait for authorization, or failed to get it.';
+COMMENT ON INDEX mcp_credentials_refresh_leased_until_token_expires_at_idx IS
+    'The refresh queue: rows without a lease first, then those whose lease ends first.';
+COMMENT ON INDEX mcp_credentials_updated_at_instance_id_idx IS
+    'The credentials that were never authorized, for the sweep that deletes their instances.';
+COMMENT ON FUNCTION mcp_credentials_sync_oauth_status() IS
+    'Copies oauth_status of the credentials to their instance.';
+COMMENT ON FUNCTION mcp_service_table_check_insert() IS
+    'Refuses an instance of an inactive user or of a disabled service.';
+COMMENT ON FUNCTION mcp_service_table_collect_counts() IS
+    'Adds a change of the instances to the sums of this transaction.';
+COMMENT ON FUNCTION mcp_service_table_count_instances() IS
+    'Writes the sums of this transaction to the counters of mcp_table, one update per service.';

@@ -50,10 +50,6 @@ COMMENT ON COLUMN token_audit_log.method IS 'How it was done, such as oauth or a
 COMMENT ON COLUMN token_audit_log.metadata IS 'Must not contain a secret.';
 COMMENT ON COLUMN token_audit_log.created_at IS
     'Set by the database. Only the owner can insert an older row; none is from the future.';
-COMMENT ON INDEX token_audit_log_user_id_created_at_idx IS
-    'Lists the rows of a user, newest first.';
-COMMENT ON INDEX token_audit_log_created_at_idx IS
-    'Lists the newest rows, and serves the summary of 30 days.';
 
 CREATE FUNCTION token_audit_log_refuse_change() RETURNS trigger
 LANGUAGE plpgsql AS $$
@@ -234,3 +230,10 @@ SELECT instance_id,
 COMMENT ON VIEW token_audit_summary IS
     'Summary of the last 30 days of token_audit_log, per instance, operation, status and method.';
 COMMENT ON COLUMN token_audit_summary.success_rate IS 'In percent, with two decimals.';
+
+COMMENT ON INDEX token_audit_log_user_id_created_at_idx IS
+    'The audit rows of a user, newest first.';
+COMMENT ON INDEX token_audit_log_created_at_idx IS
+    'The audit rows of a time: the summary, and those old enough to delete.';
+COMMENT ON FUNCTION token_audit_log_refuse_change() IS
+    'Refuses to change the audit log, or to delete a row younger than 90 days.';

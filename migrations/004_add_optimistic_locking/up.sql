@@ -69,3 +69,6 @@ CREATE TRIGGER mcp_credentials_update_version
             NEW.last_modified)
     )
     EXECUTE FUNCTION update_version_and_timestamp();
+
+COMMENT ON FUNCTION update_version_and_timestamp() IS
+    'Increases version and sets last_modified to now().';

@@ -65,7 +65,6 @@ COMMENT ON COLUMN user_plans.max_instances IS
 COMMENT ON COLUMN user_plans.features IS 'Features enabled for this user, a JSON object.';
 COMMENT ON COLUMN user_plans.expires_at IS
     'From this time on no instance can be activated; NULL: the plan does not end.';
-COMMENT ON INDEX user_plans_expires_at_idx IS 'Finds the plans to downgrade.';
 
 CREATE FUNCTION assign_default_plan() RETURNS trigger
 LANGUAGE plpgsql AS $$
@@ -204,6 +203,13 @@ BEGIN
     END LOOP;
 END
 $$;
+
+COMMENT ON INDEX user_plans_expires_at_idx IS 'The plans that a sweep returns to free.';
+COMMENT ON FUNCTION assign_default_plan() IS 'Gives a new user the free plan.';
+COMMENT ON FUNCTION mcp_service_table_check_active_limit() IS
+    'Refuses to activate an instance without a plan, with an expired one, or beyond its limit.';
+COMMENT ON FUNCTION user_plans_deactivate_surplus() IS
+    'Deactivates all active instances of a user who has more of them than the plan allows.';
 
 -- Existing users get the free plan. A user with more than one active instance has all of them
 -- deactivated, as after a downgrade.

@@ -110,8 +110,10 @@ COMMENT ON COLUMN webhook_events.user_id IS
 COMMENT ON COLUMN webhook_events.attempts IS 'Number of times that a worker has claimed the event.';
 COMMENT ON COLUMN webhook_events.available_at IS
     'Not claimed before: the end of a lease, or of the pause after a failure.';
-COMMENT ON INDEX webhook_events_available_at_idx IS 'The queue: finds the events to process.';
-COMMENT ON INDEX webhook_events_dead_idx IS 'Lists the events that the queue has given up.';
-COMMENT ON INDEX webhook_events_processed_at_idx IS 'Finds the events to purge.';
+
+COMMENT ON INDEX webhook_events_available_at_idx IS
+    'The queue: events that may be claimed, those that wait longest first.';
+COMMENT ON INDEX webhook_events_dead_idx IS 'The events that the queue has given up.';
+COMMENT ON INDEX webhook_events_processed_at_idx IS 'The closed events, for the purge.';
 COMMENT ON INDEX webhook_events_user_id_idx IS
-    'Finds the events of a user, to erase their payloads, and serves the foreign key.';
+    'The events of a user, to erase their payloads, and the foreign key.';

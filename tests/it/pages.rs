@@ -1,492 +1,433 @@
-//! `docs/schema/`: pages and diagrams that are generated from the migrated database.
+//! The pages of `docs/schema/`, written from the catalogue of a migrated database.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::fmt::Write;
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
-use crate::difference::check_generated;
-use crate::rules::database_with_rows;
-use crate::support::{self, TestDatabase, database};
+use diesel::connection::SimpleConnection;
+use diesel::pg::PgConnection;
+use diesel::result::Error;
 
-/// Tables, except partitions and the ledger.
-const TABLES: &str = "SELECT oid, relname FROM pg_class
-    WHERE relnamespace = current_schema()::regnamespace AND relkind IN ('r', 'p')
-      AND NOT relispartition AND relname <> '__diesel_schema_migrations'";
+use crate::conventions::rust_files;
+use crate::difference::{assert_same_set, check_generated};
+use crate::support::{ROLES, TestDatabase, database, skipped};
 
-/// Returns the rows of a query, each with its fields. A field is fit for a cell of a Markdown table.
-fn rows(database: &TestDatabase, sql: &str) -> Vec<Vec<String>> {
-    let rows: String = database
-        .psql(&format!(
-            "\\pset fieldsep '\\x1f'\n\\pset recordsep '\\x1e'\n{sql};"
-        ))
-        .unwrap();
-    let cell = |field: &str| field.trim().replace('\n', " ").replace('|', "\\|");
-    let rows = rows.split('\x1e').filter(|row| !row.trim().is_empty());
-    rows.map(|row| row.split('\x1f').map(cell).collect())
-        .collect()
+const ROOT: &str = env!("CARGO_MANIFEST_DIR");
+
+/// The tables of the crate. A partition is part of its table.
+const TABLES: &str = "SELECT relname FROM pg_class
+    WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p')
+      AND relname <> '__diesel_schema_migrations' AND NOT relispartition ORDER BY relname";
+
+/// A cell of a table in Markdown; an expression without its casts; the names of columns.
+const CELL: &str = "CREATE FUNCTION pg_temp.cell(text) RETURNS text LANGUAGE sql RETURN
+        replace(regexp_replace($1, '\\s+', ' ', 'g'), '|', '\\|');
+    CREATE FUNCTION pg_temp.bare(text) RETURNS text LANGUAGE sql RETURN
+        regexp_replace($1, '::[a-z_]+( without time zone)?', '', 'g');
+    CREATE FUNCTION pg_temp.columns(oid, smallint[]) RETURNS text LANGUAGE sql RETURN (
+        SELECT string_agg(attname, ', ' ORDER BY place)
+          FROM unnest($2) WITH ORDINALITY AS of (number, place)
+          JOIN pg_attribute ON attrelid = $1 AND attnum = number);";
+
+/// The columns of `$table`.
+const COLUMNS: &str = "
+    SELECT format('| `%s` | %s | %s | %s | %s |', attname, format_type(atttypid, atttypmod),
+           CASE WHEN attnotnull THEN '' ELSE 'yes' END,
+           CASE WHEN attidentity <> '' THEN 'identity'
+                ELSE coalesce('`' || pg_temp.cell(pg_temp.bare(pg_get_expr(adbin, adrelid))) || '`', '') END,
+           coalesce(pg_temp.cell(col_description(attrelid, attnum)), ''))
+      FROM pg_attribute LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
+     WHERE attrelid = '$table'::regclass AND attnum > 0 AND NOT attisdropped ORDER BY attnum";
+
+/// The rules of `$table`, each with what breaks it.
+const RULES: &str = "
+    WITH rule (turn, name, kind, broken) AS (
+        SELECT CASE contype WHEN 'p' THEN 1 WHEN 'u' THEN 2 WHEN 'f' THEN 4 ELSE 5 END,
+               conname::text,
+               CASE contype WHEN 'p' THEN 'primary key' WHEN 'u' THEN 'unique'
+                            WHEN 'f' THEN 'foreign key' ELSE 'check' END,
+               CASE WHEN contype IN ('p', 'u')
+                    THEN format('A second row with the same `%s`.', pg_temp.columns(conrelid, conkey))
+                    WHEN contype = 'f' THEN format(
+                        'A `%s` that is not in [%s](%2$s.md). When that row is deleted: %s.',
+                        pg_temp.columns(conrelid, conkey), confrelid::regclass,
+                        CASE confdeltype WHEN 'c' THEN 'this row is deleted too'
+                             WHEN 'n' THEN 'this column becomes NULL'
+                             ELSE 'the delete is refused, by this rule' END)
+                    ELSE format('A row for which this is false: `%s`',
+                        regexp_replace(pg_temp.bare(pg_get_constraintdef(oid, true)),
+                            '^CHECK \\((.*)\\)$', '\\1'))
+               END
+          FROM pg_constraint
+         WHERE conrelid = '$table'::regclass AND contype IN ('p', 'u', 'f', 'c')
+         UNION ALL
+        SELECT 3, indexrelid::regclass::text, 'unique',
+               format('A second row with the same `%s`%s.', pg_temp.columns(indrelid, indkey::smallint[]),
+                      coalesce(', both with `' || pg_temp.bare(pg_get_expr(indpred, indrelid, true)) || '`', ''))
+          FROM pg_index
+         WHERE indrelid = '$table'::regclass AND indisunique
+           AND NOT EXISTS (SELECT FROM pg_constraint WHERE conindid = indexrelid AND contype IN ('p', 'u'))
+         UNION ALL
+        SELECT 6, split_part(encode(tgargs, 'escape'), '\\000', 1), 'trigger',
+               format('%s (by `%s`)', split_part(encode(tgargs, 'escape'), '\\000', 2), tgname)
+          FROM pg_trigger
+         WHERE tgrelid = '$table'::regclass AND tgfoid = 'refuse_change'::regproc
+         UNION ALL
+        SELECT 6, found[2], 'trigger',
+               format('%s (by `%s`)', replace(regexp_replace(found[1], '''\\s+''', '', 'g'), '%', '…'),
+                      string_agg(tgname, '`, `' ORDER BY tgname))
+          FROM pg_trigger JOIN pg_proc ON pg_proc.oid = tgfoid,
+               regexp_matches(prosrc, 'RAISE EXCEPTION ''([^;]*?)''[^'';]*?USING[^;]*?CONSTRAINT = ''(\\w+)''', 'g') AS found
+         WHERE tgrelid = '$table'::regclass AND NOT tgisinternal GROUP BY found)
+    SELECT format('| `%s` | %s | %s |', name, kind, pg_temp.cell(broken))
+      FROM rule ORDER BY turn, name COLLATE \"C\", broken COLLATE \"C\"";
+
+/// The indexes of `$table`.
+const INDEXES: &str = "
+    SELECT format('| `%s` | `%s` | %s |', indexrelid::regclass,
+           pg_temp.cell(regexp_replace(pg_temp.bare(pg_get_indexdef(indexrelid, 0, true)), '^.* USING btree ', '')),
+           coalesce(pg_temp.cell(obj_description(indexrelid, 'pg_class')),
+                    CASE WHEN indisprimary THEN 'The row of a key.'
+                         WHEN indisunique THEN 'The row of a value, and the rule of this name.' END))
+      FROM pg_index WHERE indrelid = '$table'::regclass
+     ORDER BY NOT indisprimary, indexrelid::regclass::text COLLATE \"C\"";
+
+/// The triggers of `$table`.
+const TRIGGERS: &str = "
+    SELECT format('| `%s` | %s%s | %s |', tgname,
+           lower((regexp_match(pg_get_triggerdef(oid, true),
+               ' ((?:BEFORE|AFTER) .*?) ON '))[1]),
+           CASE WHEN tginitdeferred THEN ', at commit' WHEN tgdeferrable THEN ', deferrable'
+                ELSE '' END,
+           pg_temp.cell(CASE WHEN tgfoid = 'refuse_change'::regproc
+               THEN 'Raises `' || split_part(encode(tgargs, 'escape'), '\\000', 1) || '`.'
+               ELSE obj_description(tgfoid, 'pg_proc') END))
+      FROM pg_trigger WHERE tgrelid = '$table'::regclass AND NOT tgisinternal
+     ORDER BY tgname COLLATE \"C\"";
+
+/// The rights of both roles on `$table`.
+const RIGHTS: &str = "
+    WITH held AS (
+        SELECT grantee, privilege_type, NULL::text AS columns
+          FROM pg_class, aclexplode(relacl) WHERE pg_class.oid = '$table'::regclass
+         UNION ALL
+        SELECT grantee, privilege_type, string_agg(attname, ', ' ORDER BY attnum)
+          FROM pg_attribute, aclexplode(attacl)
+         WHERE attrelid = '$table'::regclass AND attacl IS NOT NULL GROUP BY 1, 2)
+    SELECT format('| `%s` | %s |', rolname, coalesce(string_agg(
+               privilege_type || coalesce(' (' || columns || ')', ''), ', '
+               ORDER BY privilege_type), 'none'))
+      FROM pg_roles LEFT JOIN held ON grantee = pg_roles.oid
+     WHERE rolname IN ('app_user', 'app_admin') GROUP BY rolname ORDER BY rolname DESC";
+
+/// The entities of the diagram: keys, and what refers to a row.
+const ENTITY: &str = "
+    SELECT format('        %s %s%s', typname, attname, coalesce(' ' || string_agg(
+               DISTINCT CASE contype WHEN 'p' THEN 'PK' WHEN 'f' THEN 'FK' ELSE 'UK' END, ', '), ''))
+      FROM pg_attribute JOIN pg_type ON pg_type.oid = atttypid
+           JOIN pg_constraint ON conrelid = attrelid AND attnum = ANY (conkey)
+     WHERE attrelid = '$table'::regclass
+       AND (contype IN ('p', 'f') OR (contype = 'u' AND cardinality(conkey) = 1))
+     GROUP BY attnum, attname, typname ORDER BY attnum";
+
+const RELATIONS: &str = "
+    SELECT format('    %s %s--%s %s : %s', confrelid::regclass,
+           CASE WHEN attnotnull THEN '||' ELSE '|o' END,
+           CASE WHEN EXISTS (SELECT FROM pg_constraint AS one
+                              WHERE one.conrelid = f.conrelid AND one.contype = 'u'
+                                AND one.conkey = f.conkey) THEN 'o|' ELSE 'o{' END,
+           f.conrelid::regclass, attname)
+      FROM pg_constraint AS f JOIN pg_attribute ON attrelid = conrelid AND attnum = conkey[1]
+     WHERE contype = 'f' AND connamespace = 'public'::regnamespace AND conparentid = 0
+     ORDER BY confrelid::regclass::text COLLATE \"C\", conrelid::regclass::text COLLATE \"C\", attname";
+
+const NOTE: &str = "<!-- Written by: BRUHMCP_WRITE=1 script/test generated_pages -->\n";
+
+fn read(database: &TestDatabase, sql: &str, table: &str) -> String {
+    let sql = sql.replace("$table", table);
+    // The schema is no part of a name that is printed.
+    database.psql(&format!("{CELL}{sql}")).unwrap()
 }
 
-fn table(page: &mut String, title: &str, header: &[&str], rows: &[Vec<String>]) {
+/// A section with a table, if it has rows.
+fn section(title: &str, head: &[&str], rows: &str) -> String {
     if rows.is_empty() {
-        return;
+        return String::new();
     }
-    let line = |cells: &[&str]| format!("| {} |", cells.join(" | "));
-    let rule = vec!["---"; header.len()];
-    let _ = writeln!(page, "\n## {title}\n\n{}\n{}", line(header), line(&rule));
-    for row in rows {
-        let cells: Vec<&str> = row.iter().map(String::as_str).collect();
-        let _ = writeln!(page, "{}", line(&cells));
-    }
+    let dashes = "| --- ".repeat(head.len());
+    let head = head.join(" | ");
+    format!("\n## {title}\n\n| {head} |\n{dashes}|\n{rows}")
 }
 
-/// The page of one table.
-fn page(database: &TestDatabase, name: &str, purpose: &str) -> String {
-    let of = format!("'{name}'::regclass");
-    let mut page = format!("# {name}\n\n{purpose}\n");
-    if let Some((file, row)) = model(name) {
-        let _ = writeln!(page, "\nIn Rust: `{row}`, in [{file}](../../{file}).");
-    }
-    table(
-        &mut page,
-        "Columns",
-        &["Column", "Type", "Default", "Meaning"],
-        &rows(
-            database,
-            &format!(
-                "SELECT format('`%s`', attname),
-                        format('%s%s', format_type(atttypid, atttypmod),
-                               CASE WHEN NOT attnotnull THEN ', NULL' END),
-                        CASE
-                            WHEN attidentity <> '' THEN 'identity'
-                            WHEN adbin IS NOT NULL THEN format('`%s`', pg_get_expr(adbin, adrelid))
-                        END,
-                        col_description(attrelid, attnum)
-                   FROM pg_attribute LEFT JOIN pg_attrdef ON (adrelid, adnum) = (attrelid, attnum)
-                  WHERE attrelid = {of} AND attnum > 0 AND NOT attisdropped ORDER BY attnum"
-            ),
-        ),
-    );
-    table(
-        &mut page,
-        "Rules",
-        &["Name", "Holds"],
-        &rows(
-            database,
-            // Of a trigger that calls refuse_change: its rule, and what the error says.
-            &format!(
-                "SELECT format('`%s`', name), holds FROM (
-                     SELECT contype::text AS turn, conname::text AS name,
-                            format('`%s`', regexp_replace(
-                                pg_get_constraintdef(oid, true), '\\s+', ' ', 'g')) AS holds
-                       FROM pg_constraint
-                      WHERE conrelid = {of} AND contype IN ('p', 'u', 'c', 'f')
-                     UNION ALL
-                     SELECT 'v', argument[1], 'Refuses a change: ' || argument[2] || '.'
-                       FROM pg_trigger, LATERAL (
-                           SELECT string_to_array(encode(tgargs, 'escape'), '\\000')
-                       ) AS arguments (argument)
-                      WHERE tgrelid = {of} AND tgfoid = 'refuse_change'::regproc
-                     UNION
-                     SELECT 'w', raised[1],
-                            format('Kept by `%s`. %s', proname, replace(raised[2], '''''', ''''))
-                       FROM pg_trigger JOIN pg_proc ON pg_proc.oid = tgfoid,
-                            regexp_matches(
-                                prosrc,
-                                'CONSTRAINT = ''([^'']+)'',\\s+HINT = ''((?:[^'']|'''')*)''', 'g'
-                            ) AS raised
-                      WHERE tgrelid = {of}
-                 ) AS rules
-                 ORDER BY position(turn IN 'pufcvw'), name"
-            ),
-        ),
-    );
-    table(
-        &mut page,
-        "Indexes",
-        &["Index", "On", "Serves"],
-        &rows(
-            database,
-            &format!(
-                "SELECT format('`%s`', indexrelid::regclass),
-                        format('`%s`', regexp_replace(
-                            pg_get_indexdef(indexrelid), '^.* USING (btree )?', '')),
-                        coalesce(obj_description(indexrelid, 'pg_class'),
-                                 'The rule of the same name.')
-                   FROM pg_index WHERE indrelid = {of}
-                  ORDER BY NOT indisprimary, indexrelid::regclass::text"
-            ),
-        ),
-    );
-    table(
-        &mut page,
-        "Triggers",
-        &["Trigger", "When", "Calls"],
-        &rows(
-            database,
-            &format!(
-                "SELECT format('`%s`', tgname),
-                        concat_ws(
-                            ' ',
-                            CASE WHEN tgtype & 2 <> 0 THEN 'before' ELSE 'after' END,
-                            concat_ws(
-                                ' or ',
-                                CASE WHEN tgtype & 4 <> 0 THEN 'insert' END,
-                                CASE WHEN tgtype & 8 <> 0 THEN 'delete' END,
-                                CASE WHEN tgtype & 16 <> 0 THEN 'update' END,
-                                CASE WHEN tgtype & 32 <> 0 THEN 'truncate' END
-                            ),
-                            CASE WHEN tginitdeferred THEN 'at commit' END
-                        ),
-                        format('`%s`', tgfoid::regproc) || coalesce(
-                            CASE
-                                WHEN tgfoid = 'refuse_change'::regproc THEN format(
-                                    ': `%s`', split_part(encode(tgargs, 'escape'), '\000', 1))
-                                ELSE ': ' || obj_description(tgfoid, 'pg_proc')
-                            END, '')
-                   FROM pg_trigger WHERE tgrelid = {of} AND NOT tgisinternal ORDER BY tgname"
-            ),
-        ),
-    );
-    table(
-        &mut page,
-        "Rights",
-        &["Role", "Table", "Columns"],
-        &rows(
-            database,
-            &format!(
-                "SELECT format('`%s`', role),
-                        (SELECT string_agg(privilege_type, ', ' ORDER BY privilege_type)
-                           FROM pg_class, aclexplode(relacl) AS acl
-                          WHERE pg_class.oid = {of} AND grantee = role::regrole),
-                        (SELECT string_agg(
-                                    format('%s (`%s`)', privilege_type, columns), ', '
-                                    ORDER BY privilege_type)
-                           FROM (
-                               SELECT privilege_type,
-                                      string_agg(attname, '`, `' ORDER BY attnum) AS columns
-                                 FROM pg_attribute, aclexplode(attacl)
-                                WHERE attrelid = {of} AND grantee = role::regrole
-                                GROUP BY privilege_type
-                           ) AS granted)
-                   FROM (VALUES ('app_user'), ('app_admin')) AS roles (role)"
-            ),
-        ),
-    );
-    page
-}
-
-/// The file and the row type of a table's model.
-fn model(table: &str) -> Option<(String, String)> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let file = format!("src/models/{table}.rs");
-    let own = fs::read_to_string(root.join(&file)).ok()?;
-    let row = fs::read_to_string(root.join(format!("src/models/{table}/row.rs")));
-    let text = own + &row.unwrap_or_default();
-    let (_, row) = text.split_once(&format!("/// A row of `{table}`"))?;
-    let (_, row) = row.split_once("pub struct ")?;
-    let end = row.find(|c: char| !c.is_alphanumeric())?;
-    Some((file, row[..end].to_owned()))
-}
-
-/// The diagram of the tables: keys, states, and foreign keys.
-fn entities(database: &TestDatabase) -> String {
-    let mut diagram = "```mermaid\nerDiagram\n".to_owned();
-    // A foreign key whose columns are unique leads to at most one row.
-    for row in rows(
-        database,
-        &format!(
-            "SELECT confrelid::regclass, conrelid::regclass,
-                    CASE
-                        WHEN EXISTS (
-                            SELECT FROM pg_index
-                             WHERE indrelid = conrelid AND indisunique AND indpred IS NULL
-                               AND indkey::smallint[] <@ conkey AND conkey <@ indkey::smallint[]
-                        ) THEN 'o|' ELSE 'o{{' END,
-                    CASE WHEN attnotnull THEN '||' ELSE '|o' END,
-                    attname,
-                    CASE confdeltype WHEN 'c' THEN 'cascade' WHEN 'r' THEN 'restrict'
-                                     WHEN 'n' THEN 'set null' ELSE 'no action' END
-               FROM pg_constraint
-               JOIN ({TABLES}) AS tables ON tables.oid = conrelid
-               JOIN pg_attribute ON (attrelid, attnum) = (conrelid, conkey[1])
-              WHERE contype = 'f' ORDER BY 1, 2, 5"
-        ),
-    ) {
-        let [parent, child, many, one, column, delete] = &row[..] else {
-            panic!("{row:?}")
-        };
-        let _ = writeln!(
-            diagram,
-            "    {parent} {}--{} {child} : \"{column}, {delete}\"",
-            one.replace("\\|", "|"),
-            many.replace("\\|", "|")
-        );
-    }
-    let mut last = String::new();
-    for row in rows(
-        database,
-        &format!(
-            "SELECT relname, format_type(atttypid, NULL), attname,
-                    concat_ws(', ',
-                        CASE WHEN attnum = ANY (key.conkey) THEN 'PK' END,
-                        CASE WHEN EXISTS (
-                            SELECT FROM pg_constraint
-                             WHERE conrelid = attrelid AND contype = 'f' AND attnum = ANY (conkey)
-                        ) THEN 'FK' END)
-               FROM ({TABLES}) AS tables
-               JOIN pg_attribute ON attrelid = tables.oid AND attnum > 0 AND NOT attisdropped
-               JOIN pg_type ON pg_type.oid = atttypid
-               JOIN pg_constraint AS key ON key.conrelid = tables.oid AND key.contype = 'p'
-              WHERE attnum = ANY (key.conkey) OR typtype = 'e' OR EXISTS (
-                  SELECT FROM pg_constraint
-                   WHERE conrelid = attrelid AND contype = 'f' AND attnum = ANY (conkey))
-              ORDER BY relname, attnum"
-        ),
-    ) {
-        let [table, type_, column, keys] = &row[..] else {
-            panic!("{row:?}")
-        };
-        if *table != last {
-            let end = if last.is_empty() { "" } else { "    }\n" };
-            let _ = writeln!(diagram, "{end}    {table} {{");
-            table.clone_into(&mut last);
+/// The struct of a table's rows, and its file.
+fn row_of(table: &str) -> (String, String) {
+    for file in rust_files(&Path::new(ROOT).join("src/models")) {
+        let text = fs::read_to_string(&file).unwrap();
+        for item in text.split("#[derive(").skip(1) {
+            let (attributes, rest) = item.split_once("pub struct ").unwrap_or_default();
+            let is_of_table = [",", ")"]
+                .iter()
+                .any(|end| attributes.contains(&format!("table_name = {table}{end}")));
+            if is_of_table && attributes.contains("Identifiable") {
+                let name = rest.split([' ', '<', '(']).next().unwrap();
+                let file = file.strip_prefix(ROOT).unwrap().display().to_string();
+                return (name.to_owned(), file);
+            }
         }
-        let type_ = type_.replace("timestamp with time zone", "timestamptz");
-        let line = format!("        {type_} {column} {keys}");
-        let _ = writeln!(diagram, "{}", line.trim_end());
     }
-    diagram + "    }\n```\n"
+    panic!("no row struct of {table} in src/models");
 }
 
-/// A column of states, and how a row of it goes from one to another.
-struct States {
+fn page(database: &TestDatabase, table: &str) -> String {
+    let of = |sql| read(database, sql, table);
+    let (row, file) = row_of(table);
+    let mut text = format!(
+        "{NOTE}\n# {table}\n\n{}\nRow: `{row}` in [{file}](../../{file}). [All tables](README.md)\n",
+        of("SELECT obj_description('$table'::regclass)")
+    );
+    text += &section(
+        "Columns",
+        &["Column", "Type", "NULL", "Default", "Meaning"],
+        &of(COLUMNS),
+    );
+    text += &section("Rules", &["Name", "Kind", "What breaks it"], &of(RULES));
+    text += &section("Indexes", &["Index", "On", "Serves"], &of(INDEXES));
+    text += &section("Triggers", &["Trigger", "Runs", "Does"], &of(TRIGGERS));
+    text + &section("Rights", &["Role", "May"], &of(RIGHTS))
+}
+
+fn overview(database: &TestDatabase, tables: &[String]) -> String {
+    let mut text = format!(
+        "{NOTE}\n# The schema\n\nOne page per table, and the [states](states.md). The diagram shows \
+         keys and foreign keys;\n[er.svg](er.svg) is the same, drawn.\n\n| Table | Row | Holds |\n\
+         | --- | --- | --- |\n"
+    );
+    for table in tables {
+        let holds = "SELECT pg_temp.cell(obj_description('$table'::regclass))";
+        let (row, _) = row_of(table);
+        let holds = read(database, holds, table);
+        text += &format!("| [{table}]({table}.md) | `{row}` | {} |\n", holds.trim());
+    }
+    text += "\n```mermaid\nerDiagram\n    direction LR\n";
+    let relations = read(database, RELATIONS, "");
+    let entities = tables.iter().map(|table| {
+        let is_alone = !relations.split(' ').any(|word| word == table);
+        let columns = read(database, ENTITY, table);
+        (is_alone, format!("    {table} {{\n{columns}    }}\n"))
+    });
+    let (alone, others): (Vec<_>, Vec<_>) = entities.partition(|(is_alone, _)| *is_alone);
+    // Mermaid lays them out in this order: a table without a key between others hides their lines.
+    text.extend(alone.into_iter().map(|(_, entity)| entity));
+    text += &relations;
+    text.extend(others.into_iter().map(|(_, entity)| entity));
+    text + "```\n"
+}
+
+/// A status that a diagram shows. `insert` makes a row in the state `$state`; `update` moves it there.
+struct Machine {
     title: &'static str,
-    /// Enum type.
-    type_: &'static str,
-    /// Inserts a row in the state `$state`. Rows of `tests/fixtures/rows.sql` are there.
+    drawing: &'static str,
+    column: &'static str,
+    of_type: &'static str,
+    note: &'static str,
     insert: &'static str,
-    /// Sets that row to the state `$state`.
     update: &'static str,
 }
 
-const STATES: [States; 5] = [
-    States {
-        title: "Subscription: user_subscriptions.status",
-        type_: "subscription_status",
+const MACHINES: [Machine; 4] = [
+    Machine {
+        title: "Subscription",
+        drawing: "subscription",
+        column: "user_subscriptions.status",
+        of_type: "subscription_status",
+        note: "A user has at most one that is active, past_due or paused.",
         insert: "INSERT INTO user_subscriptions (user_id, status, cancelled_at)
-                 SELECT user_id, '$state', now() FROM state_user",
-        update: "UPDATE user_subscriptions SET status = '$state' WHERE user_id IN (TABLE state_user)",
+                 SELECT id, '$state', now() FROM users",
+        update: "UPDATE user_subscriptions SET status = '$state'",
     },
-    States {
-        title: "Payment: subscription_transactions.status",
-        type_: "transaction_status",
+    Machine {
+        title: "Payment",
+        drawing: "payment",
+        column: "subscription_transactions.status",
+        of_type: "transaction_status",
+        note: "Of every type of transaction.",
         insert: "INSERT INTO subscription_transactions (user_id, amount, net_amount, status)
-                 SELECT user_id, 1, 1, '$state' FROM state_user",
-        update: "UPDATE subscription_transactions SET status = '$state'
-                  WHERE user_id IN (TABLE state_user)",
+                 SELECT id, 100, 100, '$state' FROM users",
+        update: "UPDATE subscription_transactions SET status = '$state'",
     },
-    States {
-        title: "Instance: mcp_service_table.status",
-        type_: "mcp_instance_status",
+    Machine {
+        title: "Instance",
+        drawing: "instance",
+        column: "mcp_service_table.status",
+        of_type: "mcp_instance_status",
+        note: "An instance is called, and counts for the plan, if it is active and its OAuth status is\n\
+               completed.",
         insert: "INSERT INTO mcp_service_table (user_id, mcp_service_id, status)
-                 SELECT user_id, (SELECT mcp_service_id FROM mcp_table WHERE is_active LIMIT 1), '$state'
-                   FROM state_user",
-        update: "UPDATE mcp_service_table SET status = '$state' WHERE user_id IN (TABLE state_user)",
+                 SELECT id, mcp_service_id, '$state' FROM users, mcp_table",
+        update: "UPDATE mcp_service_table SET status = '$state'",
     },
-    States {
-        title: "OAuth: mcp_credentials.oauth_status",
-        type_: "mcp_oauth_status",
+    Machine {
+        title: "OAuth",
+        drawing: "oauth",
+        column: "mcp_credentials.oauth_status",
+        of_type: "mcp_oauth_status",
+        note: "The instance's copy follows. A row with an API key begins as completed.",
         insert: "INSERT INTO mcp_service_table (user_id, mcp_service_id)
-                 SELECT user_id, (SELECT mcp_service_id FROM mcp_table WHERE is_active LIMIT 1)
-                   FROM state_user;
-                 INSERT INTO mcp_credentials (instance_id, client_id, client_secret, oauth_status,
-                         oauth_completed_at)
-                 SELECT instance_id, 'c', decode(repeat('02', 42), 'hex'), '$state',
+                 SELECT id, mcp_service_id FROM users, mcp_table;
+                 INSERT INTO mcp_credentials
+                     (instance_id, client_id, client_secret, oauth_status, oauth_completed_at)
+                 SELECT instance_id, 'client', decode(repeat('01', 64), 'hex'), '$state',
                         CASE WHEN '$state' <> 'pending' THEN now() END
-                   FROM mcp_service_table WHERE user_id IN (TABLE state_user)",
-        update: "UPDATE mcp_credentials
-                    SET oauth_status = '$state',
-                        oauth_completed_at = CASE WHEN '$state' <> 'pending' THEN now() END
-                  WHERE instance_id IN (
-                      SELECT instance_id FROM mcp_service_table WHERE user_id IN (TABLE state_user))",
-    },
-    States {
-        title: "Webhook event: webhook_events.processing_status",
-        type_: "webhook_status",
-        insert: "INSERT INTO webhook_events (external_event_id, event_type, payment_gateway, payload,
-                         processing_status, processed_at)
-                 VALUES ('state', 'x', 'stripe', '{}', '$state',
-                         CASE WHEN '$state' <> 'pending' THEN now() END)",
-        update: "UPDATE webhook_events
-                    SET processing_status = '$state',
-                        processed_at = CASE WHEN '$state' <> 'pending' THEN now() END
-                  WHERE external_event_id = 'state'",
+                   FROM mcp_service_table",
+        update: "UPDATE mcp_credentials SET oauth_status = '$state',
+                     oauth_completed_at = CASE WHEN '$state' <> 'pending' THEN now() END",
     },
 ];
 
-/// Tries each pair of states on the database, and returns the states that each can become.
-fn transitions(database: &TestDatabase, states: &States) -> BTreeMap<String, BTreeSet<String>> {
-    let labels = rows(
-        database,
-        &format!(
-            "SELECT enumlabel FROM pg_enum WHERE enumtypid = '{}'::regtype ORDER BY enumsortorder",
-            states.type_
-        ),
-    );
-    let labels: Vec<String> = labels.into_iter().flatten().collect();
-    let mut reached = BTreeMap::new();
-    for from in &labels {
-        let mut tries = format!(
-            "BEGIN;
-             CREATE TEMP TABLE state_user ON COMMIT DROP AS
-                 WITH added AS (
-                     INSERT INTO users (first_name, last_name, email)
-                     VALUES ('State', '', 'state@example.org') RETURNING id
-                 ) SELECT id AS user_id FROM added;
-             {};",
-            states.insert.replace("$state", from)
-        );
-        for to in labels.iter().filter(|to| *to != from) {
-            let update = states.update.replace("$state", to).replace('\'', "''");
-            // The row goes back to its state by the end of the subtransaction.
-            let _ = write!(
-                tries,
-                "DO $$ BEGIN
-                     BEGIN
-                         EXECUTE '{update}';
-                         RAISE 'reached' USING ERRCODE = 'ZZ001';
-                     EXCEPTION
-                         WHEN check_violation THEN
-                             PERFORM set_config('state.{to}', '', true);
-                         WHEN SQLSTATE 'ZZ001' THEN
-                             PERFORM set_config('state.{to}', '{to}', true);
-                     END;
-                 END $$;
-                 SELECT current_setting('state.{to}');"
-            );
+/// Runs statements that are rolled back. Returns the rule that refused them.
+fn refused(conn: &mut PgConnection, sql: &str) -> Option<String> {
+    let result = conn.batch_execute(&format!("BEGIN; {sql}; SET CONSTRAINTS ALL IMMEDIATE"));
+    conn.batch_execute("ROLLBACK").unwrap();
+    match result {
+        Ok(()) => None,
+        Err(Error::DatabaseError(_, info)) if info.constraint_name().is_some() => {
+            info.constraint_name().map(str::to_owned)
         }
-        tries += "ROLLBACK;";
-        let printed = database.psql(&tries).unwrap();
-        let printed = printed
-            .lines()
-            .filter(|line| labels.contains(&(*line).to_owned()));
-        reached.insert(from.clone(), printed.map(str::to_owned).collect());
+        Err(error) => panic!("{sql}: {error}"),
     }
-    reached
 }
 
-/// Draws states that lead to each other, and to the same others, as one group.
-fn diagram(states: &States, reached: &BTreeMap<String, BTreeSet<String>>) -> String {
-    let mut groups: BTreeMap<BTreeSet<String>, Vec<&String>> = BTreeMap::new();
-    for (state, next) in reached {
-        let mut closed = next.clone();
-        closed.insert(state.clone());
-        groups.entry(closed).or_default().push(state);
-    }
-    let mut drawn = format!(
-        "## {}\n\n```mermaid\nstateDiagram-v2\n    direction LR\n",
-        states.title
-    );
-    let name = |members: &[&String]| match members {
-        [only] => (*only).clone(),
-        _ => format!("any_of_{}", members[0]),
-    };
-    for members in groups.values().filter(|members| members.len() > 1) {
-        let _ = writeln!(drawn, "    state {} {{", name(members));
-        for member in members {
-            let _ = writeln!(drawn, "        {member}");
+/// The diagram of a status: what the database lets through when every pair of states is tried.
+fn states(database: &TestDatabase, conn: &mut PgConnection, machine: &Machine) -> String {
+    let labels = format!("SELECT unnest(enum_range(NULL::{}))", machine.of_type);
+    let labels = database.psql(&labels).unwrap();
+    let labels: Vec<&str> = labels.lines().collect();
+    let (mut begins, mut goes, mut rules) = (Vec::new(), BTreeSet::new(), BTreeSet::new());
+    for &from in &labels {
+        let insert = machine.insert.replace("$state", from);
+        match refused(conn, &insert) {
+            None => begins.push(from),
+            Some(rule) => panic!("no row can be {from}, for the rule {rule}: {insert}"),
         }
-        let _ = writeln!(drawn, "    }}");
-    }
-    for (closed, members) in &groups {
-        let others = groups.values().filter(|other| *other != members);
-        let mut leads = false;
-        for other in others {
-            if other.iter().all(|state| closed.contains(*state)) {
-                let _ = writeln!(drawn, "    {} --> {}", name(members), name(other));
-                leads = true;
+        for &to in labels.iter().filter(|&&to| to != from) {
+            let update = machine.update.replace("$state", to);
+            match refused(conn, &format!("{insert}; {update}")) {
+                None => drop(goes.insert((from, to))),
+                Some(rule) => drop(rules.insert(rule)),
             }
         }
-        if !leads && groups.len() > 1 {
-            let _ = writeln!(drawn, "    {} --> [*]", name(members));
+    }
+    // States that may become any other one share a frame: their arrows would hide all others.
+    let free = |state: &str| {
+        let mut others = labels.iter().filter(|&&other| other != state);
+        others.all(|&other| goes.contains(&(state, other)))
+    };
+    let framed: Vec<&str> = labels
+        .iter()
+        .copied()
+        .filter(|&state| free(state))
+        .collect();
+    let mut text = "```mermaid\nstateDiagram-v2\n    direction LR\n".to_owned();
+    if !framed.is_empty() {
+        text += "    state \"each may become any other state\" as free {\n";
+        for state in &framed {
+            text += &format!("        {state}\n");
+        }
+        text += "    }\n";
+    }
+    for to in labels
+        .iter()
+        .filter(|to| !framed.is_empty() && !framed.contains(to))
+    {
+        text += &format!("    free --> {to}\n");
+    }
+    for (from, to) in goes.iter().filter(|(from, _)| !framed.contains(from)) {
+        text += &format!("    {from} --> {to}\n");
+    }
+    for state in &labels {
+        if !goes.iter().any(|(from, _)| from == state) {
+            text += &format!("    {state} --> [*]\n");
         }
     }
-    drawn + "```\n"
+    text += "```\n";
+    let held = match rules.len() {
+        0 => "The database refuses no change.".to_owned(),
+        _ => {
+            let rules: Vec<_> = rules.iter().map(|rule| format!("`{rule}`")).collect();
+            format!("{} refuses every other change.", rules.join(", "))
+        }
+    };
+    format!(
+        "\n## {}\n\n`{}`; drawn in [{drawing}.svg]({drawing}.svg).\n{held}\n{}\n\n{text}",
+        machine.title,
+        machine.column,
+        machine.note,
+        drawing = machine.drawing,
+    )
+}
+
+fn all_states(database: &TestDatabase) -> String {
+    let conn = &mut database.connect_as_owner();
+    conn.batch_execute(
+        "INSERT INTO users (first_name, last_name, email) VALUES ('Asha', '', 'asha@example.in');
+         INSERT INTO mcp_table (mcp_service_name, display_name, port, type)
+         VALUES ('figma', 'Figma', 1, 'oauth')",
+    )
+    .unwrap();
+    let mut text = format!(
+        "{NOTE}\n# States\n\nWhat the database allows. The test that writes this page tries each \
+         state with each other one.\nA new row may begin in any state. The operations in \
+         `src/models/` take fewer ways.\n"
+    );
+    for machine in &MACHINES {
+        text += &states(database, conn, machine);
+    }
+    text
 }
 
 #[test]
 fn generated_pages() {
-    let database = database_with_rows();
-    if rows(
-        &database,
-        "SELECT to_regrole('app_user'), to_regrole('app_admin')",
-    )
-    .concat()
-    .contains(&String::new())
-    {
-        support::skipped("the rights of app_user and app_admin need these roles");
+    if !*ROLES {
+        skipped("the pages show the rights of app_user and app_admin");
         return;
     }
-    let tables = rows(
-        &database,
-        &format!(
-            "SELECT relname, obj_description(oid, 'pg_class') FROM ({TABLES}) AS tables
-              ORDER BY relname"
-        ),
+    let database = database();
+    let tables = database.psql(TABLES).unwrap();
+    let tables: Vec<String> = tables.lines().map(str::to_owned).collect();
+    let mut pages = vec![
+        ("README".to_owned(), overview(&database, &tables)),
+        ("states".to_owned(), all_states(&database)),
+    ];
+    pages.extend(
+        tables
+            .iter()
+            .map(|table| (table.clone(), page(&database, table))),
     );
-    let mut overview =
-        "# Schema\n\nGenerated from the migrated database. [Architecture](../architecture.md) \
-        says how the tables\nwork together, [states](states.md) how a row may change.\n\n\
-        | Table | Contents |\n| --- | --- |\n"
-            .to_owned();
-    for row in &tables {
-        let _ = writeln!(overview, "| [`{0}`]({0}.md) | {1} |", row[0], row[1]);
+    for (name, text) in &pages {
+        check_generated("generated_pages", &format!("docs/schema/{name}.md"), text);
     }
-    let _ = write!(
-        overview,
-        "\n## Diagram\n\nKeys and states only; the pages have all columns. A line names the column of the \
-         foreign key, and what\na delete does.\n\n{}",
-        entities(&database)
-    );
-    check_generated("generated_pages", "docs/schema/README.md", &overview);
-
-    let mut drawn =
-        "# States\n\nEach pair of states was tried on the database: a line is an update that it \
-        accepts. States in one frame\nlead to each other. `[*]` marks a final state.\n"
-            .to_owned();
-    for states in &STATES {
-        let _ = write!(
-            drawn,
-            "\n{}",
-            diagram(states, &transitions(&database, states))
-        );
-    }
-    check_generated("generated_pages", "docs/schema/states.md", &drawn);
-    for row in &tables {
-        let file = format!("docs/schema/{}.md", row[0]);
-        check_generated("generated_pages", &file, &page(&database, &row[0], &row[1]));
-    }
-    let pages = fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/schema")).unwrap();
-    let pages =
-        pages.filter(|page| page.as_ref().unwrap().path().extension() == Some("md".as_ref()));
-    assert_eq!(
-        pages.count(),
-        tables.len() + 2,
-        "a page of a table that is gone"
-    );
+    let files = fs::read_dir(Path::new(ROOT).join("docs/schema")).unwrap();
+    let found = files.map(|file| file.unwrap().path());
+    let found = found.filter(|file| file.extension().is_some_and(|of| of == "md"));
+    let found = found.map(|file| file.file_stem().unwrap().to_str().unwrap().to_owned());
+    assert_same_set(pages.into_iter().map(|(name, _)| name), found);
 }
 
-/// The pages say what each index is for.
+/// The pages say what each is for.
 #[test]
-fn each_index_says_what_it_serves() {
-    let silent = rows(
-        &database(),
-        &format!(
-            "SELECT indexrelid::regclass FROM pg_index JOIN ({TABLES}) AS tables ON indrelid = tables.oid
-              WHERE obj_description(indexrelid, 'pg_class') IS NULL
-                AND NOT EXISTS (SELECT FROM pg_constraint WHERE conindid = indexrelid)"
-        ),
-    );
-    assert!(silent.is_empty(), "COMMENT ON INDEX is missing: {silent:?}");
+fn each_index_and_trigger_function_has_a_comment() {
+    let found = database()
+        .psql(
+            "SELECT indexrelid::regclass::text FROM pg_index JOIN pg_class ON pg_class.oid = indrelid
+              WHERE relnamespace = 'public'::regnamespace AND NOT relispartition
+                AND NOT EXISTS (SELECT FROM pg_constraint
+                                 WHERE conindid = indexrelid AND contype IN ('p', 'u'))
+                AND obj_description(indexrelid, 'pg_class') IS NULL
+              UNION ALL
+             SELECT proname::text FROM pg_proc
+              WHERE pronamespace = 'public'::regnamespace AND prorettype = 'trigger'::regtype
+                AND obj_description(oid, 'pg_proc') IS NULL",
+        )
+        .unwrap();
+    assert_eq!(found, "", "these have no comment");
 }
