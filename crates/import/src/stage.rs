@@ -71,6 +71,7 @@ pub(crate) fn reject_again(conn: &mut PgConnection) -> QueryResult<()> {
             "UPDATE new_{name} AS staged SET rejected = import_rejected.reason
                FROM bruhmcp_archive.import_rejected
               WHERE table_name = '{name}' AND import_rejected.key = staged.key
+                AND (reason LIKE 'refused:%' OR reason = 'secret_too_long')
                 AND rejected IS NULL
                 AND NOT EXISTS (SELECT FROM {name} AS written WHERE written.{key} = staged.{key})"
         ))?;
