@@ -63,10 +63,8 @@ fn validate(root: &Value, schema: &Value, value: &Value) -> Result<(), String> {
             }
             // Held by "properties".
             "additionalProperties" if rule.is_object() => {
-                let values = value.as_object().into_iter().flat_map(Map::values);
-                values
-                    .map(|value| validate(root, rule, value))
-                    .collect::<Result<(), _>>()?;
+                let mut values = value.as_object().into_iter().flat_map(Map::values);
+                values.try_for_each(|value| validate(root, rule, value))?;
                 true
             }
             "additionalProperties" => *rule == Value::Bool(false),
