@@ -182,7 +182,7 @@ fn page(database: &TestDatabase, table: &str) -> String {
     let of = |sql| read(database, sql, table);
     let (row, file) = row_of(table);
     let mut text = format!(
-        "{NOTE}\n# {table}\n\n{}\nRow: `{row}` in [{file}](../../{file}). [All tables](README.md)\n",
+        "{NOTE}\n# {table}\n\n{}\nRow: `{row}` in `{file}`. [All tables](README.md)\n",
         of("SELECT obj_description('$table'::regclass)")
     );
     text += &section(
