@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use bruhmcp_db::crypto::KeyRing;
 use bruhmcp_db::import::{
-    self, Check, DuplicateEmails, ImportError, Options, Progress, Report, System,
+    self, Check, DuplicateEmails, ImportError, LiveSubscription, Options, Progress, Report, System,
 };
 use bruhmcp_db::zeroize::Zeroizing;
 use clap::{Arg, ArgAction, ArgMatches, Command};
@@ -91,6 +91,16 @@ fn import_arguments() -> Command {
                        or give it an address with a suffix",
                 ),
         )
+        .arg(
+            Arg::new("live-subscription")
+                .long("live-subscription")
+                .value_parser(["latest", "paid"])
+                .default_value("latest")
+                .help(
+                    "Which of a user's live subscriptions stays: the latest, or the latest that is \
+                     not free. The others are replaced",
+                ),
+        )
         .arg(keys_file())
         .arg(
             Arg::new("report")
@@ -148,6 +158,12 @@ fn options(matches: &ArgMatches) -> Options {
         .is_some_and(|what| what == "suffix")
     {
         options.duplicate_emails = DuplicateEmails::Suffix;
+    }
+    if matches
+        .get_one::<String>("live-subscription")
+        .is_some_and(|which| which == "paid")
+    {
+        options.live_subscription = LiveSubscription::Paid;
     }
     options
 }
@@ -367,7 +383,12 @@ fn report_text(report: &Report) -> String {
         DuplicateEmails::Report => "report",
         DuplicateEmails::Suffix => "suffix",
     };
-    let _ = writeln!(text, "duplicate emails: {duplicates}\n");
+    let _ = writeln!(text, "duplicate emails: {duplicates}");
+    let live = match options.live_subscription {
+        LiveSubscription::Latest => "latest",
+        LiveSubscription::Paid => "paid",
+    };
+    let _ = writeln!(text, "live subscription: {live}\n");
     let _ = writeln!(
         text,
         "{:26} {:>10} {:>12} {:>10} {:>12} {:>8}",

@@ -7,6 +7,7 @@
 //!
 //! - `DATABASE_URL`: a migrated database, with the role `app_user`
 //! - `PORT`: 0 or unset for any free port; the first line of standard output has the address
+//! - `METRICS_PORT`: the port of [`metrics`], if they are wanted
 //! - `TOKEN_KEY`: 64 hexadecimal digits, the key for digests of one-time secrets
 //! - `CREDENTIAL_KEYS`: the keys that seal credentials, newest first: `2:<64 hexadecimal
 //!   digits>,1:…`
@@ -27,6 +28,7 @@ use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::http::header::CACHE_CONTROL;
 use axum::http::{HeaderValue, StatusCode};
+use axum::middleware;
 use axum::routing::{delete, get, patch, post, put};
 use bruhmcp_db::crypto::{KeyRing, TokenKey};
 use bruhmcp_db::migrations;
@@ -43,6 +45,7 @@ use tower_http::timeout::TimeoutLayer;
 use crate::errors::{Error, NOT_FOUND};
 use crate::http::MAX_DEFERRED;
 use crate::limits::Limit;
+use crate::metrics::Metrics;
 use crate::outbox::Outbox;
 
 mod accounts;
@@ -51,6 +54,7 @@ mod errors;
 mod http;
 mod instances;
 mod limits;
+mod metrics;
 mod outbox;
 mod passwords;
 mod payload;
@@ -70,6 +74,7 @@ struct App {
     nobodys_password: SecretText,
     logins: Limit,
     mails: Limit,
+    metrics: Metrics,
     outbox: Outbox,
     /// A permit for each request whose work waits until after its answer.
     deferred: Arc<Semaphore>,
@@ -100,6 +105,7 @@ impl App {
                 .map_err(|_| "hashing a password failed")?,
             logins: Limit::of_logins(),
             mails: Limit::of_mails(),
+            metrics: Metrics::new().map_err(|_| "the metrics can't be made")?,
             outbox: Outbox(variable("OUTBOX")?.into()),
             deferred: Arc::new(Semaphore::new(MAX_DEFERRED as usize)),
         })
@@ -161,6 +167,17 @@ async fn serve(app: Arc<App>, port: u16) -> Result<(), &'static str> {
         .map_err(|_| "the port is taken")?;
     let address = listener.local_addr().map_err(|_| "the port is taken")?;
     println!("http://{address}");
+    if let Ok(port) = env::var("METRICS_PORT") {
+        let port = port.parse().map_err(|_| "METRICS_PORT isn't a port")?;
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port))
+            .await
+            .map_err(|_| "the port of the metrics is taken")?;
+        let address = listener
+            .local_addr()
+            .map_err(|_| "the port of the metrics is taken")?;
+        println!("http://{address}/metrics");
+        tokio::spawn(axum::serve(listener, metrics::routes(Arc::clone(&app))).into_future());
+    }
     let (stop, stopped) = mpsc::channel();
     let app_of_worker = Arc::clone(&app);
     let mut worker = tokio::task::spawn_blocking(move || worker::run(&app_of_worker, &stopped));
@@ -219,6 +236,10 @@ fn routes(app: Arc<App>) -> Router {
         .route("/webhooks/razorpay", post(webhooks::razorpay))
         .fallback(async || NOT_FOUND)
         .method_not_allowed_fallback(async || NOT_FOUND)
+        .route_layer(middleware::from_fn_with_state(
+            Arc::clone(&app),
+            metrics::measure,
+        ))
         .layer(DefaultBodyLimit::max(MAX_BODY_LEN))
         .layer(SetResponseHeaderLayer::overriding(
             CACHE_CONTROL,

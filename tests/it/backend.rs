@@ -844,6 +844,43 @@ fn slow_clients_do_not_keep_others_waiting() {
 }
 
 #[test]
+fn metrics_have_a_port_of_their_own() {
+    let database = database();
+    let mut child = Service::command(&database.app_url())
+        .env("METRICS_PORT", "0")
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let mut address = || lines.next().unwrap().unwrap().replace("http://", "");
+    let (service, metrics) = (address(), address().replace("/metrics", ""));
+    let get = |address: &str, path: &str| {
+        let mut stream = TcpStream::connect(address).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        write!(
+            stream,
+            "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n"
+        )
+        .unwrap();
+        let mut response = String::new();
+        stream.read_to_string(&mut response).unwrap();
+        response
+    };
+    get(&service, "/users/me");
+    get(&service, "/sessions/4ae5f6a0-0000-4000-8000-000000000000");
+    assert!(get(&service, "/metrics").starts_with("HTTP/1.1 404"));
+    let text = get(&metrics, "/metrics");
+    child.kill().unwrap();
+    child.wait().unwrap();
+    for line in [
+        r#"http_request_seconds_count{method="GET",route="/users/me",status="401"} 1"#,
+        r#"db_connections{state="idle"} "#,
+    ] {
+        assert!(text.contains(line), "{text}");
+    }
+    assert!(!text.contains("4ae5f6a0"), "{text}");
+}
+
+#[test]
 fn requests_that_have_begun_are_finished_after_sigterm() {
     let database = database();
     let mut service = Service::start(&database);

@@ -439,7 +439,7 @@ pub(crate) fn rust_files(folder: &Path) -> Vec<PathBuf> {
 /// can't see is a column without a field.
 fn row_structs() -> BTreeMap<String, BTreeSet<String>> {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    let mut files = rust_files(&source.join("rows"));
+    let mut files = rust_files(&source.join("models"));
     files.push(source.join("views.rs"));
     let mut rows = BTreeMap::new();
     for file in files {

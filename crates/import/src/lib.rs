@@ -44,6 +44,9 @@ pub struct Options {
     pub timezones: BTreeMap<String, String>,
     /// What to do with accounts whose addresses differ only in their spelling.
     pub duplicate_emails: DuplicateEmails,
+    /// Which of a user's live subscriptions stays live. Its period becomes that of all of them, and
+    /// the others are replaced.
+    pub live_subscription: LiveSubscription,
 }
 
 impl Default for Options {
@@ -52,6 +55,7 @@ impl Default for Options {
             timezone: "UTC".to_owned(),
             timezones: BTreeMap::new(),
             duplicate_emails: DuplicateEmails::Report,
+            live_subscription: LiveSubscription::Latest,
         }
     }
 }
@@ -70,6 +74,16 @@ pub enum DuplicateEmails {
     Report,
     /// It gets another address, with its id in it: `ada+duplicate-<32 digits>@example.org`.
     Suffix,
+}
+
+/// Which of several live subscriptions of a user stays live.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LiveSubscription {
+    /// The latest one, even if it is free.
+    Latest,
+    /// The latest one that is not free, if there is one.
+    Paid,
 }
 
 /// What an import needs of the new system.

@@ -159,12 +159,12 @@ pub const REASONS: &[ReasonCode] = &[
     reason(
         "subscription_merged",
         "",
-        "The latest of several live subscriptions: its period is that of all of them.",
+        "The one of several live subscriptions that stays: its period is that of all of them.",
     ),
     reason(
         "subscription_replaced",
         "status",
-        "An older one of several live subscriptions: replaced.",
+        "Another one of several live subscriptions: replaced.",
     ),
     reason(
         "subscription_unknown",

@@ -12,7 +12,7 @@ use crate::old::{Archive, Unknown};
 use crate::report::{self, Report};
 use crate::run::Run;
 use crate::tables::{TABLES, Table};
-use crate::{DuplicateEmails, NewSystem, Options};
+use crate::{DuplicateEmails, LiveSubscription, NewSystem, Options};
 
 /// Rows that are read or written at once.
 pub(crate) const BATCH: i64 = 10_000;
@@ -96,12 +96,15 @@ fn prepare(
     conn.batch_execute(include_str!("session.sql"))?;
     // Conversions that depend on the time give the same in each run of one import.
     sql_query(
-        "CREATE TEMP TABLE settings (now timestamptz NOT NULL, suffix_emails boolean NOT NULL)",
+        "CREATE TEMP TABLE settings (
+             now timestamptz NOT NULL, suffix_emails boolean NOT NULL, paid_first boolean NOT NULL
+         )",
     )
     .execute(conn)?;
-    sql_query("INSERT INTO settings VALUES (coalesce($1::timestamptz, now()), $2)")
+    sql_query("INSERT INTO settings VALUES (coalesce($1::timestamptz, now()), $2, $3)")
         .bind::<Nullable<Text>, _>(began_at)
         .bind::<Bool, _>(options.duplicate_emails == DuplicateEmails::Suffix)
+        .bind::<Bool, _>(options.live_subscription == LiveSubscription::Paid)
         .execute(conn)?;
     for table in &TABLES {
         conn.batch_execute(&archive.view(table, options.zone(table.name)))?;

@@ -1,8 +1,9 @@
--- Of several live subscriptions the latest stays, with the periods of all; the others are replaced.
+-- Of several live subscriptions one stays, as the operator says, with the periods of all; the others are replaced.
 
 WITH times AS (
     SELECT old.*,
            now,
+           paid_first,
            coalesce(created_at, updated_at, now) AS new_created_at,
            coalesce(current_period_start, created_at, updated_at, now) AS start
       FROM old_user_subscriptions AS old, settings
@@ -36,7 +37,7 @@ old AS (
            count(*) OVER live AS live,
            row_number() OVER (
                PARTITION BY user_id, is_live, rejected IS NULL
-               ORDER BY created_at DESC NULLS LAST, id
+               ORDER BY paid_first AND plan_code = 'free', created_at DESC NULLS LAST, id
            ) AS place,
            CASE
                WHEN trial_end IS NULL THEN trial_start

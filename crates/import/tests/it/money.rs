@@ -1,6 +1,6 @@
 //! Subscriptions, payments, credits and billing details.
 
-use bruhmcp_db::import::Options;
+use bruhmcp_db::import::{LiveSubscription, Options};
 
 use crate::support::{Old, SHAPES, id, keys, user};
 
@@ -38,6 +38,31 @@ fn of_several_live_subscriptions_the_latest_stays() {
         "replaced 2020-01-01 2030-01-01, past_due 2020-01-01 2030-01-01, \
          halted 2018-01-01 2040-01-01"
     );
+}
+
+#[test]
+fn a_paid_subscription_stays_if_the_operator_says_so() {
+    let rows = user(A, 1, "ada@example.org")
+        + &format!(
+            "INSERT INTO user_subscriptions (id, user_id, plan_code, created_at)
+             VALUES ('{1}', '{0}', 'pro', '2020-01-01'), ('{2}', '{0}', 'free', '2021-01-01');",
+            id(1),
+            id(11),
+            id(12),
+        );
+    for (live_subscription, replaced) in
+        [(LiveSubscription::Latest, 11), (LiveSubscription::Paid, 12)]
+    {
+        let mut old = Old::new(A, &rows);
+        let options = Options {
+            live_subscription,
+            ..Options::default()
+        };
+        let report = old.import(&options).unwrap();
+        let found = keys(&report, "user_subscriptions", "subscription_replaced");
+        assert_eq!(found, [id(replaced)]);
+        assert!(old.check().holds());
+    }
 }
 
 #[test]

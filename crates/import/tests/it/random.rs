@@ -3,7 +3,7 @@
 use std::env;
 use std::sync::LazyLock;
 
-use bruhmcp_db::import::{DuplicateEmails, Options};
+use bruhmcp_db::import::{DuplicateEmails, LiveSubscription, Options};
 use bruhmcp_devdb::Database;
 use diesel::connection::SimpleConnection;
 use diesel::prelude::*;
@@ -503,6 +503,7 @@ fn holds(shape: usize, entropy: &[u16]) -> Result<(), TestCaseError> {
     if entropy[0] % 2 == 0 {
         options.timezone = "Asia/Kolkata".to_owned();
         options.duplicate_emails = DuplicateEmails::Suffix;
+        options.live_subscription = LiveSubscription::Paid;
     }
     let promised = old
         .preflight(&options)
