@@ -125,9 +125,11 @@ fn locked(
     if run.is_finished {
         return Ok(report);
     }
-    // The registry's counters follow from the instances, so these come before it is finished.
-    for table in WRITTEN.map(|name| TABLES.iter().find(|table| table.name == name)) {
-        let Some(table) = table else { continue };
+    // Credentials refer to their instance, which is staged after them.
+    let (credentials, others): (Vec<_>, Vec<_>) = TABLES
+        .iter()
+        .partition(|table| table.name == "mcp_credentials");
+    for table in others.into_iter().chain(credentials) {
         write(conn, system, table, progress)?;
     }
     finish(conn).map_err(ImportError::database("finishing the import"))?;
@@ -137,22 +139,6 @@ fn locked(
     }
     Ok(report)
 }
-
-/// The order in which the tables are written: no row refers to one of a later table.
-const WRITTEN: [&str; 12] = [
-    "users",
-    "auth_tokens",
-    "mcp_table",
-    "user_subscriptions",
-    "user_plans",
-    "subscription_transactions",
-    "account_credits",
-    "user_billing_details",
-    "mcp_service_table",
-    "mcp_credentials",
-    "webhook_events",
-    "token_audit_log",
-];
 
 /// Looks at both sides, and refuses what can't be imported.
 pub(crate) fn look(conn: &mut PgConnection, options: &Options) -> Result<Archive, ImportError> {
@@ -169,7 +155,6 @@ pub(crate) fn look(conn: &mut PgConnection, options: &Options) -> Result<Archive
     if let Some(schema) = of_schema {
         return Err(ImportError::OtherSchema(schema));
     }
-    // The last table, and what the newest edition added to an older one.
     for name in TABLES.iter().map(|table| table.name) {
         let exists: bool = diesel::select(
             diesel::dsl::sql::<Bool>("to_regclass(format('%I.%I', current_schema(), ")

@@ -32,8 +32,8 @@ pub(crate) struct Table {
     pub(crate) triggers: &'static [&'static str],
 }
 
-/// In the order in which they are staged and written: no row refers to a later table. The status of
-/// an instance follows its credentials, so these are staged first, but written after it.
+/// In the order in which they are staged. They are written in this order too, but for the credentials,
+/// which come last: the status of an instance follows its credentials, and these refer to it.
 pub(crate) const TABLES: [Table; 12] = [
     Table {
         name: "users",
