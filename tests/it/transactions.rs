@@ -196,7 +196,7 @@ fn a_deadlock_is_known_in_each_language() {
 
 /// Runs a test in a process of its own whose server speaks German, and returns what it prints.
 /// `None` if the server can't.
-fn in_german(test: &str) -> Option<String> {
+pub(crate) fn in_german(test: &str) -> Option<String> {
     if !languages()
         .iter()
         .any(|(path, _)| path.iter().any(|name| name == "de"))

@@ -73,7 +73,16 @@ struct Found {
     keys: Vec<String>,
 }
 
-pub(crate) fn check(conn: &mut PgConnection, system: &dyn NewSystem) -> Result<Check, ImportError> {
+/// Compares the archive with the new tables after an import: that each row is there or was rejected,
+/// and nothing else is; each value; the money of each user and currency; the plan and the active
+/// instances of each user; the counters of the registry; and that every credential opens. Call it
+/// before the new backend starts, which changes the rows.
+///
+/// Writes nothing: it works in a transaction that it rolls back.
+///
+/// # Errors
+/// `NotImported`, and those of [`preflight`].
+pub fn check(conn: &mut PgConnection, system: &dyn NewSystem) -> Result<Check, ImportError> {
     let run = Run::find(conn)?.filter(|run| run.is_finished);
     let run = run.ok_or(ImportError::NotImported)?;
     let options = run.options().ok_or(ImportError::NotImported)?;

@@ -24,7 +24,12 @@ pub enum ImportError {
     UnknownShape(String),
     /// The new tables are missing or older than this version.
     #[error("the new tables are not complete: {0} is missing. Run the migrations first.")]
-    NotMigrated(&'static str),
+    NotMigrated(String),
+    /// The new tables belong to another role.
+    #[error(
+        "{0} belongs to another role. Import as the owner of the tables, who ran the migrations."
+    )]
+    NotOwner(String),
     /// The archive is that of another schema.
     #[error(
         "the archive was moved from another schema than {0}. Import into that one: its name is in \

@@ -14,16 +14,17 @@
 
 use std::collections::BTreeMap;
 
-use diesel::pg::PgConnection;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-pub use crate::check::{Check, Difference, Money};
+pub use crate::check::{Check, Difference, Money, check};
 pub use crate::error::{ImportError, OtherSession, ServerError};
+pub use crate::purge::purge_archive;
 pub use crate::reasons::{REASONS, ReasonCode};
 pub use crate::report::{
     Reason, Rejected, Report, TableReport, UnknownColumn, UnknownTable, write_csv, write_json_lines,
 };
+pub use crate::run::{import, preflight, rejected};
 
 mod check;
 mod error;
@@ -120,75 +121,6 @@ pub struct Progress {
     pub done: i64,
     /// Rows to do, those that are left behind too.
     pub total: i64,
-}
-
-/// Says what would become of each row. Writes nothing: it works in a transaction that it rolls back.
-///
-/// # Errors
-/// Any [`ImportError`] but `Running`, `Sessions`, `Busy` and `NoKeys`.
-pub fn preflight(
-    conn: &mut PgConnection,
-    system: &dyn NewSystem,
-    options: &Options,
-) -> Result<Report, ImportError> {
-    run::preflight(conn, system, options)
-}
-
-/// Converts the rows of the archive and writes them, and returns what became of each.
-///
-/// It holds an advisory lock, and refuses while other sessions may write to the database unless
-/// `beside_others`. Each batch is one transaction, in which the table is locked against writes and
-/// the triggers that would spoil old rows are off. Nothing of the archive changes; the progress is
-/// kept in tables beside it, whose names begin with `import_`. After the end it does nothing but
-/// report.
-///
-/// # Errors
-/// [`ImportError`].
-pub fn import(
-    conn: &mut PgConnection,
-    system: &dyn NewSystem,
-    options: &Options,
-    beside_others: bool,
-    progress: &mut dyn FnMut(Progress),
-) -> Result<Report, ImportError> {
-    run::import(conn, system, options, beside_others, progress)
-}
-
-/// Returns the rows that stay in the archive. Codes, links and refresh tokens aren't among them.
-///
-/// # Errors
-/// `NoArchive` if no import has begun, and `Database`.
-pub fn rejected(conn: &mut PgConnection) -> Result<Vec<Rejected>, ImportError> {
-    run::rejected(conn)
-}
-
-/// Compares the archive with the new tables after an import: that each row is there or was rejected,
-/// and nothing else is; each value; the money of each user and currency; the plan and the active
-/// instances of each user; the counters of the registry; and that every credential opens. Call it
-/// before the new backend starts, which changes the rows.
-///
-/// Writes nothing: it works in a transaction that it rolls back.
-///
-/// # Errors
-/// `NotImported`, and those of [`preflight`].
-pub fn check(conn: &mut PgConnection, system: &dyn NewSystem) -> Result<Check, ImportError> {
-    check::check(conn, system)
-}
-
-/// Drops the archive, if [`check()`] holds and `confirm` returns `true`. It gets what outside the
-/// archive depends on it and is dropped too: views, foreign keys. Returns the check.
-///
-/// One transaction, which locks the archive's tables from before the check until after `confirm`.
-///
-/// # Errors
-/// `NotConfirmed`, and those of [`check()`]. A check that doesn't hold is no error: its differences
-/// tell, and nothing was dropped.
-pub fn purge_archive(
-    conn: &mut PgConnection,
-    system: &dyn NewSystem,
-    confirm: &mut dyn FnMut(&[String]) -> bool,
-) -> Result<Check, ImportError> {
-    purge::purge_archive(conn, system, confirm)
 }
 
 fn quoted(name: &str) -> String {

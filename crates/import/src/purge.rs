@@ -26,7 +26,15 @@ const LOCK: &str = "
     END
     $$";
 
-pub(crate) fn purge_archive(
+/// Drops the archive, if [`check()`] holds and `confirm` returns `true`. It gets what outside the
+/// archive depends on it and is dropped too: views, foreign keys. Returns the check.
+///
+/// One transaction, which locks the archive's tables from before the check until after `confirm`.
+///
+/// # Errors
+/// `NotConfirmed`, and those of [`check()`]. A check that doesn't hold is no error: its differences
+/// tell, and nothing was dropped.
+pub fn purge_archive(
     conn: &mut PgConnection,
     system: &dyn NewSystem,
     confirm: &mut dyn FnMut(&[String]) -> bool,

@@ -19,7 +19,11 @@ use crate::stage::{self, BATCH};
 use crate::tables::{TABLES, Table};
 use crate::{NewSystem, Options, Progress, REASONS, SecretColumn};
 
-pub(crate) fn preflight(
+/// Says what would become of each row. Writes nothing: it works in a transaction that it rolls back.
+///
+/// # Errors
+/// Any [`ImportError`] but `Running`, `Sessions`, `Busy` and `NoKeys`.
+pub fn preflight(
     conn: &mut PgConnection,
     system: &dyn NewSystem,
     options: &Options,
@@ -46,7 +50,17 @@ pub(crate) fn rolled_back<T>(
     Ok(done)
 }
 
-pub(crate) fn import(
+/// Converts the rows of the archive and writes them, and returns what became of each.
+///
+/// It holds an advisory lock, and refuses while other sessions may write to the database unless
+/// `beside_others`. Each batch is one transaction, in which the table is locked against writes and
+/// the triggers that would spoil old rows are off. Nothing of the archive changes; the progress is
+/// kept in tables beside it, whose names begin with `import_`. After the end it does nothing but
+/// report.
+///
+/// # Errors
+/// [`ImportError`].
+pub fn import(
     conn: &mut PgConnection,
     system: &dyn NewSystem,
     options: &Options,
@@ -140,6 +154,16 @@ fn locked(
     Ok(report)
 }
 
+#[derive(QueryableByName)]
+struct NewTable {
+    #[diesel(sql_type = Text)]
+    name: String,
+    #[diesel(sql_type = Bool)]
+    exists: bool,
+    #[diesel(sql_type = Bool)]
+    is_owned: bool,
+}
+
 /// Looks at both sides, and refuses what can't be imported.
 pub(crate) fn look(conn: &mut PgConnection, options: &Options) -> Result<Archive, ImportError> {
     let archive = Archive::read(conn)?;
@@ -155,17 +179,20 @@ pub(crate) fn look(conn: &mut PgConnection, options: &Options) -> Result<Archive
     if let Some(schema) = of_schema {
         return Err(ImportError::OtherSchema(schema));
     }
-    for name in TABLES.iter().map(|table| table.name) {
-        let exists: bool = diesel::select(
-            diesel::dsl::sql::<Bool>("to_regclass(format('%I.%I', current_schema(), ")
-                .bind::<Text, _>(name)
-                .sql("::text)) IS NOT NULL"),
-        )
-        .get_result(conn)
-        .map_err(doing())?;
-        if !exists {
-            return Err(ImportError::NotMigrated(name));
-        }
+    let tables: Vec<NewTable> = sql_query(
+        "SELECT name, c.oid IS NOT NULL AS exists,
+                coalesce(pg_has_role(c.relowner, 'USAGE'), false) AS is_owned
+           FROM unnest($1) AS name
+           LEFT JOIN pg_class AS c ON c.oid = to_regclass(format('%I.%I', current_schema(), name))",
+    )
+    .bind::<Array<Text>, _>(TABLES.map(|table| table.name).to_vec())
+    .load(conn)
+    .map_err(doing())?;
+    if let Some(missing) = tables.iter().find(|table| !table.exists) {
+        return Err(ImportError::NotMigrated(missing.name.clone()));
+    }
+    if let Some(foreign) = tables.iter().find(|table| !table.is_owned) {
+        return Err(ImportError::NotOwner(foreign.name.clone()));
     }
     for table in options.timezones.keys() {
         if !TABLES.iter().any(|known| known.name == table) {
@@ -209,8 +236,7 @@ fn refuse_others(conn: &mut PgConnection) -> Result<(), ImportError> {
 
 fn refuse_rows(conn: &mut PgConnection) -> Result<(), ImportError> {
     for name in TABLES.iter().map(|table| table.name) {
-        let query = format!("EXISTS (SELECT FROM {name})");
-        let has_rows = diesel::select(diesel::dsl::sql::<Bool>(&query)).get_result(conn);
+        let has_rows = has_rows(conn, name);
         if has_rows.map_err(ImportError::database("looking at the new tables"))? {
             return Err(ImportError::NotEmpty(name));
         }
@@ -218,13 +244,16 @@ fn refuse_rows(conn: &mut PgConnection) -> Result<(), ImportError> {
     Ok(())
 }
 
+fn has_rows(conn: &mut PgConnection, table: &str) -> QueryResult<bool> {
+    let exists = diesel::dsl::sql::<Bool>(&format!("EXISTS (SELECT FROM {table})"));
+    diesel::select(exists).get_result(conn)
+}
+
 fn has_credentials(conn: &mut PgConnection, archive: &Archive) -> Result<bool, ImportError> {
     if !archive.has("mcp_credentials") {
         return Ok(false);
     }
-    let query = format!("EXISTS (SELECT FROM {ARCHIVE}.mcp_credentials)");
-    diesel::select(diesel::dsl::sql::<Bool>(&query))
-        .get_result(conn)
+    has_rows(conn, &format!("{ARCHIVE}.mcp_credentials"))
         .map_err(ImportError::database("looking for credentials"))
 }
 
@@ -580,7 +609,11 @@ fn finish(conn: &mut PgConnection) -> QueryResult<()> {
     conn.transaction(|conn| conn.batch_execute(include_str!("finish.sql")))
 }
 
-pub(crate) fn rejected(conn: &mut PgConnection) -> Result<Vec<Rejected>, ImportError> {
+/// Returns the rows that stay in the archive. Codes, links and refresh tokens aren't among them.
+///
+/// # Errors
+/// `NoArchive` if no import has begun, and `Database`.
+pub fn rejected(conn: &mut PgConnection) -> Result<Vec<Rejected>, ImportError> {
     if Run::find(conn)?.is_none() {
         return Err(ImportError::NoArchive);
     }
