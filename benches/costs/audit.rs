@@ -10,7 +10,7 @@ use diesel::prelude::*;
 use uuid::Uuid;
 
 use crate::report::{Range, Section};
-use crate::{Result, Servers, buffers, database, each, large, wal};
+use crate::{Result, Servers, buffers, database, each, large, rate, wal};
 
 const INSERTED: usize = 5_000;
 
@@ -27,7 +27,12 @@ impl Log {
         if !by_month {
             conn.batch_execute(
                 "ALTER TABLE token_audit_log RENAME TO by_month;
-                 CREATE TABLE token_audit_log (LIKE by_month INCLUDING ALL)",
+                 CREATE TABLE token_audit_log (LIKE by_month INCLUDING ALL);
+                 DO $$ BEGIN
+                     EXECUTE 'CREATE OR REPLACE VIEW token_audit_summary AS ' || replace(
+                         pg_get_viewdef('token_audit_summary'::regclass),
+                         'by_month', 'token_audit_log');
+                 END $$",
             )?;
         }
         conn.batch_execute(&format!(
@@ -65,6 +70,41 @@ impl Log {
 
 fn instance() -> InstanceId {
     InstanceId(Uuid::from_u128(1))
+}
+
+/// Rows one by one and in batches.
+pub(crate) fn rate_of_inserts(servers: &Servers) -> Result<Section> {
+    let (_database, mut conn) = database(&servers.synced)?;
+    let conn = &mut conn;
+    let row = NewTokenAudit::new(instance(), "call", AuditStatus::Success);
+    let one_by_one = rate(500, || {
+        for _ in 0..500 {
+            TokenAudit::insert(conn, &row)?;
+        }
+        Ok(())
+    })?;
+    let mut rows = vec![("one by one".to_owned(), one_by_one)];
+    let batch = vec![row; 1_000];
+    for durability in [Durability::Synced, Durability::Unsynced] {
+        let batches = rate(20_000, || {
+            for _ in 0..20 {
+                TokenAudit::insert_many(conn, &batch, durability)?;
+            }
+            Ok(())
+        })?;
+        let durability = format!("{durability:?}").to_lowercase();
+        rows.push((format!("batches, {durability}"), batches));
+    }
+    Ok(Section {
+        name: "audit-rows-per-second",
+        title: "Rows of the audit log one by one and in batches",
+        text:
+            "`TokenAudit::insert`, and `insert_many` with 1,000 rows each, over one connection, on \
+               a server that syncs its commits to disk."
+                .into(),
+        unit: "rows a second",
+        rows,
+    })
 }
 
 pub(crate) fn inserts(servers: &Servers) -> Result<Section> {
@@ -113,6 +153,26 @@ pub(crate) fn listing(servers: &Servers) -> Result<Section> {
             large()?
         ),
         unit: "buffers a call",
+        rows,
+    })
+}
+
+pub(crate) fn summary(servers: &Servers) -> Result<Section> {
+    let rows = Log::each(&servers.server, |log| {
+        let read = buffers(&mut log.conn, |conn| {
+            conn.batch_execute("SELECT count(*) FROM token_audit_summary")
+        })?;
+        Ok(Range::exactly(read))
+    })?;
+    Ok(Section {
+        name: "audit-summary",
+        title: "The summary of the audit log",
+        text: format!(
+            "Buffers of `token_audit_summary`, which reads the last 30 days, in a log of {} rows of \
+             six months.",
+            large()?
+        ),
+        unit: "buffers a query",
         rows,
     })
 }

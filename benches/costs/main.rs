@@ -73,8 +73,10 @@ fn main() -> Result {
         ("sweep-workers", rate_of_sweeps),
         ("migrations", migrations),
         ("buffers", buffers_by_size),
+        ("audit-rows-per-second", audit::rate_of_inserts),
         ("audit-inserts", audit::inserts),
         ("audit-listing", audit::listing),
+        ("audit-summary", audit::summary),
         ("audit-retention", audit::retention),
     ];
     // The CPU of a process is read the Linux way.
