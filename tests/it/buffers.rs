@@ -10,8 +10,8 @@ use std::{env, fs, thread};
 use bruhmcp_db::enums::AuthTokenType;
 use bruhmcp_db::ids::{InstanceId, UserId};
 use bruhmcp_db::models::{
-    AccountCredit, AuthToken, InstanceFilter, McpCredential, McpInstance, SubscriptionTransaction,
-    User, UserPlan, UserSubscription, WebhookEvent,
+    AccountCredit, AuditFilter, AuthToken, InstanceFilter, McpCredential, McpInstance,
+    SubscriptionTransaction, TokenAudit, User, UserPlan, UserSubscription, WebhookEvent,
 };
 use bruhmcp_db::schema::users;
 use bruhmcp_db::{Cursor, Page};
@@ -97,6 +97,10 @@ SELECT key('w', n), 'evt_' || n, 'payment.captured', 'razorpay', '{}',
 UPDATE mcp_table SET total_instances_created = {rows}, active_instances_count = {rows};
 INSERT INTO user_billing_details (user_id, address_line1, city, state, country, zip_code)
 SELECT key('u', n), '1', 'c', 's', 'c', '1' FROM generate_series(1, {rows}) n;
+INSERT INTO token_audit_log (instance_id, user_id, operation, status, created_at)
+SELECT key('i', n), key('u', n), 'call', 'success', now() - n % 80 * interval '1 day'
+  FROM generate_series(1, {rows}) n;
+SELECT maintain_token_audit_log();
 "#;
 
 /// `n` tells one run of an operation from the next.
@@ -143,6 +147,10 @@ const OPERATIONS: &[(&str, Operation)] = &[
             .unwrap();
         let (created_at, id) = oldest;
         User::list(conn, Page::after(Cursor { created_at, id }, 10)).unwrap();
+    }),
+    ("User::export", |conn, n| {
+        let user = user(conn, n);
+        User::export(conn, user).unwrap();
     }),
     ("User::anonymise", |conn, n| {
         let user = user(conn, 1000 + n);
@@ -197,6 +205,25 @@ const OPERATIONS: &[(&str, Operation)] = &[
         let (user, page) = (user(conn, n), Page::first(10));
         AccountCredit::list_by_user(conn, user, page).unwrap();
     }),
+    ("TokenAudit::list, of an instance", |conn, n| {
+        let instance_id = Some(InstanceId(key(conn, "i", n)));
+        let filter = AuditFilter {
+            instance_id,
+            ..AuditFilter::default()
+        };
+        TokenAudit::list(conn, filter, Page::first(10)).unwrap();
+    }),
+    ("TokenAudit::list, of a user", |conn, n| {
+        let user_id = Some(user(conn, n));
+        let filter = AuditFilter {
+            user_id,
+            ..AuditFilter::default()
+        };
+        TokenAudit::list(conn, filter, Page::first(10)).unwrap();
+    }),
+    ("TokenAudit::list, the newest", |conn, _| {
+        TokenAudit::list(conn, AuditFilter::default(), Page::first(10)).unwrap();
+    }),
     ("WebhookEvent::claim_due", |conn, _| {
         WebhookEvent::claim_due(conn, TimeDelta::minutes(1), 10).unwrap();
     }),
@@ -234,7 +261,6 @@ struct Statement {
 impl Statement {
     fn of(logged: &Value) -> Self {
         let plan = &logged["Plan"];
-        let count = |plan: &Value, field| plan[field].as_i64().unwrap_or(0);
         let writes = plan["Node Type"] == "ModifyTable";
         // Without RETURNING, the node itself has none.
         let parts = plan["Plans"].as_array().into_iter().flatten();
@@ -244,7 +270,7 @@ impl Statement {
         find_seq_scans(plan, &mut seq_scans);
         Self {
             text: logged["Query Text"].as_str().unwrap_or_default().into(),
-            buffers: count(plan, "Shared Hit Blocks") + count(plan, "Shared Read Blocks"),
+            buffers: buffers(plan),
             rows,
             writes,
             seq_scans,
@@ -259,8 +285,14 @@ fn rows(plan: &Value) -> i64 {
         .unwrap_or_else(|| rows.to_string().split('.').next().unwrap().parse().unwrap())
 }
 
+fn buffers(plan: &Value) -> i64 {
+    let fields = ["Shared Hit Blocks", "Shared Read Blocks"];
+    fields.iter().filter_map(|field| plan[field].as_i64()).sum()
+}
+
 fn find_seq_scans(plan: &Value, found: &mut Vec<String>) {
-    if plan["Node Type"] == "Seq Scan" {
+    // The months to come are empty.
+    if plan["Node Type"] == "Seq Scan" && buffers(plan) > 0 {
         found.push(plan["Relation Name"].as_str().unwrap().into());
     }
     for part in plan["Plans"].as_array().into_iter().flatten() {
