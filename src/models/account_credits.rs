@@ -61,7 +61,7 @@ pub struct Spent {
     pub rest: Option<AccountCredit>,
 }
 
-/// The reason why an operation on credits failed. Nothing is changed then.
+/// Why an operation on credits failed. Nothing is changed then.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CreditError {

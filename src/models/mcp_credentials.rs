@@ -85,7 +85,7 @@ impl<'a> NewMcpCredential<'a> {
 
 /// The answer of a token endpoint, sealed for one instance.
 #[derive(Debug, Clone)]
-#[expect(missing_docs, reason = "the other fields need no more than their name")]
+#[expect(missing_docs, reason = "the other fields explain themselves")]
 pub struct OauthTokens<'a> {
     pub access_token: Sealed,
     /// In a refresh, `None` keeps the old token.
@@ -115,7 +115,7 @@ pub enum CredentialError {
     /// A value that is never stored; says which. The database was not asked.
     #[error("{0}")]
     Invalid(&'static str),
-    /// Any other error.
+    /// Any other database error.
     #[error("database error")]
     Database(#[source] diesel::result::Error),
 }
@@ -155,7 +155,7 @@ impl McpCredential {
     /// Replaces an API key, if the row still has this version.
     ///
     /// # Errors
-    /// `Conflict`, `NotFound`.
+    /// [`CredentialError::Conflict`], [`CredentialError::NotFound`].
     pub fn replace_api_key(
         conn: &mut PgConnection,
         credential_id: CredentialId,
@@ -190,7 +190,7 @@ impl McpCredential {
     /// so [`begin_oauth`](Self::begin_oauth) comes next.
     ///
     /// # Errors
-    /// `Conflict`, `NotFound`, `Invalid`.
+    /// [`CredentialError::Conflict`], [`CredentialError::NotFound`], [`CredentialError::Invalid`].
     pub fn replace_client(
         conn: &mut PgConnection,
         credential_id: CredentialId,

@@ -109,7 +109,7 @@ pub struct UserSubscriptionChangeset<'a> {
     pub grace_period_days: Option<i32>,
 }
 
-/// The reason why an operation on a subscription failed. Nothing is changed then.
+/// Why an operation on a subscription failed. Nothing is changed then.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SubscriptionError {
@@ -351,7 +351,7 @@ impl UserSubscription {
         })
     }
 
-    /// The reason why an update of this row found nothing.
+    /// Why an update of this row found nothing.
     fn missed(conn: &mut PgConnection, id: SubscriptionId) -> SubscriptionError {
         match Self::find(conn, id) {
             Ok(Some(row)) => SubscriptionError::Conflict(Box::new(row)),

@@ -83,7 +83,7 @@ pub struct UserChangeset<'a> {
 /// Why an account was not created or changed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-#[expect(missing_docs, reason = "the messages say it")]
+#[expect(missing_docs, reason = "the messages say the rest")]
 pub enum UserError {
     #[error(transparent)]
     InvalidEmail(#[from] InvalidEmail),

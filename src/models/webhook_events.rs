@@ -65,7 +65,7 @@ fn pause(attempts: i32) -> TimeDelta {
     }
 }
 
-/// The reason why an event was not marked. The event is as it was.
+/// Why an event was not marked. The event is as it was.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum WebhookError {

@@ -83,7 +83,7 @@ pub enum GatewayChange<'a> {
 
 /// A billing period as the gateway reports it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the names say it all")]
+#[expect(missing_docs, reason = "the other fields explain themselves")]
 pub struct GatewayPeriod {
     pub start: DateTime<Utc>,
     /// Later than `start`.
@@ -122,7 +122,7 @@ pub struct Applied {
     pub switched_off: Vec<McpInstance>,
 }
 
-/// The reason why a [`GatewayEvent`] was not applied. Nothing is changed then.
+/// Why a [`GatewayEvent`] was not applied. Nothing is changed then.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum GatewayError {

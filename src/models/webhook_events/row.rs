@@ -71,7 +71,7 @@ use crate::schema::webhook_events;
     Debug, Clone, PartialEq, Eq, Serialize, Queryable, QueryableByName, Selectable, Identifiable,
 )]
 #[diesel(table_name = webhook_events, primary_key(event_id), check_for_backend(Pg))]
-#[expect(missing_docs, reason = "the names of the other fields say it all")]
+#[expect(missing_docs, reason = "the other fields explain themselves")]
 pub struct WebhookEvent {
     pub event_id: WebhookEventId,
     /// The gateway's id of the event; unique per gateway, not empty.
