@@ -390,9 +390,11 @@ impl AuthToken {
                 .get_result::<Option<i64>>(conn)?
                 .unwrap_or(0);
             let left = i64::from(MAX_CODE_ATTEMPTS) - guessed;
-            if left > 0
-                && let Some(token) = Self::compare(conn, user_id, guess)?
-            {
+            let compared = match left {
+                1.. => Self::compare(conn, user_id, guess)?,
+                _ => None,
+            };
+            if let Some(token) = compared {
                 return Ok(if token.is_used {
                     CodeCheck::Right(token)
                 } else {
