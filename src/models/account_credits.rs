@@ -4,7 +4,7 @@ mod row;
 
 use bigdecimal::{BigDecimal, ToPrimitive};
 use chrono::{DateTime, Utc};
-use diesel::dsl::{now, sql};
+use diesel::dsl::{now, sql, sum};
 use diesel::expression::SqlLiteral;
 use diesel::prelude::*;
 use diesel::result::Error;
@@ -202,7 +202,7 @@ impl AccountCredit {
             .filter(account_credits::user_id.eq(user_id))
             .filter(account_credits::currency.eq(currency))
             .filter(is_open())
-            .select(diesel::dsl::sum(account_credits::amount))
+            .select(sum(account_credits::amount))
             .first(conn)?;
         balance
             .map_or(Some(0), |balance| balance.to_i64())

@@ -243,8 +243,8 @@ impl McpCredential {
         diesel::update(mcp_service_table::table.find(self.instance_id))
             .set(mcp_service_table::credentials_updated_at.eq(now))
             .prepared()
-            .execute(conn)
-            .map(drop)
+            .execute(conn)?;
+        Ok(())
     }
 }
 
@@ -288,6 +288,6 @@ fn lock_user(conn: &mut PgConnection, credential_id: CredentialId) -> QueryResul
         .filter(users::id.eq_any(user_id))
         .select(users::id)
         .for_key_share()
-        .execute(conn)
-        .map(drop)
+        .execute(conn)?;
+    Ok(())
 }

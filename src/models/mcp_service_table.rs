@@ -238,7 +238,7 @@ impl McpInstance {
             .optional()
     }
 
-    /// Lists a user's instances.
+    /// Returns a page of the user's instances that `filter` allows, newest first.
     pub fn list_by_user(
         conn: &mut PgConnection,
         user_id: UserId,

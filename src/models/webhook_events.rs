@@ -229,8 +229,8 @@ impl WebhookEvent {
         Ok(claimed)
     }
 
-    /// Returns up to `limit` dead letters, those that died first at the beginning: open events after
-    /// [`MAX_WEBHOOK_ATTEMPTS`] claims, the last of which failed or ran out.
+    /// Returns up to `limit` dead letters, in the order in which they died: open events after
+    /// [`MAX_WEBHOOK_ATTEMPTS`] claims, of which the last failed or its lease ended.
     pub fn list_dead(conn: &mut PgConnection, limit: u16) -> QueryResult<Vec<Self>> {
         webhook_events::table
             .filter(is_open())

@@ -1,4 +1,4 @@
-//! The gateway's events: one operation takes each through subscription, payment and plan.
+//! The gateway's events: one operation applies each to subscription, payment and plan.
 
 use chrono::{DateTime, TimeDelta, Utc};
 use diesel::dsl::{max, now};
@@ -231,9 +231,9 @@ pub(super) struct Payments {
 }
 
 impl UserSubscription {
-    /// Takes an event of the gateway through the subscription, its payment and the user's plan.
+    /// Applies an event of the gateway to the subscription, its payment and the user's plan.
     ///
-    /// Events may come several times and in any order: the end is the same.
+    /// Events may come several times and in any order: the final state is the same.
     ///
     /// - **Status**: that of the latest event. A final status stays.
     /// - **Period**: the one that ends last.
