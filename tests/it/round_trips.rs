@@ -679,16 +679,7 @@ fn money_and_webhooks() {
     });
 
     counter.repeated("UserBillingDetails::upsert", 4, |conn| {
-        let new = NewUserBillingDetails {
-            user_id: user,
-            address_line1: "1 MG Road",
-            address_line2: None,
-            city: "Bengaluru",
-            state: "Karnataka",
-            country: "India",
-            zip_code: "560001",
-        };
-        UserBillingDetails::upsert(conn, &new).unwrap();
+        UserBillingDetails::upsert(conn, &fixtures::address(user)).unwrap();
     });
 
     let payload = json!({});
