@@ -1,5 +1,8 @@
 //! Auth tokens: one-time codes, links and refresh tokens, stored as digests.
 
+mod row;
+mod sessions;
+
 use chrono::{DateTime, TimeDelta, Utc};
 use diesel::connection::{AnsiTransactionManager, TransactionManager};
 use diesel::dsl::{not, now, sql, sum};
@@ -9,6 +12,7 @@ use diesel::result::Error;
 use diesel::sql_types::{BigInt, Bool, Interval, Nullable, Timestamptz};
 
 pub use self::row::AuthToken;
+pub use self::sessions::{MAX_SESSIONS, REUSE_LEEWAY, Rotation, Session};
 use crate::enums::AuthTokenType;
 use crate::error::NegativeSpan;
 use crate::ids::{AuthTokenId, FamilyId, UserId};
@@ -16,11 +20,6 @@ use crate::page::{Cursor, Page, newest_first};
 use crate::prepared::Prepare;
 use crate::schema::{auth_tokens, users};
 use crate::secret::{HashedToken, TokenDigest};
-
-mod row;
-mod sessions;
-
-pub use sessions::{MAX_SESSIONS, REUSE_LEEWAY, Rotation, Session};
 
 /// The number of wrong guesses within [`CODE_WINDOW`] after which even the right code is rejected.
 pub const MAX_CODE_ATTEMPTS: i16 = 5;

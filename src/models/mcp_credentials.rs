@@ -1,28 +1,27 @@
 //! Credentials of instances: an API key, or an OAuth client with its tokens. Secrets are stored as
 //! ciphertext.
 
-use chrono::{DateTime, Datelike, Utc};
-use diesel::dsl::now;
-use diesel::prelude::*;
-
-pub use self::row::McpCredential;
-use crate::enums::OauthStatus;
-use crate::error::violates;
-use crate::ids::{CredentialId, InstanceId};
-use crate::prepared::Prepare;
-use crate::schema::{mcp_credentials, mcp_service_table, users};
-use crate::secret::Sealed;
-
 mod oauth;
 mod refresh;
 mod row;
 #[cfg(feature = "crypto")]
 mod sealing;
 
-pub use oauth::{CompletedInstance, OauthCompletion};
-pub use refresh::RefreshLease;
+use chrono::{DateTime, Datelike, Utc};
+use diesel::dsl::now;
+use diesel::prelude::*;
+
+pub use self::oauth::{CompletedInstance, OauthCompletion};
+pub use self::refresh::RefreshLease;
+pub use self::row::McpCredential;
 #[cfg(feature = "crypto")]
-pub use sealing::Resealed;
+pub use self::sealing::Resealed;
+use crate::enums::OauthStatus;
+use crate::error::violates;
+use crate::ids::{CredentialId, InstanceId};
+use crate::prepared::Prepare;
+use crate::schema::{mcp_credentials, mcp_service_table, users};
+use crate::secret::Sealed;
 
 /// Credentials for [`McpInstance::create`](crate::models::McpInstance::create): an API key, or an
 /// OAuth client that waits for its user.

@@ -1,5 +1,10 @@
 //! Instances: users' connections to MCP services.
 
+mod batch;
+mod calls;
+mod monitor;
+mod row;
+
 use chrono::{DateTime, Utc};
 use diesel::connection::SimpleConnection;
 use diesel::dsl::{case_when, exists, now, sql};
@@ -8,6 +13,8 @@ use diesel::prelude::*;
 use diesel::sql_types::{Bool, Nullable, Timestamptz};
 use serde::Serialize;
 
+pub use self::batch::InstanceCalls;
+pub use self::calls::{InstanceWithCredentials, NotCallable};
 pub use self::row::McpInstance;
 use crate::enums::{InstanceStatus, OauthStatus};
 use crate::error::violates;
@@ -17,14 +24,6 @@ use crate::page::{Cursor, Page, newest_first};
 use crate::prepared::Prepare;
 use crate::schema::sql_types::McpInstanceStatus;
 use crate::schema::{mcp_credentials, mcp_service_table, mcp_table, user_plans, users};
-
-mod batch;
-mod calls;
-mod monitor;
-mod row;
-
-pub use batch::InstanceCalls;
-pub use calls::{InstanceWithCredentials, NotCallable};
 
 /// Values of a new [`McpInstance`].
 #[derive(Debug, Clone, Insertable)]
