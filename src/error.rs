@@ -68,15 +68,12 @@ impl ConstraintViolation {
         };
         let constraint = match kind {
             ConstraintKind::NotNull => info.column_name(),
-            _ => info.constraint_name(),
+            _ => info.constraint_name().map(without_shard),
         };
         Some(Self {
             kind,
             table: without_shard(info.table_name().unwrap_or_default()).to_owned(),
-            constraint: match kind {
-                ConstraintKind::NotNull => constraint.unwrap_or_default().to_owned(),
-                _ => without_shard(constraint.unwrap_or_default()).to_owned(),
-            },
+            constraint: constraint.unwrap_or_default().to_owned(),
         })
     }
 
@@ -102,6 +99,33 @@ fn without_shard(name: &str) -> &str {
     match plain.strip_suffix('_') {
         Some(plain) if name.len() - plain.len() > 5 && !plain.is_empty() => plain,
         _ => name,
+    }
+}
+
+/// A span of time was negative. It would point to the future, and a purge would delete live rows.
+///
+/// Operations with such an argument return it within [`Error::QueryBuilderError`], before they run a
+/// statement.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the span {0} is negative; nothing was changed: pass zero or more")]
+pub struct NegativeSpan(pub TimeDelta);
+
+impl NegativeSpan {
+    /// Returns the refused span, or `None` if the error has another cause.
+    #[must_use]
+    pub fn of(error: &Error) -> Option<Self> {
+        match error {
+            Error::QueryBuilderError(cause) => cause.downcast_ref().copied(),
+            _ => None,
+        }
+    }
+
+    /// Refuses a negative span.
+    pub(crate) fn check(span: TimeDelta) -> QueryResult<()> {
+        if span < TimeDelta::zero() {
+            return Err(Error::QueryBuilderError(Box::new(Self(span))));
+        }
+        Ok(())
     }
 }
 
@@ -177,31 +201,5 @@ mod tests {
                 (plain_table, "line_10000")
             );
         }
-    }
-}
-/// A span of time was negative. It would point to the future, and a purge would delete live rows.
-///
-/// Operations with such an argument return it within [`Error::QueryBuilderError`], before they run a
-/// statement.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the span {0} is negative; nothing was changed: pass zero or more")]
-pub struct NegativeSpan(pub TimeDelta);
-
-impl NegativeSpan {
-    /// Returns the refused span, or `None` if the error has another cause.
-    #[must_use]
-    pub fn of(error: &Error) -> Option<Self> {
-        match error {
-            Error::QueryBuilderError(cause) => cause.downcast_ref().copied(),
-            _ => None,
-        }
-    }
-
-    /// Refuses a negative span.
-    pub(crate) fn check(span: TimeDelta) -> QueryResult<()> {
-        if span < TimeDelta::zero() {
-            return Err(Error::QueryBuilderError(Box::new(Self(span))));
-        }
-        Ok(())
     }
 }

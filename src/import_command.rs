@@ -326,8 +326,8 @@ struct Shown {
     last: Instant,
 }
 
-/// Interval between two lines about one table.
-const LIVE: Duration = Duration::from_secs(2);
+/// The shortest time between two lines about one table.
+const LINE_INTERVAL: Duration = Duration::from_secs(2);
 
 impl Shown {
     fn new(json: bool) -> Self {
@@ -360,7 +360,7 @@ impl Shown {
             self.bar.reset();
             self.bar.set_message(table);
             self.bar.set_length(unsigned(total));
-        } else if self.lines && (done == total || self.last.elapsed() >= LIVE) {
+        } else if self.lines && (done == total || self.last.elapsed() >= LINE_INTERVAL) {
             eprintln!("{table}: {done} of {total} rows");
             self.last = Instant::now();
         }

@@ -71,7 +71,9 @@
 //!
 //! - **Connection.** Each takes a [`PgConnection`](diesel::PgConnection) first. It works alone and
 //!   inside a transaction of the caller; an operation with several statements opens a transaction
-//!   or a savepoint.
+//!   or a savepoint. Two need a transaction of their own and refuse to run inside another one:
+//!   [`AuthToken::check_code`](models::AuthToken::check_code), and every operation with
+//!   [`Durability::Unsynced`].
 //! - **Round trips.** One, unless the doc says more; BEGIN and COMMIT, or SAVEPOINT and RELEASE, are
 //!   in its number. Statements are prepared at their first use on a connection, so keep connections.
 //! - **Errors.** A function that returns `QueryResult` returns errors of the connection, and of

@@ -2,7 +2,7 @@
 //! derives `Serialize` must skip such a column, or it doesn't compile:
 //!
 //! ```compile_fail,E0277
-//! use bruhmcp_db::{Sealed, SecretText, TokenDigest};
+//! use bruhmcp_db::SecretText;
 //!
 //! #[derive(serde::Serialize)]
 //! struct Row {
@@ -14,7 +14,7 @@
 //! This compiles:
 //!
 //! ```
-//! # use bruhmcp_db::{Sealed, SecretText, TokenDigest};
+//! # use bruhmcp_db::SecretText;
 //! #[derive(serde::Serialize)]
 //! struct Row {
 //!     name: String,
@@ -99,7 +99,7 @@ impl FromSql<Text, Pg> for SecretText {
 pub struct TokenDigest(Vec<u8>);
 
 impl TokenDigest {
-    /// Wraps a digest.
+    /// Takes a digest that was made elsewhere.
     #[must_use]
     pub fn new(digest: [u8; 32]) -> Self {
         Self(digest.to_vec())

@@ -183,7 +183,7 @@ impl KeyRing {
     /// random bytes.
     ///
     /// # Errors
-    /// `Empty`, `Length`, `Duplicate`.
+    /// [`KeyError::Empty`], [`KeyError::Length`], [`KeyError::Duplicate`].
     pub fn new<'a>(keys: impl IntoIterator<Item = (u8, &'a [u8])>) -> Result<Self, KeyError> {
         let mut ring: Vec<RingKey> = Vec::new();
         for (key_id, key) in keys {
@@ -204,7 +204,7 @@ impl KeyRing {
     /// gives another value.
     ///
     /// # Errors
-    /// `TooLong`, `NoRandomness`.
+    /// [`SealError::TooLong`], [`SealError::NoRandomness`].
     pub fn seal(
         &self,
         secret: &SecretText,

@@ -46,7 +46,7 @@ impl KeyRing {
     /// As [`new`](Self::new), with keys that `service` unwraps: newest first, each with its id.
     ///
     /// # Errors
-    /// `Unwrap` for the first key that fails; `Key`.
+    /// [`UnwrapError::Unwrap`] for the first key that fails; [`UnwrapError::Key`].
     pub fn from_wrapped<'a, S: KeyUnwrap>(
         service: &S,
         keys: impl IntoIterator<Item = (u8, &'a [u8])>,

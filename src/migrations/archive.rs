@@ -28,8 +28,10 @@ struct Finding {
     size: Option<String>,
 }
 
-/// Each topic of `preflight.sql`, what it means and what to do about it.
 const MOVES: &str = "moves";
+const OWN: &str = "own";
+
+/// Topics of `preflight.sql` that are only reported: what each means and what to do about it.
 const NOTES: [(&str, &str); 6] = [
     (MOVES, "000 moves to the schema bruhmcp_archive"),
     (
@@ -58,7 +60,8 @@ const NOTES: [(&str, &str); 6] = [
          will use the new table. Rewrite them, or write bruhmcp_archive before the name",
     ),
 ];
-const OWN: &str = "own";
+
+/// Topics of `preflight.sql` that keep the migrations from running.
 const OBSTACLES: [(&str, &str); 6] = [
     (
         OWN,

@@ -4,7 +4,7 @@ mod row;
 
 use bigdecimal::{BigDecimal, ToPrimitive};
 use chrono::{DateTime, Utc};
-use diesel::dsl::{now, sql};
+use diesel::dsl::{now, sql, sum};
 use diesel::expression::SqlLiteral;
 use diesel::prelude::*;
 use diesel::result::Error;
@@ -61,7 +61,7 @@ pub struct Spent {
     pub rest: Option<AccountCredit>,
 }
 
-/// The reason why an operation on credits failed. Nothing is changed then.
+/// Why an operation on credits failed. Nothing is changed then.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CreditError {
@@ -202,7 +202,7 @@ impl AccountCredit {
             .filter(account_credits::user_id.eq(user_id))
             .filter(account_credits::currency.eq(currency))
             .filter(is_open())
-            .select(diesel::dsl::sum(account_credits::amount))
+            .select(sum(account_credits::amount))
             .first(conn)?;
         balance
             .map_or(Some(0), |balance| balance.to_i64())

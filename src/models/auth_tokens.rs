@@ -1,5 +1,8 @@
 //! Auth tokens: one-time codes, links and refresh tokens, stored as digests.
 
+mod row;
+mod sessions;
+
 use chrono::{DateTime, TimeDelta, Utc};
 use diesel::connection::{AnsiTransactionManager, TransactionManager};
 use diesel::dsl::{not, now, sql, sum};
@@ -9,6 +12,7 @@ use diesel::result::Error;
 use diesel::sql_types::{BigInt, Bool, Interval, Nullable, Timestamptz};
 
 pub use self::row::AuthToken;
+pub use self::sessions::{MAX_SESSIONS, REUSE_LEEWAY, Rotation, Session};
 use crate::enums::AuthTokenType;
 use crate::error::NegativeSpan;
 use crate::ids::{AuthTokenId, FamilyId, UserId};
@@ -16,11 +20,6 @@ use crate::page::{Cursor, Page, newest_first};
 use crate::prepared::Prepare;
 use crate::schema::{auth_tokens, users};
 use crate::secret::{HashedToken, TokenDigest};
-
-mod row;
-mod sessions;
-
-pub use sessions::{MAX_SESSIONS, REUSE_LEEWAY, Rotation, Session};
 
 /// The number of wrong guesses within [`CODE_WINDOW`] after which even the right code is rejected.
 pub const MAX_CODE_ATTEMPTS: i16 = 5;
@@ -390,9 +389,11 @@ impl AuthToken {
                 .get_result::<Option<i64>>(conn)?
                 .unwrap_or(0);
             let left = i64::from(MAX_CODE_ATTEMPTS) - guessed;
-            if left > 0
-                && let Some(token) = Self::compare(conn, user_id, guess)?
-            {
+            let compared = match left {
+                1.. => Self::compare(conn, user_id, guess)?,
+                _ => None,
+            };
+            if let Some(token) = compared {
                 return Ok(if token.is_used {
                     CodeCheck::Right(token)
                 } else {

@@ -1,28 +1,27 @@
 //! Credentials of instances: an API key, or an OAuth client with its tokens. Secrets are stored as
 //! ciphertext.
 
-use chrono::{DateTime, Datelike, Utc};
-use diesel::dsl::now;
-use diesel::prelude::*;
-
-pub use self::row::McpCredential;
-use crate::enums::OauthStatus;
-use crate::error::violates;
-use crate::ids::{CredentialId, InstanceId};
-use crate::prepared::Prepare;
-use crate::schema::{mcp_credentials, mcp_service_table, users};
-use crate::secret::Sealed;
-
 mod oauth;
 mod refresh;
 mod row;
 #[cfg(feature = "crypto")]
 mod sealing;
 
-pub use oauth::{CompletedInstance, OauthCompletion};
-pub use refresh::RefreshLease;
+use chrono::{DateTime, Datelike, Utc};
+use diesel::dsl::now;
+use diesel::prelude::*;
+
+pub use self::oauth::{CompletedInstance, OauthCompletion};
+pub use self::refresh::RefreshLease;
+pub use self::row::McpCredential;
 #[cfg(feature = "crypto")]
-pub use sealing::Resealed;
+pub use self::sealing::Resealed;
+use crate::enums::OauthStatus;
+use crate::error::violates;
+use crate::ids::{CredentialId, InstanceId};
+use crate::prepared::Prepare;
+use crate::schema::{mcp_credentials, mcp_service_table, users};
+use crate::secret::Sealed;
 
 /// Credentials for [`McpInstance::create`](crate::models::McpInstance::create): an API key, or an
 /// OAuth client that waits for its user.
@@ -85,7 +84,7 @@ impl<'a> NewMcpCredential<'a> {
 
 /// The answer of a token endpoint, sealed for one instance.
 #[derive(Debug, Clone)]
-#[expect(missing_docs, reason = "the other fields need no more than their name")]
+#[expect(missing_docs, reason = "the other fields explain themselves")]
 pub struct OauthTokens<'a> {
     pub access_token: Sealed,
     /// In a refresh, `None` keeps the old token.
@@ -115,7 +114,7 @@ pub enum CredentialError {
     /// A value that is never stored; says which. The database was not asked.
     #[error("{0}")]
     Invalid(&'static str),
-    /// Any other error.
+    /// Any other database error.
     #[error("database error")]
     Database(#[source] diesel::result::Error),
 }
@@ -155,7 +154,7 @@ impl McpCredential {
     /// Replaces an API key, if the row still has this version.
     ///
     /// # Errors
-    /// `Conflict`, `NotFound`.
+    /// [`CredentialError::Conflict`], [`CredentialError::NotFound`].
     pub fn replace_api_key(
         conn: &mut PgConnection,
         credential_id: CredentialId,
@@ -190,7 +189,7 @@ impl McpCredential {
     /// so [`begin_oauth`](Self::begin_oauth) comes next.
     ///
     /// # Errors
-    /// `Conflict`, `NotFound`, `Invalid`.
+    /// [`CredentialError::Conflict`], [`CredentialError::NotFound`], [`CredentialError::Invalid`].
     pub fn replace_client(
         conn: &mut PgConnection,
         credential_id: CredentialId,
@@ -243,8 +242,8 @@ impl McpCredential {
         diesel::update(mcp_service_table::table.find(self.instance_id))
             .set(mcp_service_table::credentials_updated_at.eq(now))
             .prepared()
-            .execute(conn)
-            .map(drop)
+            .execute(conn)?;
+        Ok(())
     }
 }
 
@@ -288,6 +287,6 @@ fn lock_user(conn: &mut PgConnection, credential_id: CredentialId) -> QueryResul
         .filter(users::id.eq_any(user_id))
         .select(users::id)
         .for_key_share()
-        .execute(conn)
-        .map(drop)
+        .execute(conn)?;
+    Ok(())
 }

@@ -1,5 +1,10 @@
 //! Instances: users' connections to MCP services.
 
+mod batch;
+mod calls;
+mod monitor;
+mod row;
+
 use chrono::{DateTime, Utc};
 use diesel::connection::SimpleConnection;
 use diesel::dsl::{case_when, exists, now, sql};
@@ -8,6 +13,8 @@ use diesel::prelude::*;
 use diesel::sql_types::{Bool, Nullable, Timestamptz};
 use serde::Serialize;
 
+pub use self::batch::InstanceCalls;
+pub use self::calls::{InstanceWithCredentials, NotCallable};
 pub use self::row::McpInstance;
 use crate::enums::{InstanceStatus, OauthStatus};
 use crate::error::violates;
@@ -17,14 +24,6 @@ use crate::page::{Cursor, Page, newest_first};
 use crate::prepared::Prepare;
 use crate::schema::sql_types::McpInstanceStatus;
 use crate::schema::{mcp_credentials, mcp_service_table, mcp_table, user_plans, users};
-
-mod batch;
-mod calls;
-mod monitor;
-mod row;
-
-pub use batch::InstanceCalls;
-pub use calls::{InstanceWithCredentials, NotCallable};
 
 /// Values of a new [`McpInstance`].
 #[derive(Debug, Clone, Insertable)]
@@ -71,7 +70,7 @@ pub struct CredentialState {
 /// An instance as its user sees it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Queryable, Selectable)]
 #[diesel(table_name = mcp_service_table, check_for_backend(Pg))]
-#[expect(missing_docs, reason = "the other fields need no more than their name")]
+#[expect(missing_docs, reason = "the other fields explain themselves")]
 pub struct InstanceDetails {
     #[diesel(embed)]
     pub instance: McpInstance,
@@ -139,7 +138,7 @@ pub enum InstanceError {
     /// The instance has another version. Holds the row as it is now.
     #[error("the instance was changed in the meantime")]
     Conflict(Box<McpInstance>),
-    /// Any other error.
+    /// Any other database error.
     #[error("database error")]
     Database(#[source] diesel::result::Error),
 }
@@ -171,9 +170,11 @@ impl McpInstance {
     /// One transaction, six round trips. Locks the user's plan. Other users don't wait.
     ///
     /// # Errors
-    /// `LimitReached`, `PlanExpired`, `PlanMissing`, `UserInactive`, `ServiceDisabled`,
-    /// `UnknownService`, `InvalidClientId`, `OtherCredential`. The caller's transaction survives
-    /// them.
+    /// [`InstanceError::LimitReached`], [`InstanceError::PlanExpired`],
+    /// [`InstanceError::PlanMissing`], [`InstanceError::UserInactive`],
+    /// [`InstanceError::ServiceDisabled`], [`InstanceError::UnknownService`],
+    /// [`InstanceError::InvalidClientId`], [`InstanceError::OtherCredential`]. The caller's
+    /// transaction survives them.
     pub fn create(
         conn: &mut PgConnection,
         new: &NewMcpInstance<'_>,
@@ -236,7 +237,7 @@ impl McpInstance {
             .optional()
     }
 
-    /// Lists a user's instances.
+    /// Returns a page of the user's instances that `filter` allows, newest first.
     pub fn list_by_user(
         conn: &mut PgConnection,
         user_id: UserId,
@@ -281,8 +282,10 @@ impl McpInstance {
     /// One transaction, four round trips. Locks the plan, then the instance.
     ///
     /// # Errors
-    /// `LimitReached`, `PlanExpired`, `PlanMissing`, `UserInactive`, `NotFound`; `InstanceExpired`,
-    /// then use [`renew`](Self::renew).
+    /// [`InstanceError::LimitReached`], [`InstanceError::PlanExpired`],
+    /// [`InstanceError::PlanMissing`], [`InstanceError::UserInactive`],
+    /// [`InstanceError::NotFound`]; [`InstanceError::InstanceExpired`], then use
+    /// [`renew`](Self::renew).
     pub fn activate(
         conn: &mut PgConnection,
         instance_id: InstanceId,
@@ -327,8 +330,10 @@ impl McpInstance {
     /// `mcp_service_table_active_limit_update` is immediate, even if the caller had deferred it.
     ///
     /// # Errors
-    /// `LimitReached`, `PlanExpired`, `PlanMissing`, `UserInactive`, `InstanceExpired`; `NotFound`,
-    /// also if both are the same instance. Neither is changed.
+    /// [`InstanceError::LimitReached`], [`InstanceError::PlanExpired`],
+    /// [`InstanceError::PlanMissing`], [`InstanceError::UserInactive`],
+    /// [`InstanceError::InstanceExpired`]; [`InstanceError::NotFound`], also if both are the same
+    /// instance. Neither is changed.
     pub fn swap(
         conn: &mut PgConnection,
         user_id: UserId,
@@ -360,8 +365,8 @@ impl McpInstance {
     /// Sets or removes the user's name for an instance, if it still has this version.
     ///
     /// # Errors
-    /// `Conflict`, `NotFound`; `Database` for a name of more than 255 characters
-    /// (`mcp_service_table_custom_name_check`).
+    /// [`InstanceError::Conflict`], [`InstanceError::NotFound`]; [`InstanceError::Database`] for a
+    /// name of more than 255 characters (`mcp_service_table_custom_name_check`).
     pub fn rename(
         conn: &mut PgConnection,
         instance_id: InstanceId,
@@ -393,8 +398,10 @@ impl McpInstance {
     /// One transaction, four round trips. Locks the plan, then the instance.
     ///
     /// # Errors
-    /// `LimitReached`, `PlanExpired`, `PlanMissing`, `UserInactive`, `NotFound`; `InstanceExpired` if
-    /// `expires_at` is past. Nothing is changed.
+    /// [`InstanceError::LimitReached`], [`InstanceError::PlanExpired`],
+    /// [`InstanceError::PlanMissing`], [`InstanceError::UserInactive`],
+    /// [`InstanceError::NotFound`]; [`InstanceError::InstanceExpired`] if `expires_at` is past.
+    /// Nothing is changed.
     pub fn renew(
         conn: &mut PgConnection,
         instance_id: InstanceId,

@@ -1,8 +1,5 @@
 //! The tables: a file each, named after the table, with its insert, its changeset and the operations
-//! on its row.
-//!
-//! All operations take the connection first and work inside a transaction of the caller's as well
-//! as alone, except [`AuthToken::check_code`].
+//! on its row. [The crate's page](crate) says what all operations have in common.
 
 use diesel::prelude::*;
 
@@ -78,17 +75,17 @@ const DEFAULT_CURRENCY: &str = "INR";
 /// The foreign key takes this lock anyway, but only after the new row's unique keys have made
 /// others wait: too late in the lock order.
 fn lock_user_key(conn: &mut PgConnection, id: UserId) -> QueryResult<()> {
-    use crate::schema::users as t;
-    t::table
+    use crate::schema::users;
+    users::table
         .find(id)
-        .select(t::id)
+        .select(users::id)
         .for_key_share()
-        .execute(conn)
-        .map(drop)
+        .execute(conn)?;
+    Ok(())
 }
 
-/// What an update of one row returns: an empty changeset finds the row as it is, and a row that
-/// isn't there is none.
+/// Returns the row that an update by a changeset returned: after an empty changeset the row that
+/// `find` reads, and `None` if the row is missing.
 fn found<T>(
     updated: QueryResult<Option<T>>,
     find: impl FnOnce() -> QueryResult<Option<T>>,

@@ -157,7 +157,7 @@ pub struct SubscriptionTransactionChangeset<'a> {
     pub settled_at: Option<Option<DateTime<Utc>>>,
 }
 
-/// The reason why an operation on a payment failed. Nothing is changed then.
+/// Why an operation on a payment failed. Nothing is changed then.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PaymentError {

@@ -5,7 +5,7 @@ mod row;
 
 use chrono::{DateTime, Utc};
 use diesel::prelude::*;
-use diesel::sql_types::{Array, Jsonb, Nullable, Text, Uuid};
+use diesel::sql_types::{Array, BigInt, Integer, Jsonb, Nullable, Text, Uuid};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -77,22 +77,20 @@ impl AuditFilter<'_> {
 
 #[diesel::declare_sql_function]
 extern "SQL" {
-    fn cleanup_old_token_audit_logs(
-        max_rows: diesel::sql_types::Integer,
-    ) -> diesel::sql_types::BigInt;
+    fn cleanup_old_token_audit_logs(max_rows: Integer) -> BigInt;
 }
 
 /// What [`TokenAudit::maintain`] did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, QueryableByName)]
 pub struct Maintained {
     /// Partitions of coming months, and of months whose rows had none.
-    #[diesel(sql_type = diesel::sql_types::Integer)]
+    #[diesel(sql_type = Integer)]
     pub created: i32,
     /// Rows moved from the default partition to that of their month.
-    #[diesel(sql_type = diesel::sql_types::BigInt)]
+    #[diesel(sql_type = BigInt)]
     pub moved: i64,
     /// Partitions with no row younger than 90 days.
-    #[diesel(sql_type = diesel::sql_types::Integer)]
+    #[diesel(sql_type = Integer)]
     pub dropped: i32,
 }
 
@@ -151,7 +149,7 @@ impl TokenAudit {
         })
     }
 
-    /// Lists the log, or a part of it.
+    /// Returns a page of the rows that `filter` allows, newest first.
     ///
     /// There is an index for an instance, a user and the time. With only an operation or a status,
     /// it reads as many rows as the times allow.

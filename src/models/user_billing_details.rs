@@ -133,7 +133,7 @@ impl NewUserBillingDetails<'_> {
     }
 }
 
-/// The reason why an operation on a card or an address failed. Nothing is changed then.
+/// Why an operation on a card or an address failed. Nothing is changed then.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BillingError {
@@ -311,7 +311,7 @@ impl UserBillingDetails {
         updated.map_or_else(|| Err(Self::missed(conn, user_id)), Ok)
     }
 
-    /// The reason why an update of this card found nothing.
+    /// Why an update of this card found nothing.
     fn missed(conn: &mut PgConnection, user_id: UserId) -> BillingError {
         match Self::find_by_user(conn, user_id) {
             Ok(Some(_)) => BillingError::CardNotFound,

@@ -3,7 +3,7 @@
 mod row;
 
 use chrono::{DateTime, Utc};
-use diesel::dsl::sql;
+use diesel::dsl::{now, sql};
 use diesel::prelude::*;
 use diesel::result::Error;
 use diesel::sql_types::Bool;
@@ -80,7 +80,7 @@ impl UserPlan {
     }
 
     /// Locks the user's plan (`FOR NO KEY UPDATE`): the first lock of operations that change a plan
-    /// or make an instance active. Callers of the crate use [`User::lock`].
+    /// or make an instance active. Callers of the crate use [`User::lock`](crate::models::User::lock).
     pub(crate) fn lock_by_user(
         conn: &mut PgConnection,
         user_id: UserId,
@@ -178,7 +178,7 @@ impl UserPlan {
             user_plans::table
                 // A literal: the planner can't match a bind parameter with the index.
                 .filter(sql::<Bool>("user_plans.plan_type = 'pro'"))
-                .filter(user_plans::expires_at.le(diesel::dsl::now))
+                .filter(user_plans::expires_at.le(now))
                 .order(user_plans::expires_at)
                 .select(Self::as_select())
                 .limit(1)

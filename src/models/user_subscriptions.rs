@@ -2,6 +2,11 @@
 //! `gateway` applies what the gateway reports, `sweep` ends what is over, and `charges` is the queue
 //! of a service that charges by itself.
 
+mod charges;
+mod gateway;
+mod row;
+mod sweep;
+
 use chrono::{DateTime, Utc};
 use diesel::dsl::{now, sql};
 use diesel::expression::SqlLiteral;
@@ -9,7 +14,11 @@ use diesel::prelude::*;
 use diesel::result::Error;
 use diesel::sql_types::Bool;
 
+pub use self::gateway::{
+    Applied, GatewayChange, GatewayError, GatewayEvent, GatewayPayment, GatewayPeriod,
+};
 pub use self::row::UserSubscription;
+pub use self::sweep::Swept;
 use crate::enums::{BillingCycle, SubscriptionPlan, SubscriptionStatus};
 use crate::error::violates;
 use crate::ids::{SubscriptionId, UserId};
@@ -17,16 +26,6 @@ use crate::models::lock_user_key;
 use crate::page::{Cursor, Page, newest_first};
 use crate::prepared::Prepare;
 use crate::schema::user_subscriptions;
-
-mod charges;
-mod gateway;
-mod row;
-mod sweep;
-
-pub use gateway::{
-    Applied, GatewayChange, GatewayError, GatewayEvent, GatewayPayment, GatewayPeriod,
-};
-pub use sweep::Swept;
 
 /// Values of a new [`UserSubscription`]; `None` uses the column's default.
 ///
@@ -109,7 +108,7 @@ pub struct UserSubscriptionChangeset<'a> {
     pub grace_period_days: Option<i32>,
 }
 
-/// The reason why an operation on a subscription failed. Nothing is changed then.
+/// Why an operation on a subscription failed. Nothing is changed then.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SubscriptionError {
@@ -351,7 +350,7 @@ impl UserSubscription {
         })
     }
 
-    /// The reason why an update of this row found nothing.
+    /// Why an update of this row found nothing.
     fn missed(conn: &mut PgConnection, id: SubscriptionId) -> SubscriptionError {
         match Self::find(conn, id) {
             Ok(Some(row)) => SubscriptionError::Conflict(Box::new(row)),

@@ -13,14 +13,13 @@ use diesel::dsl::now;
 use diesel::prelude::*;
 use diesel::result::Error;
 
-pub(in crate::models) use email::anonymised_email;
-use email::{ANONYMISED_DOMAIN, new_email};
-pub use email::{InvalidEmail, canonical_email};
-pub use password::ResetError;
-use password::is_hash;
-pub use unverified::Release;
-
+pub(in crate::models) use self::email::anonymised_email;
+use self::email::{ANONYMISED_DOMAIN, new_email};
+pub use self::email::{InvalidEmail, canonical_email};
+pub use self::password::ResetError;
+use self::password::is_hash;
 pub use self::row::User;
+pub use self::unverified::Release;
 use crate::error::violates;
 use crate::ids::UserId;
 use crate::models::{AuthToken, UserPlan, found};
@@ -83,7 +82,7 @@ pub struct UserChangeset<'a> {
 /// Why an account was not created or changed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-#[expect(missing_docs, reason = "the messages say it")]
+#[expect(missing_docs, reason = "the messages say the rest")]
 pub enum UserError {
     #[error(transparent)]
     InvalidEmail(#[from] InvalidEmail),

@@ -65,7 +65,7 @@ fn pause(attempts: i32) -> TimeDelta {
     }
 }
 
-/// The reason why an event was not marked. The event is as it was.
+/// Why an event was not marked. The event is as it was.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum WebhookError {
@@ -229,8 +229,8 @@ impl WebhookEvent {
         Ok(claimed)
     }
 
-    /// Returns up to `limit` dead letters, those that died first at the beginning: open events after
-    /// [`MAX_WEBHOOK_ATTEMPTS`] claims, the last of which failed or ran out.
+    /// Returns up to `limit` dead letters, in the order in which they died: open events after
+    /// [`MAX_WEBHOOK_ATTEMPTS`] claims, of which the last failed or its lease ended.
     pub fn list_dead(conn: &mut PgConnection, limit: u16) -> QueryResult<Vec<Self>> {
         webhook_events::table
             .filter(is_open())

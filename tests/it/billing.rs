@@ -10,18 +10,13 @@ use diesel::connection::InstrumentationEvent;
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
 
-use crate::fixtures::user;
+use crate::fixtures::{self, user};
 use crate::support::{at_once, database};
 
 fn address(user_id: UserId, city: &str) -> NewUserBillingDetails<'_> {
     NewUserBillingDetails {
-        user_id,
-        address_line1: "1 MG Road",
-        address_line2: None,
         city,
-        state: "Karnataka",
-        country: "India",
-        zip_code: "560001",
+        ..fixtures::address(user_id)
     }
 }
 

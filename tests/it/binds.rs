@@ -5,11 +5,11 @@ use std::sync::{Arc, Mutex};
 use bruhmcp_db::SecretText;
 use bruhmcp_db::models::{NewUser, User};
 use bruhmcp_db::schema::{auth_tokens, users};
-use diesel::connection::{InstrumentationEvent, SimpleConnection};
+use diesel::connection::InstrumentationEvent;
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
 
-use crate::locks::{OPERATIONS, SERVICES, USER_WITH_ROWS};
+use crate::locks::each_operation;
 use crate::support::database;
 use crate::users::HASH;
 
@@ -44,27 +44,16 @@ fn bytes(text: &str) -> Option<&str> {
 
 #[test]
 fn no_operation_shows_a_secret() {
-    let database = database();
-    let owner = &mut database.connect_as_owner();
-    owner.batch_execute(SERVICES).unwrap();
-    for operation in OPERATIONS {
-        owner.batch_execute(&USER_WITH_ROWS).unwrap();
-        owner.batch_execute(operation.arrange).unwrap();
-        let conn = &mut database.connect();
+    each_operation(|operation, conn| {
         let shown = watch(conn);
-        let outcome = (operation.run)(conn);
-        assert!(
-            matches!(outcome, Ok(true)),
-            "{}: {outcome:?}",
-            operation.name
-        );
+        operation.succeed(conn);
         let shown = shown.lock().unwrap();
         assert!(!shown.is_empty(), "{}", operation.name);
         assert_eq!(bytes(&shown), None, "{}: {shown}", operation.name);
         for secret in [HASH, "token_1", "token_2"] {
             assert!(!shown.contains(secret), "{}: {shown}", operation.name);
         }
-    }
+    });
 }
 
 /// The same values past the types that hide them are seen, so that the test above can fail.

@@ -28,14 +28,19 @@ impl From<Output> for Outcome {
 
 /// Starts the binary on the database at `url`.
 pub(crate) fn start(url: &str, arguments: &[&str]) -> Child {
-    Command::new(env!("CARGO_BIN_EXE_bruhmcp-db"))
+    command(url, arguments).spawn().unwrap()
+}
+
+/// The binary on the database at `url`, without input and with its output piped.
+pub(crate) fn command(url: &str, arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_bruhmcp-db"));
+    command
         .env("DATABASE_URL", url)
         .args(arguments)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap()
+        .stderr(Stdio::piped());
+    command
 }
 
 /// Runs the binary on the database at `url`. Each document of `--json` has the documented shape.

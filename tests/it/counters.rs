@@ -14,24 +14,15 @@ use crate::concurrency::assert_counters_right;
 use crate::fixtures::{create, create_pending, pro_user, service};
 use crate::support::{self, TestDatabase};
 
-struct Given {
-    database: TestDatabase,
-    user: UserId,
-    services: [ServiceId; 2],
-}
-
-fn given() -> Given {
+/// A pro user and two services, in the order of their keys.
+fn user_and_services() -> (TestDatabase, UserId, [ServiceId; 2]) {
     let database = support::database();
     let conn = &mut database.connect();
     let user = pro_user(conn);
     let mut services =
         [("gmail", 4001), ("slack", 4002)].map(|(name, port)| service(conn, name, port));
     services.sort();
-    Given {
-        database,
-        user,
-        services,
-    }
+    (database, user, services)
 }
 
 /// Ever created, and active.
@@ -66,11 +57,7 @@ fn undo(conn: &mut PgConnection, work: impl Fn(&mut PgConnection)) {
 
 #[test]
 fn a_transaction_updates_each_service_once() {
-    let Given {
-        database,
-        user,
-        services: [a, b],
-    } = given();
+    let (database, user, [a, b]) = user_and_services();
     let conn = &mut database.connect();
     conn.transaction(|conn| {
         let before = updates(conn);
@@ -100,11 +87,7 @@ fn a_transaction_updates_each_service_once() {
 /// What was neither created nor switched in sum locks no service.
 #[test]
 fn an_instance_that_is_switched_off_and_on_updates_nothing() {
-    let Given {
-        database,
-        user,
-        services: [a, _],
-    } = given();
+    let (database, user, [a, _]) = user_and_services();
     let conn = &mut database.connect();
     let instance = create(conn, user, a).unwrap();
     conn.transaction(|conn| {
@@ -121,11 +104,7 @@ fn an_instance_that_is_switched_off_and_on_updates_nothing() {
 
 #[test]
 fn a_rollback_to_a_savepoint_counts_what_is_left() {
-    let Given {
-        database,
-        user,
-        services: [a, b],
-    } = given();
+    let (database, user, [a, b]) = user_and_services();
     let conn = &mut database.connect();
     for level in ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"] {
         let (of_a, of_b) = (counts(conn, a), counts(conn, b));
@@ -156,11 +135,7 @@ fn a_rollback_to_a_savepoint_counts_what_is_left() {
 /// A setting that a session brings along, and one that an aborted transaction left.
 #[test]
 fn another_transactions_counts_are_ignored() {
-    let Given {
-        database,
-        user,
-        services: [a, _],
-    } = given();
+    let (database, user, [a, _]) = user_and_services();
     let conn = &mut database.connect();
     conn.batch_execute(&format!(
         "DO $$ BEGIN
@@ -178,11 +153,7 @@ fn another_transactions_counts_are_ignored() {
 
 #[test]
 fn raw_statements_are_counted() {
-    let Given {
-        database,
-        user,
-        services: [a, b],
-    } = given();
+    let (database, user, [a, b]) = user_and_services();
     let sql = format!(
         "INSERT INTO mcp_service_table (user_id, mcp_service_id)
          SELECT '{user}', service FROM unnest('{{{a},{b}}}'::uuid[]) AS service,
@@ -207,11 +178,7 @@ fn raw_statements_are_counted() {
 /// Transactions that touch two services in opposite orders, at each isolation level.
 #[test]
 fn opposite_orders_run_into_no_deadlock() {
-    let Given {
-        database,
-        services: [a, b],
-        ..
-    } = given();
+    let (database, _, [a, b]) = user_and_services();
     let conn = &mut database.connect();
     let users: Vec<UserId> = (0..8).map(|_| pro_user(conn)).collect();
     let rounds = 12;

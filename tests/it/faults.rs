@@ -147,6 +147,7 @@ fn page_is_complete() {
     assert_same(&tests.join("\n"), &listed.join("\n"));
 }
 
+/// Returns the rows of a query, one per line.
 fn query(database: &Database, sql: &str) -> String {
     let output = database
         .client("psql")

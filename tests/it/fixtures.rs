@@ -5,7 +5,7 @@ use bruhmcp_db::enums::{AuthType, InstanceStatus, OauthStatus};
 use bruhmcp_db::ids::{InstanceId, ServiceId, UserId};
 use bruhmcp_db::models::{
     InstanceError, McpInstance, McpService, NewMcpCredential, NewMcpInstance, NewMcpService,
-    NewUser, ProPlan, User, UserPlan,
+    NewUser, NewUserBillingDetails, ProPlan, User, UserPlan,
 };
 use bruhmcp_db::schema::mcp_credentials;
 use chrono::{DateTime, Utc};
@@ -48,6 +48,19 @@ pub(crate) fn service(conn: &mut PgConnection, name: &str, port: i32) -> Service
     let new = new_service(name, port);
     let service = as_admin(conn, |conn| McpService::register(conn, &new)).unwrap();
     service.into_inner().mcp_service_id
+}
+
+/// A billing address of the user.
+pub(crate) fn address(user_id: UserId) -> NewUserBillingDetails<'static> {
+    NewUserBillingDetails {
+        user_id,
+        address_line1: "1 MG Road",
+        address_line2: None,
+        city: "Bengaluru",
+        state: "Karnataka",
+        country: "India",
+        zip_code: "560001",
+    }
 }
 
 /// Ciphertext of no key.

@@ -3,7 +3,7 @@
 use std::env;
 use std::fs;
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::Child;
 use std::thread;
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use diesel::dsl::sql;
 use diesel::prelude::*;
 use diesel::sql_types::BigInt;
 
-use crate::cli::{Outcome, bruhmcp};
+use crate::cli::{Outcome, bruhmcp, command};
 use crate::json;
 use crate::support::{TestDatabase, create_cell, empty_database};
 use crate::transactions::in_german;
@@ -51,15 +51,8 @@ fn fill(url: &str, users: u32) {
 }
 
 fn start(url: &str, arguments: &[&str]) -> Child {
-    Command::new(env!("CARGO_BIN_EXE_bruhmcp-db"))
-        .env("DATABASE_URL", url)
-        .env("CREDENTIAL_KEYS", KEYS)
-        .args(arguments)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap()
+    let mut command = command(url, arguments);
+    command.env("CREDENTIAL_KEYS", KEYS).spawn().unwrap()
 }
 
 fn run(url: &str, arguments: &[&str]) -> Outcome {
@@ -256,13 +249,7 @@ fn a_full_disk_is_told_and_the_import_goes_on() {
     // A limit of the session's temporary files stands for the disk.
     let database = archive(20_000);
     let limited = database.url_with("options=-c%20temp_file_limit%3D64%20-c%20work_mem%3D64");
-    let outcome: Outcome = Command::new(env!("CARGO_BIN_EXE_bruhmcp-db"))
-        .env("DATABASE_URL", limited)
-        .env("CREDENTIAL_KEYS", KEYS)
-        .arg("import")
-        .output()
-        .unwrap()
-        .into();
+    let outcome = run(&limited, &["import"]);
     assert_eq!(outcome.code, Some(1), "{outcome:?}");
     assert!(outcome.err.contains("Run it again"), "{outcome:?}");
     assert_eq!(run(&database.url(), &["import"]).code, Some(9));

@@ -46,6 +46,31 @@ pub(crate) struct Operation {
     composes: bool,
 }
 
+impl Operation {
+    /// Makes the state that the operation needs. `owner` is the tables' owner.
+    pub(crate) fn set_up(&self, owner: &mut PgConnection) {
+        owner.batch_execute(&USER_WITH_ROWS).unwrap();
+        owner.batch_execute(self.arrange).unwrap();
+    }
+
+    /// Runs the operation once, which must do what its name says.
+    pub(crate) fn succeed(&self, conn: &mut PgConnection) {
+        let outcome = (self.run)(conn);
+        assert!(matches!(outcome, Ok(true)), "{}: {outcome:?}", self.name);
+    }
+}
+
+/// Calls `test` for each operation, with the state that it needs and a new connection as the service.
+pub(crate) fn each_operation(mut test: impl FnMut(&Operation, &mut PgConnection)) {
+    let database = support::database();
+    let owner = &mut database.connect_as_owner();
+    owner.batch_execute(SERVICES).unwrap();
+    for operation in OPERATIONS {
+        operation.set_up(owner);
+        test(operation, &mut database.connect());
+    }
+}
+
 const fn key(number: u128) -> Uuid {
     Uuid::from_u128(0x7000_8000_0000_0000_0000 + number)
 }
@@ -944,7 +969,7 @@ pub(crate) fn statements() -> BTreeSet<(String, &'static str)> {
                 sender.send((sql.to_owned(), operation.name)).unwrap();
             }
         });
-        assert!(matches!((operation.run)(&mut lane.racers[0]), Ok(true)));
+        operation.succeed(&mut lane.racers[0]);
     }
     seen.try_iter().collect()
 }

@@ -417,19 +417,7 @@ fn plan_webhook_and_billing() {
         (WebhookStatus::Pending, None, &payload)
     );
 
-    let billing = UserBillingDetails::upsert(
-        conn,
-        &NewUserBillingDetails {
-            user_id: user.id,
-            address_line1: "1 MG Road",
-            address_line2: None,
-            city: "Bengaluru",
-            state: "Karnataka",
-            country: "India",
-            zip_code: "560001",
-        },
-    )
-    .unwrap();
+    let billing = UserBillingDetails::upsert(conn, &fixtures::address(user.id)).unwrap();
     assert_eq!(
         UserBillingDetails::find_by_user(conn, user.id)
             .unwrap()

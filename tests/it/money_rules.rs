@@ -10,7 +10,7 @@ use diesel::pg::PgConnection;
 use diesel::prelude::*;
 use diesel::result::Error;
 
-use crate::fixtures::user;
+use crate::fixtures::{address, user};
 use crate::support::{at_once, database};
 
 const ALL: [TransactionStatus; 6] = [Created, Authorized, Captured, Refunded, Failed, Cancelled];
@@ -408,16 +408,7 @@ fn set_cards(cards: &str) -> String {
 
 fn billed(conn: &mut PgConnection) -> UserId {
     let user = user(conn);
-    let address = NewUserBillingDetails {
-        user_id: user,
-        address_line1: "1 MG Road",
-        address_line2: None,
-        city: "Bengaluru",
-        state: "Karnataka",
-        country: "India",
-        zip_code: "560001",
-    };
-    UserBillingDetails::upsert(conn, &address).unwrap();
+    UserBillingDetails::upsert(conn, &address(user)).unwrap();
     user
 }
 

@@ -1002,8 +1002,7 @@ fn all_operations_through(program: &OsStr, settings: &str, cache: Option<CacheSi
     let mut wrong = Vec::new();
     for round in 0..2 {
         for (n, operation) in OPERATIONS.iter().enumerate() {
-            direct.batch_execute(&USER_WITH_ROWS).unwrap();
-            direct.batch_execute(operation.arrange).unwrap();
+            operation.set_up(direct);
             let outcome = (operation.run)(&mut pooled[(n + round) % 4]);
             if !matches!(outcome, Ok(true)) {
                 wrong.push((operation.name, outcome));
@@ -1073,14 +1072,8 @@ fn an_old_release_beside_a_new_schema() {
          ALTER TYPE mcp_instance_status ADD VALUE 'paused'",
     );
     for operation in OPERATIONS {
-        conn.batch_execute(&USER_WITH_ROWS).unwrap();
-        conn.batch_execute(operation.arrange).unwrap();
-        let outcome = (operation.run)(&mut conn);
-        assert!(
-            matches!(outcome, Ok(true)),
-            "{}: {outcome:?}",
-            operation.name
-        );
+        operation.set_up(&mut conn);
+        operation.succeed(&mut conn);
     }
     conn.batch_execute("UPDATE mcp_service_table SET status = 'paused'")
         .unwrap();

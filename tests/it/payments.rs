@@ -19,7 +19,7 @@ use diesel::prelude::*;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
-use crate::fixtures::user;
+use crate::fixtures::{address, user};
 use crate::support::{TestDatabase, at_once, database};
 
 fn payment(
@@ -583,14 +583,5 @@ fn pause(conn: &mut PgConnection, _: &SubscriptionTransaction, id: SubscriptionI
 }
 
 fn set_address(conn: &mut PgConnection, paid: &SubscriptionTransaction, _: SubscriptionId) -> bool {
-    let address = NewUserBillingDetails {
-        user_id: paid.user_id,
-        address_line1: "1 MG Road",
-        address_line2: None,
-        city: "Bengaluru",
-        state: "Karnataka",
-        country: "India",
-        zip_code: "560001",
-    };
-    UserBillingDetails::upsert(conn, &address).is_ok()
+    UserBillingDetails::upsert(conn, &address(paid.user_id)).is_ok()
 }

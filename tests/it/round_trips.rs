@@ -205,10 +205,17 @@ impl Counter {
         arrange: impl FnMut(&mut PgConnection) -> T,
         operation: impl FnMut(&mut PgConnection, T),
     ) {
-        let parsed = self.count(name, round_trips, arrange, operation);
-        if !parsed.is_empty() {
-            self.wrong.push(format!("{name} parses {parsed:#?}"));
-        }
+        self.count(name, round_trips, 0, arrange, operation);
+    }
+
+    /// Like [`prepared`](Self::prepared), for an operation that can be called again as it is.
+    fn repeated(
+        &mut self,
+        name: &str,
+        round_trips: usize,
+        mut operation: impl FnMut(&mut PgConnection),
+    ) {
+        self.prepared(name, round_trips, |_| (), |conn, ()| operation(conn));
     }
 
     /// Calls an operation one of whose statements has too many forms to keep them all.
@@ -219,19 +226,17 @@ impl Counter {
         arrange: impl FnMut(&mut PgConnection) -> T,
         operation: impl FnMut(&mut PgConnection, T),
     ) {
-        let parsed = self.count(name, round_trips, arrange, operation);
-        if parsed.len() != 1 {
-            self.wrong.push(format!("{name} parses {parsed:#?}"));
-        }
+        self.count(name, round_trips, 1, arrange, operation);
     }
 
     fn count<T>(
         &mut self,
         name: &str,
         round_trips: usize,
+        unprepared: usize,
         mut arrange: impl FnMut(&mut PgConnection) -> T,
         mut operation: impl FnMut(&mut PgConnection, T),
-    ) -> Vec<String> {
+    ) {
         let mut sent = Vec::new();
         for _ in 0..3 {
             let arranged = arrange(&mut self.direct);
@@ -249,7 +254,10 @@ impl Counter {
             Sent::Query(statement) if !is_control(&statement) => Some(statement),
             Sent::Query(_) | Sent::Sync => None,
         });
-        parsed.collect()
+        let parsed: Vec<String> = parsed.collect();
+        if parsed.len() != unprepared {
+            self.wrong.push(format!("{name} parses {parsed:#?}"));
+        }
     }
 
     fn check(self) {
@@ -290,7 +298,7 @@ fn hour() -> TimeDelta {
 }
 
 /// A pro user, a service and an instance of the user.
-fn people(database: &TestDatabase) -> (UserId, ServiceId, InstanceId) {
+fn user_with_instance(database: &TestDatabase) -> (UserId, ServiceId, InstanceId) {
     let conn = &mut database.connect();
     let user = fixtures::pro_user(conn);
     let service = fixtures::service(conn, "figma", 49280);
@@ -302,7 +310,7 @@ fn people(database: &TestDatabase) -> (UserId, ServiceId, InstanceId) {
 fn accounts_and_tokens() {
     use AuthTokenType::{EmailOtp, EmailVerification, PasswordReset, Refresh};
     let database = database();
-    let (user, ..) = people(&database);
+    let (user, ..) = user_with_instance(&database);
     let mut counter = Counter::new(&database);
     let email = |conn: &mut PgConnection| User::find(conn, user).unwrap().unwrap().email;
 
@@ -314,61 +322,31 @@ fn accounts_and_tokens() {
             User::sign_up(conn, &NewUser::new("Asha", "Rao", &email)).unwrap();
         },
     );
-    counter.prepared(
-        "User::find_active",
-        1,
-        |_| (),
-        |conn, ()| {
-            User::find_active(conn, user).unwrap().unwrap();
-        },
-    );
+    counter.repeated("User::find_active", 1, |conn| {
+        User::find_active(conn, user).unwrap().unwrap();
+    });
     counter.prepared("User::find_active_by_email", 1, email, |conn, email| {
         User::find_active_by_email(conn, &email).unwrap().unwrap();
     });
-    counter.prepared(
-        "User::record_login",
-        1,
-        |_| (),
-        |conn, ()| {
-            User::record_login(conn, user).unwrap().unwrap();
-        },
-    );
-    counter.prepared(
-        "User::update",
-        1,
-        |_| (),
-        |conn, ()| {
-            let changes = UserChangeset {
-                first_name: Some("Asha"),
-                ..UserChangeset::default()
-            };
-            User::update(conn, user, &changes).unwrap().unwrap();
-        },
-    );
-    counter.prepared(
-        "User::lock",
-        2,
-        |_| (),
-        |conn, ()| {
-            User::lock(conn, user).unwrap().unwrap();
-        },
-    );
-    counter.prepared(
-        "User::export",
-        1,
-        |_| (),
-        |conn, ()| {
-            User::export(conn, user).unwrap().unwrap();
-        },
-    );
-    counter.prepared(
-        "User::change_password",
-        7,
-        |_| (),
-        |conn, ()| {
-            User::change_password(conn, user, None).unwrap().unwrap();
-        },
-    );
+    counter.repeated("User::record_login", 1, |conn| {
+        User::record_login(conn, user).unwrap().unwrap();
+    });
+    counter.repeated("User::update", 1, |conn| {
+        let changes = UserChangeset {
+            first_name: Some("Asha"),
+            ..UserChangeset::default()
+        };
+        User::update(conn, user, &changes).unwrap().unwrap();
+    });
+    counter.repeated("User::lock", 2, |conn| {
+        User::lock(conn, user).unwrap().unwrap();
+    });
+    counter.repeated("User::export", 1, |conn| {
+        User::export(conn, user).unwrap().unwrap();
+    });
+    counter.repeated("User::change_password", 7, |conn| {
+        User::change_password(conn, user, None).unwrap().unwrap();
+    });
 
     counter.prepared(
         "AuthToken::issue",
@@ -438,14 +416,9 @@ fn accounts_and_tokens() {
             assert!(AuthToken::revoke(conn, &token).unwrap());
         },
     );
-    counter.prepared(
-        "AuthToken::list_sessions",
-        1,
-        |_| (),
-        |conn, ()| {
-            AuthToken::list_sessions(conn, user).unwrap();
-        },
-    );
+    counter.repeated("AuthToken::list_sessions", 1, |conn| {
+        AuthToken::list_sessions(conn, user).unwrap();
+    });
     counter.prepared("AuthToken::revoke_all", 4, session, |conn, _| {
         AuthToken::revoke_all(conn, user, None).unwrap();
     });
@@ -455,49 +428,28 @@ fn accounts_and_tokens() {
 #[test]
 fn instances_and_credentials() {
     let database = database();
-    let (user, service, instance) = people(&database);
+    let (user, service, instance) = user_with_instance(&database);
     let mut counter = Counter::new(&database);
 
-    counter.prepared(
-        "McpInstance::find_with_credentials",
-        1,
-        |_| (),
-        |conn, ()| {
-            McpInstance::find_with_credentials(conn, instance, "figma", Some(user))
-                .unwrap()
-                .unwrap();
-        },
-    );
-    counter.prepared(
-        "McpInstance::record_call",
-        1,
-        |_| (),
-        |conn, ()| {
-            McpInstance::record_call(conn, instance, Some(user))
-                .unwrap()
-                .unwrap();
-        },
-    );
-    counter.prepared(
-        "McpInstance::record_call of anybody",
-        1,
-        |_| (),
-        |conn, ()| {
-            McpInstance::record_call(conn, instance, None)
-                .unwrap()
-                .unwrap();
-        },
-    );
+    counter.repeated("McpInstance::find_with_credentials", 1, |conn| {
+        McpInstance::find_with_credentials(conn, instance, "figma", Some(user))
+            .unwrap()
+            .unwrap();
+    });
+    counter.repeated("McpInstance::record_call", 1, |conn| {
+        McpInstance::record_call(conn, instance, Some(user))
+            .unwrap()
+            .unwrap();
+    });
+    counter.repeated("McpInstance::record_call of anybody", 1, |conn| {
+        McpInstance::record_call(conn, instance, None)
+            .unwrap()
+            .unwrap();
+    });
     for (durability, round_trips) in [(Durability::Synced, 1), (Durability::Unsynced, 4)] {
-        counter.prepared(
-            "McpInstance::record_calls",
-            round_trips,
-            |_| (),
-            |conn, ()| {
-                McpInstance::record_calls(conn, &[InstanceCalls::one(instance)], durability)
-                    .unwrap();
-            },
-        );
+        counter.repeated("McpInstance::record_calls", round_trips, |conn| {
+            McpInstance::record_calls(conn, &[InstanceCalls::one(instance)], durability).unwrap();
+        });
     }
     let inactive = |conn: &mut PgConnection| create_inactive(conn, user, service);
     counter.prepared(
@@ -510,41 +462,21 @@ fn instances_and_credentials() {
                 .unwrap_err();
         },
     );
-    counter.prepared(
-        "McpInstance::list_by_user",
-        1,
-        |_| (),
-        |conn, ()| {
-            let filter = InstanceFilter::default();
-            McpInstance::list_by_user(conn, user, filter, Page::first(10)).unwrap();
-        },
-    );
-    counter.prepared(
-        "McpInstance::find_by_user",
-        1,
-        |_| (),
-        |conn, ()| {
-            McpInstance::find_by_user(conn, instance, user)
-                .unwrap()
-                .unwrap();
-        },
-    );
-    counter.prepared(
-        "McpInstance::count_active",
-        1,
-        |_| (),
-        |conn, ()| {
-            McpInstance::count_active(conn, user).unwrap();
-        },
-    );
-    counter.prepared(
-        "McpInstance::create",
-        6,
-        |_| (),
-        |conn, ()| {
-            create(conn, user, service).unwrap();
-        },
-    );
+    counter.repeated("McpInstance::list_by_user", 1, |conn| {
+        let filter = InstanceFilter::default();
+        McpInstance::list_by_user(conn, user, filter, Page::first(10)).unwrap();
+    });
+    counter.repeated("McpInstance::find_by_user", 1, |conn| {
+        McpInstance::find_by_user(conn, instance, user)
+            .unwrap()
+            .unwrap();
+    });
+    counter.repeated("McpInstance::count_active", 1, |conn| {
+        McpInstance::count_active(conn, user).unwrap();
+    });
+    counter.repeated("McpInstance::create", 6, |conn| {
+        create(conn, user, service).unwrap();
+    });
     counter.prepared("McpInstance::activate", 4, inactive, |conn, instance| {
         McpInstance::activate(conn, instance, user).unwrap();
     });
@@ -647,41 +579,26 @@ fn instances_and_credentials() {
         },
     );
 
-    counter.prepared(
-        "TokenAudit::insert",
-        1,
-        |_| (),
-        |conn, ()| {
-            let new = NewTokenAudit::new(instance, "call", AuditStatus::Success);
-            TokenAudit::insert(conn, &new).unwrap();
-        },
-    );
+    counter.repeated("TokenAudit::insert", 1, |conn| {
+        let new = NewTokenAudit::new(instance, "call", AuditStatus::Success);
+        TokenAudit::insert(conn, &new).unwrap();
+    });
     for (durability, round_trips) in [(Durability::Synced, 1), (Durability::Unsynced, 4)] {
-        counter.prepared(
-            "TokenAudit::insert_many",
-            round_trips,
-            |_| (),
-            |conn, ()| {
-                let new = NewTokenAudit::new(instance, "call", AuditStatus::Success);
-                TokenAudit::insert_many(conn, &[new.clone(), new], durability).unwrap();
-            },
-        );
+        counter.repeated("TokenAudit::insert_many", round_trips, |conn| {
+            let new = NewTokenAudit::new(instance, "call", AuditStatus::Success);
+            TokenAudit::insert_many(conn, &[new.clone(), new], durability).unwrap();
+        });
     }
-    counter.prepared(
-        "TokenAudit::list",
-        1,
-        |_| (),
-        |conn, ()| {
-            TokenAudit::list(conn, AuditFilter::of_instance(instance), Page::first(10)).unwrap();
-        },
-    );
+    counter.repeated("TokenAudit::list", 1, |conn| {
+        TokenAudit::list(conn, AuditFilter::of_instance(instance), Page::first(10)).unwrap();
+    });
     counter.check();
 }
 
 #[test]
 fn money_and_webhooks() {
     let database = database();
-    let (user, ..) = people(&database);
+    let (user, ..) = user_with_instance(&database);
     let mut counter = Counter::new(&database);
     let captured = |conn: &mut PgConnection| {
         let id = unique().to_string();
@@ -719,14 +636,9 @@ fn money_and_webhooks() {
             SubscriptionTransaction::refund(conn, id, &NewRefund::new(&refund, 100)).unwrap();
         },
     );
-    counter.prepared(
-        "SubscriptionTransaction::list_by_user",
-        1,
-        |_| (),
-        |conn, ()| {
-            SubscriptionTransaction::list_by_user(conn, user, Page::first(10)).unwrap();
-        },
-    );
+    counter.repeated("SubscriptionTransaction::list_by_user", 1, |conn| {
+        SubscriptionTransaction::list_by_user(conn, user, Page::first(10)).unwrap();
+    });
 
     counter.prepared(
         "AccountCredit::grant",
@@ -749,65 +661,26 @@ fn money_and_webhooks() {
             assert!(matches!(outcome, Recorded::Existing(_)), "{outcome:?}");
         },
     );
-    counter.prepared(
-        "AccountCredit::balance",
-        1,
-        |_| (),
-        |conn, ()| {
-            AccountCredit::balance(conn, user, "INR").unwrap();
-        },
-    );
-    counter.prepared(
-        "AccountCredit::spend",
-        6,
-        |_| (),
-        |conn, ()| {
-            AccountCredit::spend(conn, user, "INR", 10).unwrap();
-        },
-    );
+    counter.repeated("AccountCredit::balance", 1, |conn| {
+        AccountCredit::balance(conn, user, "INR").unwrap();
+    });
+    counter.repeated("AccountCredit::spend", 6, |conn| {
+        AccountCredit::spend(conn, user, "INR", 10).unwrap();
+    });
 
-    counter.prepared(
-        "UserPlan::find_by_user",
-        1,
-        |_| (),
-        |conn, ()| {
-            UserPlan::find_by_user(conn, user).unwrap().unwrap();
-        },
-    );
-    counter.prepared(
-        "UserPlan::upgrade",
-        1,
-        |_| (),
-        |conn, ()| {
-            UserPlan::upgrade(conn, user, &ProPlan::default()).unwrap();
-        },
-    );
-    counter.prepared(
-        "UserSubscription::current",
-        1,
-        |_| (),
-        |conn, ()| {
-            UserSubscription::current(conn, user).unwrap();
-        },
-    );
+    counter.repeated("UserPlan::find_by_user", 1, |conn| {
+        UserPlan::find_by_user(conn, user).unwrap().unwrap();
+    });
+    counter.repeated("UserPlan::upgrade", 1, |conn| {
+        UserPlan::upgrade(conn, user, &ProPlan::default()).unwrap();
+    });
+    counter.repeated("UserSubscription::current", 1, |conn| {
+        UserSubscription::current(conn, user).unwrap();
+    });
 
-    counter.prepared(
-        "UserBillingDetails::upsert",
-        4,
-        |_| (),
-        |conn, ()| {
-            let new = NewUserBillingDetails {
-                user_id: user,
-                address_line1: "1 MG Road",
-                address_line2: None,
-                city: "Bengaluru",
-                state: "Karnataka",
-                country: "India",
-                zip_code: "560001",
-            };
-            UserBillingDetails::upsert(conn, &new).unwrap();
-        },
-    );
+    counter.repeated("UserBillingDetails::upsert", 4, |conn| {
+        UserBillingDetails::upsert(conn, &fixtures::address(user)).unwrap();
+    });
 
     let payload = json!({});
     let event = |conn: &mut PgConnection| claimed(conn, &unique().to_string(), &payload);
@@ -936,7 +809,7 @@ fn plans(conn: &mut PgConnection, text: &str) -> Vec<(String, String)> {
 fn a_token_is_planned_once_and_found_by_its_index() {
     use AuthTokenType::{EmailVerification, PasswordReset, Refresh};
     let database = database();
-    let (user, ..) = people(&database);
+    let (user, ..) = user_with_instance(&database);
     database
         .psql(
             "INSERT INTO users (first_name, last_name, email)

@@ -4,14 +4,16 @@ use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use bruhmcp_db::{SecretText, SlowStatements, migrations};
+use bruhmcp_db::models::{NewUser, User};
+use bruhmcp_db::{SlowStatements, migrations};
 use diesel::connection::SimpleConnection;
 use diesel::prelude::*;
 use diesel::sql_types::Text;
 use tracing_subscriber::fmt;
 
-use crate::locks::{OPERATIONS, SERVICES, USER_WITH_ROWS};
+use crate::locks::each_operation;
 use crate::support::{database, empty_database};
+use crate::users::HASH;
 
 #[derive(Clone, Default)]
 struct Lines(Arc<Mutex<Vec<u8>>>);
@@ -72,32 +74,34 @@ fn a_slow_statement_is_told_without_its_values() {
 /// With a threshold of zero each statement is slow.
 #[test]
 fn no_operation_tells_a_value() {
-    let database = database();
-    let owner = &mut database.connect_as_owner();
-    owner.batch_execute(SERVICES).unwrap();
-    for operation in OPERATIONS {
-        owner.batch_execute(&USER_WITH_ROWS).unwrap();
-        owner.batch_execute(operation.arrange).unwrap();
-        let conn = &mut database.connect();
+    each_operation(|operation, conn| {
         conn.set_instrumentation(SlowStatements::new(Duration::ZERO));
-        let told = told(|| {
-            (operation.run)(conn).unwrap();
-        });
+        let told = told(|| operation.succeed(conn));
         assert!(told.contains("statement="), "{}", operation.name);
-        for value in ["-- binds", crate::users::HASH, "token_1", "example", "[0, "] {
+        for value in ["-- binds", HASH, "token_1", "example", "[0, "] {
             assert!(!told.contains(value), "{}: {told}", operation.name);
         }
-    }
-    let conn = &mut database.connect();
-    conn.set_instrumentation(SlowStatements::new(Duration::ZERO));
-    let refused = told(|| {
-        let new = bruhmcp_db::models::NewUser {
-            password: Some(&SecretText::from("whisper")),
-            ..bruhmcp_db::models::NewUser::new("whisper", "", "no address")
-        };
-        bruhmcp_db::models::User::sign_up(conn, &new).unwrap_err();
     });
-    assert!(!refused.contains("whisper"), "{refused}");
+}
+
+#[test]
+fn a_failed_statement_is_told_without_its_values() {
+    let database = database();
+    let conn = &mut database.connect();
+    let sign_up = |conn: &mut PgConnection, email| {
+        let new = NewUser {
+            razorpay_customer_id: Some("whisper"),
+            ..NewUser::new("whisper", "", email)
+        };
+        User::sign_up(conn, &new)
+    };
+    sign_up(conn, "asha@example.in").unwrap();
+    conn.set_instrumentation(SlowStatements::new(Duration::ZERO));
+    let told = told(|| {
+        sign_up(conn, "ravi@example.in").unwrap_err();
+    });
+    assert!(told.contains("failed=true"), "{told}");
+    assert!(!told.contains("whisper"), "{told}");
 }
 
 #[test]

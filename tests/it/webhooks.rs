@@ -50,6 +50,16 @@ fn claimed(conn: &mut PgConnection, external_event_id: &str) -> WebhookEvent {
     WebhookEvent::claim(conn, id, LEASE).unwrap().unwrap()
 }
 
+fn claimed_with(conn: &mut PgConnection, external_event_id: &str, payload: &Value) -> WebhookEvent {
+    let new = NewWebhookEvent {
+        payload,
+        ..event(external_event_id)
+    };
+    WebhookEvent::record_claimed(conn, &new, LEASE)
+        .unwrap()
+        .into_inner()
+}
+
 fn find(conn: &mut PgConnection, id: WebhookEventId) -> WebhookEvent {
     WebhookEvent::find(conn, id).unwrap().unwrap()
 }
@@ -545,14 +555,7 @@ fn no_payload_survives_its_user_at_any_isolation_level() {
     let payload = json!({"email": "asha@example.in"});
     for (n, level) in LEVELS.into_iter().cycle().take(60).enumerate() {
         let asha = user(conn);
-        let name = format!("evt_{n}");
-        let new = NewWebhookEvent {
-            payload: &payload,
-            ..event(&name)
-        };
-        let event = WebhookEvent::record_claimed(conn, &new, LEASE)
-            .unwrap()
-            .into_inner();
+        let event = claimed_with(conn, &format!("evt_{n}"), &payload);
         at_once(&database, 2, |side, conn| {
             if side == 0 {
                 retry_transaction(conn, level, |conn| {
@@ -590,14 +593,7 @@ fn an_anonymised_or_missing_user_gets_no_link() {
     User::anonymise(conn, asha).unwrap();
     let payload = json!({"email": "asha@example.in"});
     for (n, user_id) in [asha, UserId::new()].into_iter().enumerate() {
-        let name = format!("evt_{n}");
-        let new = NewWebhookEvent {
-            payload: &payload,
-            ..event(&name)
-        };
-        let event = WebhookEvent::record_claimed(conn, &new, LEASE)
-            .unwrap()
-            .into_inner();
+        let event = claimed_with(conn, &format!("evt_{n}"), &payload);
         WebhookEvent::mark_processed(conn, &event, Some(user_id)).unwrap();
         let marked = find(conn, event.event_id);
         assert_eq!(marked.user_id, None);

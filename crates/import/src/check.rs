@@ -33,7 +33,7 @@ impl Check {
 /// Something that differs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Difference {
-    /// What.
+    /// The rule that does not hold, after the name of the table.
     pub what: String,
     /// Number of rows, or of users.
     pub rows: i64,
@@ -81,7 +81,7 @@ struct Found {
 /// Writes nothing: it works in a transaction that it rolls back.
 ///
 /// # Errors
-/// `NotImported`, and those of [`preflight`].
+/// [`ImportError::NotImported`], and those of [`preflight`](crate::preflight).
 pub fn check(conn: &mut PgConnection, system: &dyn NewSystem) -> Result<Check, ImportError> {
     let run = Run::find(conn)?.filter(|run| run.is_finished);
     let run = run.ok_or(ImportError::NotImported)?;

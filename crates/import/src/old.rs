@@ -94,7 +94,7 @@ impl Archive {
                 return Err(ImportError::UnknownShape(text));
             }
         }
-        for (name, kind) in table.always.iter().chain(table.sometimes) {
+        for (name, kind) in table.columns() {
             let Some(column) = columns.get(*name) else {
                 continue;
             };
@@ -111,7 +111,7 @@ impl Archive {
         let columns = self.0.get(table.name);
         let mut selected = Vec::new();
         let mut odd = Vec::new();
-        for (name, kind) in table.always.iter().chain(table.sometimes) {
+        for (name, kind) in table.columns() {
             let column = columns.and_then(|columns| columns.get(*name));
             let name = quoted(name);
             let value = match column {

@@ -26,14 +26,14 @@ const LOCK: &str = "
     END
     $$";
 
-/// Drops the archive, if [`check()`] holds and `confirm` returns `true`. It gets what outside the
-/// archive depends on it and is dropped too: views, foreign keys. Returns the check.
+/// Drops the archive, if [`check`](crate::check()) holds and `confirm` returns `true`. `confirm` gets
+/// what outside the archive depends on it and is dropped too: views, foreign keys. Returns the check.
 ///
 /// One transaction, which locks the archive's tables from before the check until after `confirm`.
 ///
 /// # Errors
-/// `NotConfirmed`, and those of [`check()`]. A check that doesn't hold is no error: its differences
-/// tell, and nothing was dropped.
+/// [`ImportError::NotConfirmed`], and those of [`check`](crate::check()). A check that doesn't hold is
+/// no error: nothing was dropped, and its differences say why.
 pub fn purge_archive(
     conn: &mut PgConnection,
     system: &dyn NewSystem,
@@ -46,7 +46,7 @@ pub fn purge_archive(
         if !check.holds() {
             return Ok(check);
         }
-        let gone = drop(conn).map_err(ImportError::database("dropping the archive"))?;
+        let gone = drop_archive(conn).map_err(ImportError::database("dropping the archive"))?;
         if !confirm(&gone) {
             return Err(ImportError::NotConfirmed);
         }
@@ -61,7 +61,7 @@ struct Gone {
 }
 
 /// Drops the archive, and returns what outside it is gone with it: also a view on a view on it.
-fn drop(conn: &mut PgConnection) -> QueryResult<Vec<String>> {
+fn drop_archive(conn: &mut PgConnection) -> QueryResult<Vec<String>> {
     // Every object outside has entries in pg_depend, of its schema at least. What is internal to
     // another, such as the rule of a view, is left out.
     conn.batch_execute(

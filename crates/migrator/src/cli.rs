@@ -4,8 +4,7 @@
 //! `--help` lists the exit codes. Without `--database-url` and the variable `DATABASE_URL`, the URL
 //! is that of the file `.env`, as for the Diesel CLI.
 
-use std::collections::BTreeMap;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::env::{self, VarError};
 use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
@@ -50,8 +49,8 @@ const EXIT_CODES: &str = "Exit codes: 0 done or current, 1 failed, 2 usage, 3 pe
 const REACH: &str = "Look at the server, and at the URL: --database-url, DATABASE_URL or .env. \
     --wait SECS tries again while the server starts.";
 
-/// Interval between two lines about a migration that is still running.
-const LIVE: Duration = Duration::from_secs(2);
+/// The time between two lines about a migration that is still running.
+const LINE_INTERVAL: Duration = Duration::from_secs(2);
 
 /// What `--help` and `--version` say about a program. `version` may name that of the schema too.
 #[expect(missing_docs, reason = "the names say it")]
@@ -1041,7 +1040,7 @@ fn kind(error: &Error) -> &'static str {
     }
 }
 
-/// Returns a watcher that prints a line for each migration, and one every [`LIVE`] while it runs.
+/// Returns a watcher that prints a line for each migration, and one every [`LINE_INTERVAL`] while it runs.
 /// Its thread ends when the watcher is dropped.
 fn progress(out: Output) -> impl FnMut(Event<'_>) + Send + 'static {
     let (sender, running) = mpsc::channel();
@@ -1049,7 +1048,7 @@ fn progress(out: Output) -> impl FnMut(Event<'_>) + Send + 'static {
     thread::spawn(move || {
         let mut now: Option<(String, Instant)> = None;
         loop {
-            match (running.recv_timeout(LIVE), &now) {
+            match (running.recv_timeout(LINE_INTERVAL), &now) {
                 (Ok(next), _) => now = next,
                 (Err(RecvTimeoutError::Disconnected), _) => return,
                 (Err(RecvTimeoutError::Timeout), None) => {}

@@ -78,8 +78,8 @@ impl Status {
         if unknown.len() > self.newer().len() || (pending.is_some() && !unknown.is_empty()) {
             return Some(Refusal::Unknown(unknown));
         }
-        let mut pairs = pending.zip(applied).into_iter();
-        let out_of_order = pairs.find(|(pending, applied)| pending.version < applied.version);
+        let pair = pending.zip(applied);
+        let out_of_order = pair.filter(|(pending, applied)| pending.version < applied.version);
         let out_of_order = out_of_order.map(|(pending, applied)| Refusal::OutOfOrder {
             pending: pending.name.clone(),
             applied: applied.name.clone(),

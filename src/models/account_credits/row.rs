@@ -15,7 +15,7 @@ use crate::schema::account_credits;
     Debug, Clone, PartialEq, Eq, Serialize, Queryable, Selectable, Identifiable, Associations,
 )]
 #[diesel(table_name = account_credits, belongs_to(User, foreign_key = user_id), check_for_backend(Pg))]
-#[expect(missing_docs, reason = "the names of the other fields say it all")]
+#[expect(missing_docs, reason = "the other fields explain themselves")]
 pub struct AccountCredit {
     pub id: CreditId,
     pub user_id: UserId,

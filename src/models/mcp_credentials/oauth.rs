@@ -36,7 +36,7 @@ const FORGOTTEN: UnderWay = UnderWay {
 
 /// A completed authorization. The tokens are stored in any case.
 #[derive(Debug, Clone, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the fields need no more than their name")]
+#[expect(missing_docs, reason = "the fields explain themselves")]
 pub struct OauthCompletion {
     pub credential: McpCredential,
     pub instance: CompletedInstance,
@@ -71,9 +71,9 @@ impl McpCredential {
     /// Four round trips.
     ///
     /// # Errors
-    /// `NotFound`, `StateTaken`; `Invalid` unless `lifetime` is positive and at most an hour.
-    /// The caller's transaction can go on, unless another one began with the same state at the same
-    /// moment.
+    /// [`CredentialError::NotFound`], [`CredentialError::StateTaken`]; [`CredentialError::Invalid`]
+    /// unless `lifetime` is positive and at most an hour. The caller's transaction can go on,
+    /// unless another one began with the same state at the same moment.
     pub fn begin_oauth(
         conn: &mut PgConnection,
         credential_id: CredentialId,
@@ -135,7 +135,7 @@ impl McpCredential {
     /// [`fail_oauth`](Self::fail_oauth): the credentials are still pending.
     ///
     /// # Errors
-    /// `UnknownState`.
+    /// [`CredentialError::UnknownState`].
     pub fn consume_state(
         conn: &mut PgConnection,
         user_id: UserId,
@@ -171,7 +171,8 @@ impl McpCredential {
     /// fails the commit.
     ///
     /// # Errors
-    /// `NotFound`; `Conflict` if the credentials are not pending; `Invalid`.
+    /// [`CredentialError::NotFound`]; [`CredentialError::Conflict`] if the credentials are not
+    /// pending; [`CredentialError::Invalid`].
     pub fn complete_oauth(
         conn: &mut PgConnection,
         credential_id: CredentialId,
@@ -262,7 +263,8 @@ impl McpCredential {
     /// Don't call it for a network error: the user can try again.
     ///
     /// # Errors
-    /// `NotFound`; `Conflict` if the credentials are not pending.
+    /// [`CredentialError::NotFound`]; [`CredentialError::Conflict`] if the credentials are not
+    /// pending.
     pub fn fail_oauth(
         conn: &mut PgConnection,
         credential_id: CredentialId,

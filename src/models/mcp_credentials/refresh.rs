@@ -179,7 +179,8 @@ impl McpCredential {
     /// ```
     ///
     /// # Errors
-    /// `NotFound`; `Invalid` if `lease` is negative or over 365 days.
+    /// [`CredentialError::NotFound`]; [`CredentialError::Invalid`] if `lease` is negative or over
+    /// 365 days.
     pub fn lease_refresh(
         conn: &mut PgConnection,
         credential_id: CredentialId,
@@ -227,9 +228,9 @@ impl McpCredential {
     /// records it in the audit log. Six round trips.
     ///
     /// # Errors
-    /// `NotFound`; `Invalid`; `Conflict`. If the row in `Conflict` still has the spent refresh
-    /// token, because only the sealing or the client changed, call again with that row, or the new
-    /// tokens are lost.
+    /// [`CredentialError::NotFound`]; [`CredentialError::Invalid`]; [`CredentialError::Conflict`].
+    /// If the row in [`CredentialError::Conflict`] still has the spent refresh token, because only
+    /// the sealing or the client changed, call again with that row, or the new tokens are lost.
     pub fn store_refreshed(
         conn: &mut PgConnection,
         claimed: &Self,
@@ -310,7 +311,8 @@ impl McpCredential {
     /// log. The user must grant access again. Five round trips.
     ///
     /// # Errors
-    /// `NotFound`; `Conflict`: the refused token may not be the latest.
+    /// [`CredentialError::NotFound`]; [`CredentialError::Conflict`]: the refused token may not be
+    /// the latest.
     pub fn refresh_refused(
         conn: &mut PgConnection,
         claimed: &Self,

@@ -29,10 +29,7 @@ use crate::secret::{Sealed, StateDigest};
 )]
 #[diesel(table_name = mcp_credentials, primary_key(credential_id), check_for_backend(Pg))]
 #[diesel(belongs_to(McpInstance, foreign_key = instance_id))]
-#[expect(
-    missing_docs,
-    reason = "the other columns need no more than their name"
-)]
+#[expect(missing_docs, reason = "the other fields explain themselves")]
 pub struct McpCredential {
     pub credential_id: CredentialId,
     pub instance_id: InstanceId,

@@ -23,7 +23,7 @@ impl<'a> NewMcpCredential<'a> {
     /// An API key of this instance. It is completed, now by this machine's clock.
     ///
     /// # Errors
-    /// `TooLong`.
+    /// Those of [`KeyRing::seal`].
     pub fn api_key(
         ring: &KeyRing,
         instance_id: InstanceId,
@@ -36,7 +36,7 @@ impl<'a> NewMcpCredential<'a> {
     /// An OAuth client of this instance. It is pending; [`McpCredential::begin_oauth`] comes next.
     ///
     /// # Errors
-    /// `TooLong`.
+    /// Those of [`KeyRing::seal`].
     pub fn oauth(
         ring: &KeyRing,
         instance_id: InstanceId,
@@ -52,7 +52,7 @@ impl<'a> OauthTokens<'a> {
     /// Seals tokens of this instance.
     ///
     /// # Errors
-    /// `TooLong`.
+    /// Those of [`KeyRing::seal`].
     pub fn seal(
         ring: &KeyRing,
         instance_id: InstanceId,

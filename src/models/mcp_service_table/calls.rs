@@ -38,7 +38,7 @@ pub enum NotCallable {
 
 /// An instance in any state, with its service and its credentials, secrets included.
 #[derive(Debug, Clone, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the other fields need no more than their name")]
+#[expect(missing_docs, reason = "the other fields explain themselves")]
 pub struct InstanceWithCredentials {
     pub instance: McpInstance,
     pub service: McpService,

@@ -15,11 +15,11 @@ use crate::ids::InstanceId;
 use crate::schema::{mcp_credentials, mcp_service_table};
 
 impl McpInstance {
-    /// Marks up to `limit` instances past their `expires_at` as expired, those that ended first at
-    /// the beginning, and returns them.
+    /// Marks up to `limit` instances past their `expires_at` as expired, and returns them. It takes
+    /// those that ended first.
     ///
     /// Returns none when nothing is due or every due row is locked. Repeat it until then, each time
-    /// in a transaction of its own. Several sweepers may run.
+    /// in a transaction of its own. Several workers may run it at once.
     pub fn expire_due(conn: &mut PgConnection, limit: u16) -> QueryResult<Vec<Self>> {
         // The query builder has no CTE. Without MATERIALIZED, the planner may run LIMIT with SKIP
         // LOCKED twice. An array, because the planner looks its elements up by key.
@@ -41,7 +41,7 @@ impl McpInstance {
         .load(conn)
     }
 
-    /// Lists up to `limit` instances that were never authorized: pending or failed, without an
+    /// Returns up to `limit` instances that were never authorized: pending or failed, without an
     /// access token, and with credentials that didn't change for `idle`. Those with the oldest change
     /// come first.
     ///

@@ -26,10 +26,7 @@ use crate::schema::mcp_service_table;
 #[diesel(table_name = mcp_service_table, primary_key(instance_id), check_for_backend(Pg))]
 #[diesel(belongs_to(User, foreign_key = user_id))]
 #[diesel(belongs_to(McpService, foreign_key = mcp_service_id))]
-#[expect(
-    missing_docs,
-    reason = "the other columns need no more than their name"
-)]
+#[expect(missing_docs, reason = "the other fields explain themselves")]
 pub struct McpInstance {
     /// Part of the instance's public URL.
     pub instance_id: InstanceId,

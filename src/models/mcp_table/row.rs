@@ -29,10 +29,7 @@ use crate::schema::mcp_table;
     Debug, Clone, PartialEq, Eq, Serialize, Queryable, QueryableByName, Selectable, Identifiable,
 )]
 #[diesel(table_name = mcp_table, primary_key(mcp_service_id), check_for_backend(Pg))]
-#[expect(
-    missing_docs,
-    reason = "the other columns need no more than their name"
-)]
+#[expect(missing_docs, reason = "the other fields explain themselves")]
 pub struct McpService {
     pub mcp_service_id: ServiceId,
     /// The name in URLs: `[a-z0-9][a-z0-9_-]{0,49}`, unique.

@@ -67,7 +67,7 @@ use crate::schema::subscription_transactions;
     Debug, Clone, PartialEq, Eq, Serialize, Queryable, Selectable, Identifiable, Associations,
 )]
 #[diesel(table_name = subscription_transactions, belongs_to(User, foreign_key = user_id), check_for_backend(Pg))]
-#[expect(missing_docs, reason = "the names of the other fields say it all")]
+#[expect(missing_docs, reason = "the other fields explain themselves")]
 pub struct SubscriptionTransaction {
     pub id: TransactionId,
     pub user_id: UserId,

@@ -13,10 +13,7 @@ use crate::schema::token_audit_log;
 /// A row of `token_audit_log`. It must not contain a secret.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Queryable, Selectable, Identifiable)]
 #[diesel(table_name = token_audit_log, primary_key(instance_id, created_at, audit_id), check_for_backend(Pg))]
-#[expect(
-    missing_docs,
-    reason = "the other columns need no more than their name"
-)]
+#[expect(missing_docs, reason = "the other fields explain themselves")]
 pub struct TokenAudit {
     pub audit_id: AuditId,
     /// The instance. It may be deleted: the log has no foreign keys.

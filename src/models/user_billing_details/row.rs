@@ -59,7 +59,7 @@ impl From<StoredCards> for Vec<Card> {
     Debug, Clone, PartialEq, Eq, Serialize, Queryable, Selectable, Identifiable, Associations,
 )]
 #[diesel(table_name = user_billing_details, primary_key(billing_id), belongs_to(User, foreign_key = user_id), check_for_backend(Pg))]
-#[expect(missing_docs, reason = "the names of the other fields say it all")]
+#[expect(missing_docs, reason = "the other fields explain themselves")]
 pub struct UserBillingDetails {
     pub billing_id: BillingId,
     /// Unique.

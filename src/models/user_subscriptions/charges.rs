@@ -4,7 +4,7 @@
 use std::collections::HashSet;
 
 use chrono::{DateTime, Utc};
-use diesel::dsl::{now, sql};
+use diesel::dsl::{not, now, sql};
 use diesel::expression::SqlLiteral;
 use diesel::prelude::*;
 use diesel::sql_types::Bool;
@@ -62,7 +62,7 @@ impl UserSubscription {
             .filter(is_charged())
             .filter(user_subscriptions::next_billing_date.le(now))
             .filter(user_subscriptions::auto_renewal)
-            .filter(diesel::dsl::not(user_subscriptions::cancel_at_period_end))
+            .filter(not(user_subscriptions::cancel_at_period_end))
             .order(user_subscriptions::next_billing_date)
             .limit(limit.into())
             .for_no_key_update()

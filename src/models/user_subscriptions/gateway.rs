@@ -1,4 +1,4 @@
-//! The gateway's events: one operation takes each through subscription, payment and plan.
+//! The gateway's events: one operation applies each to subscription, payment and plan.
 
 use chrono::{DateTime, TimeDelta, Utc};
 use diesel::dsl::{max, now};
@@ -83,7 +83,7 @@ pub enum GatewayChange<'a> {
 
 /// A billing period as the gateway reports it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[expect(missing_docs, reason = "the names say it all")]
+#[expect(missing_docs, reason = "the other fields explain themselves")]
 pub struct GatewayPeriod {
     pub start: DateTime<Utc>,
     /// Later than `start`.
@@ -122,7 +122,7 @@ pub struct Applied {
     pub switched_off: Vec<McpInstance>,
 }
 
-/// The reason why a [`GatewayEvent`] was not applied. Nothing is changed then.
+/// Why a [`GatewayEvent`] was not applied. Nothing is changed then.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum GatewayError {
@@ -231,9 +231,9 @@ pub(super) struct Payments {
 }
 
 impl UserSubscription {
-    /// Takes an event of the gateway through the subscription, its payment and the user's plan.
+    /// Applies an event of the gateway to the subscription, its payment and the user's plan.
     ///
-    /// Events may come several times and in any order: the end is the same.
+    /// Events may come several times and in any order: the final state is the same.
     ///
     /// - **Status**: that of the latest event. A final status stays.
     /// - **Period**: the one that ends last.

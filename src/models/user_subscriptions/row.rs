@@ -35,7 +35,7 @@ use crate::schema::user_subscriptions;
     Debug, Clone, PartialEq, Eq, Serialize, Queryable, Selectable, Identifiable, Associations,
 )]
 #[diesel(table_name = user_subscriptions, belongs_to(User, foreign_key = user_id), check_for_backend(Pg))]
-#[expect(missing_docs, reason = "the names of the other fields say it all")]
+#[expect(missing_docs, reason = "the other fields explain themselves")]
 pub struct UserSubscription {
     pub id: SubscriptionId,
     pub user_id: UserId,

@@ -80,8 +80,8 @@ impl UserSubscription {
     /// subscription is cancelled. What is cancelled but paid ends with its plan: see
     /// [`UserPlan::expire_due`].
     ///
-    /// One subscription per call, because one user's instances are switched off at a time. It waits
-    /// for nobody until its plan and subscription are locked.
+    /// One subscription per call, so that a transaction switches off the instances of one user only.
+    /// It takes its first locks, on the subscription, the user and the plan, without waiting.
     pub fn sweep(conn: &mut PgConnection) -> QueryResult<Option<Swept>> {
         conn.transaction(|conn| {
             for over in Over::ALL {

@@ -45,8 +45,8 @@ pub struct InvalidEmail;
 /// # Errors
 /// [`InvalidEmail`].
 pub fn canonical_email(email: &str) -> Result<String, InvalidEmail> {
-    // The longest text that is worth the work: mapping to one form can shorten a text.
     let email = email.trim();
+    // No longer text is worth the work. Mapping can shorten a text, so 255 would be too few.
     if email.len() > 4 * 255 {
         return Err(InvalidEmail);
     }

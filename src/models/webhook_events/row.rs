@@ -46,8 +46,8 @@ use crate::schema::webhook_events;
 /// [`MAX_WEBHOOK_ATTEMPTS`](crate::models::MAX_WEBHOOK_ATTEMPTS) claims it is a dead letter, which
 /// [`list_dead`](Self::list_dead) shows and [`retry`](Self::retry) claims once more.
 ///
-/// The events of a status, a page at a time; so is `'pending'`. The status is a literal, so that
-/// the planner uses the index of the queue, or that on `processed_at` for `'processed'`:
+/// A page of the failed events; `'pending'` works the same way. The status is a literal, so that the
+/// planner uses the index of the queue:
 ///
 /// ```no_run
 /// # use bruhmcp_db::models::WebhookEvent;
@@ -71,7 +71,7 @@ use crate::schema::webhook_events;
     Debug, Clone, PartialEq, Eq, Serialize, Queryable, QueryableByName, Selectable, Identifiable,
 )]
 #[diesel(table_name = webhook_events, primary_key(event_id), check_for_backend(Pg))]
-#[expect(missing_docs, reason = "the names of the other fields say it all")]
+#[expect(missing_docs, reason = "the other fields explain themselves")]
 pub struct WebhookEvent {
     pub event_id: WebhookEventId,
     /// The gateway's id of the event; unique per gateway, not empty.
