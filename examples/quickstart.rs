@@ -114,11 +114,11 @@ struct ServiceRow {
 /// Creates an account with the free plan. The email address is stored in its canonical form.
 fn sign_up(conn: &mut PgConnection) -> Result<User> {
     heading("Sign-up");
+    // In production, a hash made by argon2 or a similar crate. Plain text is refused.
+    let hash =
+        SecretText::new("$argon2id$v=19$m=19456,t=2,p=1$c2FsdHNhbHQ$aGFzaGhhc2hoYXNoaGFzaGhhc2g");
     let new = NewUser {
-        // In production, a hash made by argon2 or a similar crate. Plain text is refused.
-        password: Some(&SecretText::new(
-            "$argon2id$v=19$m=19456,t=2,p=1$c2FsdHNhbHQ$aGFzaGhhc2hoYXNoaGFzaGhhc2g",
-        )),
+        password: Some(&hash),
         ..NewUser::new("Asha", "Rao", "  Asha@Example.IN ")
     };
     let user = User::sign_up(conn, &new)?;

@@ -68,10 +68,11 @@ fn days(number: i64) -> TimeDelta {
 /// A user with a subscription that waits for the gateway.
 fn subscribed(conn: &mut PgConnection) -> UserId {
     let user = user(conn);
+    let (subscription, customer) = (format!("sub_{user}"), format!("cust_{user}"));
     let new = NewUserSubscription {
         plan_code: Some(SubscriptionPlan::Pro),
-        razorpay_subscription_id: Some(&format!("sub_{user}")),
-        razorpay_customer_id: Some(&format!("cust_{user}")),
+        razorpay_subscription_id: Some(&subscription),
+        razorpay_customer_id: Some(&customer),
         ..NewUserSubscription::new(user)
     };
     UserSubscription::start(conn, &new, Created).unwrap();

@@ -823,10 +823,11 @@ fn unexpected(outcome: Outcome) -> Result<(), Unexpected> {
     };
     let mut cause: Option<&(dyn Error + 'static)> = Some(&*error);
     while let Some(error) = cause {
-        if let Some(error) = error.downcast_ref::<DbError>()
-            && ConstraintViolation::of(error).is_none()
-        {
-            return Err(Unexpected(error.to_string()));
+        match error.downcast_ref::<DbError>() {
+            Some(error) if ConstraintViolation::of(error).is_none() => {
+                return Err(Unexpected(error.to_string()));
+            }
+            _ => {}
         }
         cause = error.source();
     }

@@ -116,8 +116,9 @@ fn no_value_that_a_user_gives_logs_a_row() {
         "\"a\"@example.org",
     ] {
         assert!(User::change_email(conn, id, email, false).is_err());
+        let hash = format!("{HASH}{WORD}").into();
         let new = NewUser {
-            password: Some(&format!("{HASH}{WORD}").into()),
+            password: Some(&hash),
             ..NewUser::new(WORD, "", email)
         };
         assert!(User::sign_up(conn, &new).is_err());

@@ -23,9 +23,10 @@ fn in_days(days: i64) -> DateTime<Utc> {
 }
 
 fn user(conn: &mut PgConnection) -> User {
+    let hash = SecretText::new("$argon2id$v=19$whisperwhisperwhisper22");
     let new = NewUser {
         id: Some(UserId::new()),
-        password: Some(&SecretText::new("$argon2id$v=19$whisperwhisperwhisper22")),
+        password: Some(&hash),
         email_verified: Some(true),
         razorpay_customer_id: Some("cust_1"),
         ..NewUser::new("Asha", "Rao", "asha@example.in")
