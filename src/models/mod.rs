@@ -1,6 +1,7 @@
 //! The tables: a file each, named after the table, with its insert, its changeset and the operations
 //! on its row. [The crate's page](crate) says what all operations have in common.
 
+use chrono::TimeDelta;
 use diesel::prelude::*;
 
 use crate::ids::UserId;
@@ -69,6 +70,15 @@ impl<T> Recorded<T> {
 
 /// The currency of a row that names none: the columns' default.
 const DEFAULT_CURRENCY: &str = "INR";
+
+/// The longest lease, and the longest pause.
+const MAX_LEASE: TimeDelta = TimeDelta::days(365);
+
+/// Whether a lease or pause is of use. Another one might pass the timestamps that a column takes:
+/// the server's log would then print the row.
+fn is_lease(lease: TimeDelta) -> bool {
+    (TimeDelta::zero()..=MAX_LEASE).contains(&lease)
+}
 
 /// Locks a user's key before an INSERT that references it.
 ///

@@ -6,15 +6,15 @@ use chrono::{DateTime, TimeDelta, Utc};
 use diesel::dsl::{now, sql};
 use diesel::expression::SqlLiteral;
 use diesel::prelude::*;
-use diesel::result::Error;
+use diesel::result::Error::{self, QueryBuilderError};
 use diesel::sql_types::{BigInt, Bool, Interval, Timestamptz, Uuid};
 use serde_json::{Value, json};
 
 pub use self::row::WebhookEvent;
 use crate::enums::{PaymentGateway, WebhookStatus};
 use crate::ids::{UserId, WebhookEventId};
-use crate::models::Recorded;
 use crate::models::users::anonymised_email;
+use crate::models::{Recorded, is_lease};
 use crate::prepared::Prepare;
 use crate::schema::{users, webhook_events};
 
@@ -65,7 +65,7 @@ fn pause(attempts: i32) -> TimeDelta {
     }
 }
 
-/// Why an event was not marked. The event is as it was.
+/// Why an event was not claimed or marked. The event is as it was.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum WebhookError {
@@ -73,9 +73,20 @@ pub enum WebhookError {
     /// done for it.
     #[error("the lease of the event ended and it is another worker's now")]
     LeaseLost,
+    /// A lease is negative or over 365 days.
+    #[error("a lease is not negative and at most 365 days")]
+    InvalidLease,
     /// Any other database error.
     #[error("database error")]
     Database(#[from] Error),
+}
+
+fn check_lease(lease: TimeDelta) -> QueryResult<()> {
+    if is_lease(lease) {
+        Ok(())
+    } else {
+        Err(QueryBuilderError(Box::new(WebhookError::InvalidLease)))
+    }
 }
 
 /// A literal because the planner can't match bind parameters with the predicate of an index.
@@ -151,12 +162,13 @@ impl WebhookEvent {
     /// no other worker comes in between. An existing event is not claimed.
     ///
     /// # Errors
-    /// As for `record`.
+    /// Those of `record` and [`claim`](Self::claim).
     pub fn record_claimed(
         conn: &mut PgConnection,
         new: &NewWebhookEvent<'_>,
         lease: TimeDelta,
     ) -> QueryResult<Recorded<Self>> {
+        check_lease(lease)?;
         Self::insert(conn, new, 1, lease)
     }
 
@@ -200,11 +212,15 @@ impl WebhookEvent {
     /// One statement, which waits for nobody. Commit it before processing, or a worker that dies
     /// claims the event for ever without counting an attempt. Take a lease longer than the
     /// processing: when it ends, another worker may claim the event.
+    ///
+    /// # Errors
+    /// [`WebhookError::InvalidLease`] within `QueryBuilderError`.
     pub fn claim(
         conn: &mut PgConnection,
         event_id: WebhookEventId,
         lease: TimeDelta,
     ) -> QueryResult<Option<Self>> {
+        check_lease(lease)?;
         claim!("attempts < 10 AND event_id = $2")
             .bind::<Interval, _>(lease)
             .bind::<Uuid, _>(event_id)
@@ -215,11 +231,15 @@ impl WebhookEvent {
 
     /// Claims up to `limit` events like [`claim`](Self::claim), those that have been due for longest
     /// first. One lease is for all of them.
+    ///
+    /// # Errors
+    /// Those of [`claim`](Self::claim).
     pub fn claim_due(
         conn: &mut PgConnection,
         lease: TimeDelta,
         limit: u16,
     ) -> QueryResult<Vec<Self>> {
+        check_lease(lease)?;
         let mut claimed: Vec<Self> = claim!("attempts < 10 ORDER BY available_at LIMIT $2")
             .bind::<Interval, _>(lease)
             .bind::<BigInt, _>(i64::from(limit))
@@ -244,11 +264,15 @@ impl WebhookEvent {
 
     /// Claims a dead letter for one more attempt, like [`claim`](Self::claim). Marked as failed, it
     /// is a dead letter again.
+    ///
+    /// # Errors
+    /// Those of [`claim`](Self::claim).
     pub fn retry(
         conn: &mut PgConnection,
         event_id: WebhookEventId,
         lease: TimeDelta,
     ) -> QueryResult<Option<Self>> {
+        check_lease(lease)?;
         claim!("attempts >= 10 AND event_id = $2")
             .bind::<Interval, _>(lease)
             .bind::<Uuid, _>(event_id)

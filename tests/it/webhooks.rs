@@ -16,6 +16,7 @@ use chrono::{DateTime, TimeDelta, Utc};
 use diesel::connection::InstrumentationEvent;
 use diesel::pg::PgConnection;
 use diesel::prelude::*;
+use diesel::result::Error::QueryBuilderError;
 use serde_json::{Value, json};
 
 use crate::fixtures::user;
@@ -422,6 +423,36 @@ fn workers_that_die_cost_a_lease_and_not_the_queue() {
         assert_eq!(database.psql(again).unwrap(), "t\n", "{level:?}");
         assert!(began.elapsed() >= Duration::from_secs(2));
     }
+}
+
+#[test]
+fn a_lease_that_has_no_use_is_refused() {
+    let database = database();
+    let conn = &mut database.connect();
+    let id = record(conn, "evt_1").event_id;
+    let day = TimeDelta::days(1);
+    for lease in [-day, day * 366, TimeDelta::MIN, TimeDelta::MAX] {
+        let outcomes = [
+            WebhookEvent::record_claimed(conn, &event("evt_2"), lease).err(),
+            WebhookEvent::claim(conn, id, lease).err(),
+            WebhookEvent::claim_due(conn, lease, 10).err(),
+            WebhookEvent::retry(conn, id, lease).err(),
+        ];
+        for outcome in outcomes {
+            let Some(QueryBuilderError(error)) = outcome else {
+                panic!("{lease}: {outcome:?}");
+            };
+            let error = error.downcast_ref::<WebhookError>();
+            assert!(
+                matches!(error, Some(WebhookError::InvalidLease)),
+                "{error:?}"
+            );
+        }
+    }
+    assert_eq!(
+        WebhookEvent::claim_due(conn, day * 365, 10).unwrap().len(),
+        1
+    );
 }
 
 #[test]

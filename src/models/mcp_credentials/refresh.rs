@@ -10,22 +10,18 @@ use diesel::sql_types::{BigInt, Interval, Nullable, Timestamptz};
 use super::{CredentialError, McpCredential, OauthTokens, lock_user};
 use crate::enums::{AuditStatus, OauthStatus};
 use crate::ids::{CredentialId, InstanceId};
-use crate::models::{NewTokenAudit, TokenAudit};
+use crate::models::{NewTokenAudit, TokenAudit, is_lease};
 use crate::prepared::Prepare;
 use crate::schema::mcp_credentials;
 
-/// The longest lease, and the longest pause.
-const MAX_LEASE: TimeDelta = TimeDelta::days(365);
-
-/// Refuses what has no use, and might pass the timestamps that a column takes: the server's log
-/// would then print the row.
 fn check_lease(lease: TimeDelta) -> Result<(), CredentialError> {
-    if lease < TimeDelta::zero() || lease > MAX_LEASE {
-        return Err(CredentialError::Invalid(
+    if is_lease(lease) {
+        Ok(())
+    } else {
+        Err(CredentialError::Invalid(
             "a lease or pause is not negative and at most 365 days",
-        ));
+        ))
     }
-    Ok(())
 }
 
 /// The operation in the audit log.
