@@ -187,12 +187,14 @@ CREATE INDEX auth_tokens_user_id_type_created_at_idx ON auth_tokens (user_id, ty
 CREATE INDEX auth_tokens_expires_at_idx ON auth_tokens (expires_at);
 CREATE INDEX auth_tokens_family_id_idx ON auth_tokens (family_id);
 CREATE TRIGGER auth_tokens_fixed
-    BEFORE UPDATE OF user_id, token, type, family_id, session_expires_at, is_used, used_at, attempts
+    BEFORE UPDATE OF
+        user_id, token, type, created_at, family_id, session_expires_at, is_used, used_at, attempts
     ON auth_tokens
     FOR EACH ROW WHEN (
         OLD.user_id <> NEW.user_id
         OR OLD.token <> NEW.token
         OR OLD.type <> NEW.type
+        OR OLD.created_at <> NEW.created_at
         OR OLD.family_id IS DISTINCT FROM NEW.family_id
         OR OLD.session_expires_at IS DISTINCT FROM NEW.session_expires_at
         OR OLD.is_used AND NOT NEW.is_used
@@ -201,8 +203,8 @@ CREATE TRIGGER auth_tokens_fixed
     )
     EXECUTE FUNCTION refuse_change(
         'auth_tokens_fixed',
-        'its user, token, type, family and session''s end never change, a used token stays used, '
-        'and attempts only grow',
+        'its user, token, type, creation, family and session''s end never change, a used token '
+        'stays used, and attempts only grow',
         'Issue a new token.'
     );
 CREATE TRIGGER auth_tokens_update_updated_at

@@ -287,9 +287,14 @@ CREATE TRIGGER mcp_service_table_oauth_status_pending
         'oauth_status follows the credentials, and a new instance has none',
         'Insert the instance as pending, then its credentials.'
     );
+-- A trigger of mcp_credentials changes it, as the owner. The right TRIGGER tells the owner from a
+-- role that writes rows, and that may have triggers on temporary tables of its own.
 CREATE TRIGGER mcp_service_table_oauth_status_synced
     BEFORE UPDATE OF oauth_status ON mcp_service_table
-    FOR EACH ROW WHEN (OLD.oauth_status <> NEW.oauth_status AND pg_trigger_depth() = 0)
+    FOR EACH ROW WHEN (
+        OLD.oauth_status <> NEW.oauth_status
+        AND (pg_trigger_depth() = 0 OR NOT has_table_privilege(OLD.tableoid, 'TRIGGER'))
+    )
     EXECUTE FUNCTION refuse_change(
         'mcp_service_table_oauth_status_synced',
         'oauth_status follows the credentials',

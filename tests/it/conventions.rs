@@ -623,7 +623,8 @@ fn an_update_of_list_names_each_column_of_the_when() {
         let listed: BTreeSet<&str> = list.split(", ").collect();
         let missing: Vec<String> = columns_in_when(&statement)
             .into_iter()
-            .filter(|column| !listed.contains(column.as_str()))
+            // No UPDATE changes a system column.
+            .filter(|column| !listed.contains(column.as_str()) && column != "tableoid")
             .collect();
         assert!(missing.is_empty(), "{name}: missing {missing:?}");
     }

@@ -102,6 +102,51 @@ fn rights_on_relations(database: &TestDatabase, role: &str) -> BTreeMap<String, 
 }
 
 /// A table that is not on the list keeps the convention, so a new one needs no change here.
+/// The rule tells its own trigger from one that a role makes on a temporary table.
+#[test]
+fn a_trigger_of_a_role_does_not_switch_oauth_status() {
+    let database = database();
+    database
+        .psql(
+            "INSERT INTO users (first_name, last_name, email) VALUES ('a', '', 'a@b.example');
+             INSERT INTO mcp_table (mcp_service_name, display_name, port, type)
+             VALUES ('figma', 'Figma', 1, 'oauth');
+             INSERT INTO mcp_service_table (user_id, mcp_service_id)
+             SELECT id, mcp_service_id FROM users, mcp_table",
+        )
+        .unwrap();
+    for role in ROLES {
+        let error = database
+            .psql(&format!(
+                "SET ROLE {role};
+                 CREATE TEMP TABLE mine (a int);
+                 CREATE FUNCTION pg_temp.switch() RETURNS trigger LANGUAGE plpgsql AS $$
+                 BEGIN
+                     UPDATE mcp_service_table SET oauth_status = 'completed';
+                     RETURN NULL;
+                 END$$;
+                 CREATE TRIGGER switch AFTER INSERT ON mine
+                     FOR EACH ROW EXECUTE FUNCTION pg_temp.switch();
+                 INSERT INTO mine VALUES (1)"
+            ))
+            .unwrap_err();
+        let rule = "mcp_service_table_oauth_status_synced";
+        assert!(error.contains(rule), "{error}");
+        database
+            .psql(&format!(
+                "SET ROLE {role};
+                 INSERT INTO mcp_credentials (instance_id, api_key, oauth_status, oauth_completed_at)
+                 SELECT instance_id, decode(repeat('01', 40), 'hex'), 'completed', now()
+                   FROM mcp_service_table"
+            ))
+            .unwrap();
+        let status = "SELECT oauth_status FROM mcp_service_table";
+        assert_eq!(database.psql(status).unwrap(), "completed\n");
+        database.psql("DELETE FROM mcp_credentials").unwrap();
+        assert_eq!(database.psql(status).unwrap(), "pending\n");
+    }
+}
+
 #[test]
 fn each_role_has_its_rights_on_relations_and_no_others() {
     let database = database();

@@ -300,7 +300,7 @@ fn migrations_build_the_same_under_any_settings() {
         .psql(
             "SELECT format('ALTER DATABASE %I SET %s', current_database(), setting)
              FROM unnest(ARRAY['standard_conforming_strings = off', 'transform_null_equals = on',
-                 'check_function_bodies = off']) setting \\gexec",
+                 'check_function_bodies = off', 'quote_all_identifiers = on']) setting \\gexec",
         )
         .unwrap();
     runner(&database.url()).unwrap().run().unwrap();

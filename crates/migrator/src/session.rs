@@ -49,7 +49,7 @@ const SETTINGS: &str = "
     ('tcp_keepalives_idle', '5'), ('tcp_keepalives_interval', '5'), ('tcp_keepalives_count', '3'),
     ('tcp_user_timeout', '20000'),
     ('standard_conforming_strings', 'on'), ('transform_null_equals', 'off'),
-    ('check_function_bodies', 'on')";
+    ('check_function_bodies', 'on'), ('quote_all_identifiers', 'off')";
 /// Oldest server that has client_connection_check_interval.
 const OLDEST_SERVER: i32 = 140_000;
 
