@@ -1,8 +1,9 @@
 //! `bruhmcp-db`: the command line of the migrations.
 //!
 //! Exit codes: 0 done or current, 1 failed, 2 usage, 3 pending (`status`, `verify`), 4 lock busy,
-//! 5 refused, 6 no connection, 7 drift (`verify`, `import --check`), 8 time limit, 9 imported with rows left behind,
-//! 130 and 143 stopped by a signal. `docs/json.md` has more about them.
+//! 5 refused, 6 no connection, 7 drift (`verify`, `import --check`, `purge-archive`), 8 time limit,
+//! 9 imported with rows left behind, 130 and 143 stopped by a signal. `docs/json.md` has more about
+//! them.
 
 use std::process::ExitCode;
 
