@@ -21,6 +21,7 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
 use crate::concurrency::ISOLATIONS;
+use crate::rules::database_with_rows;
 use crate::support::{self, TestDatabase};
 
 /// A password hash.
@@ -914,6 +915,42 @@ fn anonymising_keeps_the_money_and_nothing_of_the_person() {
     assert!(matches!(error, UserError::InvalidEmail(_)), "{error:?}");
     assert_eq!(User::anonymise(conn, marie).unwrap(), Some(anonymised));
     assert!(User::sign_up(conn, &ada("marie@radium.example")).is_ok());
+}
+
+/// Tables whose rows of an anonymised user stay, without what tells of a person.
+const KEPT: [&str; 5] = [
+    "account_credits",
+    "subscription_transactions",
+    "token_audit_log",
+    "user_plans",
+    "user_subscriptions",
+];
+
+/// Also those of a table that a later migration adds.
+#[test]
+fn no_table_keeps_rows_of_an_anonymised_user_unless_it_is_known() {
+    let database = database_with_rows();
+    let conn = &mut database.connect();
+    for user in User::list(conn, Page::first(10)).unwrap() {
+        User::anonymise(conn, user.id).unwrap();
+    }
+    let tables = database
+        .psql(
+            "SELECT attrelid::regclass FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid
+              WHERE attname = 'user_id' AND relkind IN ('r', 'p') AND NOT relispartition
+                AND relnamespace = 'public'::regnamespace",
+        )
+        .unwrap();
+    let keeps = |table: &&str| {
+        let rows = format!("SELECT count(*) FROM {table} WHERE user_id IS NOT NULL");
+        database.psql(&rows).unwrap() != "0\n"
+    };
+    let kept: BTreeSet<&str> = tables.lines().filter(keeps).collect();
+    assert_eq!(
+        kept,
+        BTreeSet::from(KEPT),
+        "let User::anonymise delete the rows, or empty what tells of a person and add the table to KEPT"
+    );
 }
 
 #[test]
