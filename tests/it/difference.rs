@@ -2,8 +2,9 @@
 
 use std::collections::BTreeSet;
 use std::fmt::Debug;
-use std::fs;
+use std::io::Write;
 use std::path::Path;
+use std::{fs, io};
 
 /// Compares two texts line by line and fails with the lines that differ.
 #[track_caller]
@@ -33,7 +34,9 @@ pub(crate) fn assert_same_set<T: Ord + Debug>(
 pub(crate) fn check_generated(test: &str, path: &str, text: &str) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
     if std::env::var_os("BRUHMCP_WRITE").is_some() {
-        fs::write(path, text).unwrap();
+        fs::write(&path, text).unwrap();
+        // Past the capture of the test's output.
+        writeln!(io::stderr(), "wrote {}", path.display()).unwrap();
         return;
     }
     let committed = fs::read_to_string(&path).unwrap_or_default();

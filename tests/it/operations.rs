@@ -233,6 +233,22 @@ fn a_dump_with_roles_needs_them() {
 }
 
 #[test]
+fn the_first_time() {
+    let server = Server::private(&[]).unwrap();
+    let postgres = server.create_database().unwrap();
+    psql(&postgres.url(), &block("CREATE ROLE bruhmcp_owner")).unwrap();
+    let url =
+        |role: &str| url_on(&server, "bruhmcp").replace("user=postgres", &format!("user={role}"));
+    let release = block("bruhmcp-db grant\nbruhmcp-db verify");
+    let out = shell(&release, &[("DATABASE_URL", &url("bruhmcp_owner"))]).unwrap();
+    assert!(out.contains("granted   app_user"), "{out}");
+    psql(&url("app_user"), "TABLE users").unwrap();
+    let maintain = block("bruhmcp-db maintain");
+    shell(&maintain, &[("DATABASE_URL", &url("app_admin"))]).unwrap();
+    shell(&maintain, &[("DATABASE_URL", &url("app_user"))]).unwrap_err();
+}
+
+#[test]
 fn the_owner_loads_rows() {
     let old = in_use(&SERVER);
     // A disabled service keeps its instances.

@@ -158,18 +158,19 @@ fn completions_and_man_pages() {
     let output = Command::new("bash").args(["-c", &script]).output().unwrap();
     assert_eq!(Outcome::from(output).out, "verify\n");
 
-    let folder = Folder::new("man");
-    let man = bruhmcp("", &["man", folder.0.to_str().unwrap()]);
+    let temporary = Folder::new("man");
+    let folder = temporary.0.join("man1");
+    let man = bruhmcp("", &["man", folder.to_str().unwrap()]);
     assert_eq!(man.code, Some(0), "{man:?}");
-    let page = fs::read_to_string(folder.0.join("bruhmcp-db.1")).unwrap();
+    let page = fs::read_to_string(folder.join("bruhmcp-db.1")).unwrap();
     assert!(
         page.contains(".SH NAME") && page.contains("Exit codes"),
         "{page}"
     );
-    let page = fs::read_to_string(folder.0.join("bruhmcp-db-run.1")).unwrap();
+    let page = fs::read_to_string(folder.join("bruhmcp-db-run.1")).unwrap();
     assert!(page.contains("lock\\-timeout"), "{page}");
-    let nowhere = folder.0.join("nowhere");
-    let refused = bruhmcp("", &["man", nowhere.to_str().unwrap()]);
+    let below_a_file = folder.join("bruhmcp-db.1/man1");
+    let refused = bruhmcp("", &["man", below_a_file.to_str().unwrap()]);
     assert_eq!(refused.code, Some(1));
     assert!(
         refused.err.contains("can't write the man pages"),

@@ -13,8 +13,8 @@ use std::process::{self, ExitCode};
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, OnceLock};
-use std::thread;
 use std::time::{Duration, Instant};
+use std::{fs, thread};
 
 use anstream::stream::RawStream;
 use anstream::{AutoStream, ColorChoice};
@@ -46,8 +46,8 @@ const EXIT_CODES: &str = "Exit codes: 0 done or current, 1 failed, 2 usage, 3 pe
     130 or 143 stopped by SIGINT or SIGTERM.";
 
 /// What to do where there is no connection.
-const REACH: &str = "Look at the server, and at the URL: --database-url, DATABASE_URL or .env. \
-    --wait SECS tries again while the server starts.";
+const REACH: &str = "Look at the server, and at the URL: --database-url, DATABASE_URL or .env. The \
+    database must exist (CREATE DATABASE). --wait SECS tries again while the server starts.";
 
 /// The time between two lines about a migration that is still running.
 const LINE_INTERVAL: Duration = Duration::from_secs(2);
@@ -153,7 +153,7 @@ enum Command {
     },
     /// Write the man pages, one for each command.
     Man {
-        /// The folder.
+        /// The folder; it is created if it does not exist.
         folder: PathBuf,
     },
 }
@@ -455,7 +455,7 @@ fn completions(mut command: clap::Command, shell: clap_complete::Shell) -> u8 {
 }
 
 fn man(command: clap::Command, folder: &Path) -> u8 {
-    match clap_mangen::generate_to(command, folder) {
+    match fs::create_dir_all(folder).and_then(|()| clap_mangen::generate_to(command, folder)) {
         Ok(()) => DONE,
         Err(error) => {
             tell(format!(
@@ -987,11 +987,11 @@ fn show_granted(out: &Output, granted: &Granted) {
     }
     for role in &granted.missing {
         out.say(format!(
-            "missing   {role}: create the role, then grant again"
+            "missing   {role}: to use it, create the role and grant again"
         ));
     }
     if !granted.newer.is_empty() {
-        out.say("Nothing was granted.");
+        out.say("Nothing was granted: the newer release's `grant` knows the rights.");
     }
     show_newer(out, &granted.newer);
 }

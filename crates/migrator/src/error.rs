@@ -207,6 +207,15 @@ pub enum Refusal {
     /// The program was built without roles.
     #[error("this program has no roles to grant rights to. Build it with some: Runner::roles.")]
     NoRoles,
+    /// None of the [`Runner::roles`](crate::Runner::roles) exists.
+    #[error(
+        "there is nobody to grant rights to. Create the roles that you need, then grant again: {}",
+        .0.iter()
+            .map(|role| format!("CREATE ROLE {};", quoted(role)))
+            .collect::<Vec<_>>()
+            .join(" ")
+    )]
+    RolesMissing(Vec<String>),
     /// The program was built without a maintenance.
     #[error("this program has no maintenance to do. Build it with one: Runner::maintenance.")]
     NoMaintenance,

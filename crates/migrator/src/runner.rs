@@ -487,7 +487,7 @@ impl Runner {
     /// Leaves the rights as they are if a newer release has migrated the database.
     ///
     /// # Errors
-    /// [`Error::Grant`]; [`Error::Refused`] without roles and as [`run`](Self::run) is refused;
+    /// [`Error::Grant`]; [`Error::Refused`] if none of the roles exists, and as [`run`](Self::run) is;
     /// [`Error::Connect`], [`Error::Database`], [`Error::LockBusy`].
     pub fn grant(&mut self) -> Result<Granted, Error> {
         let Some(Roles { names, sql }) = &self.roles else {
@@ -510,6 +510,9 @@ impl Runner {
                 .iter()
                 .cloned()
                 .partition(|name| existing.contains(name));
+            if granted.roles.is_empty() {
+                return Err(Refusal::RolesMissing(granted.missing).into());
+            }
             session
                 .connection
                 .transaction(|connection| connection.batch_execute(sql))

@@ -129,20 +129,24 @@ fn roles_created_later() {
     let server = Server::private(&[]).unwrap();
     let database = with_user(&server);
     finish(&database);
-    let outcome = succeeds(&database.url(), &["grant"]);
+    let outcome = bruhmcp(&database.url(), &["grant"]);
+    assert_eq!(outcome.code, Some(5), "{outcome:?}");
+    let document = json::check(&bruhmcp(&database.url(), &["grant", "--json"]));
+    assert_eq!(document["error"]["kind"], "refused");
+    query(&database, "CREATE ROLE app_user LOGIN");
+    let denied = bruhmcp(&url_as(&database, "app_user"), &["run"]);
     let document = json::check(&succeeds(&database.url(), &["grant", "--json"]));
     assert_eq!(
         document["granted"],
-        serde_json::json!({ "roles": [], "missing": ["app_admin", "app_user"], "newer": [] })
+        serde_json::json!({ "roles": ["app_user"], "missing": ["app_admin"], "newer": [] })
     );
-    query(&database, ROLES);
-    let denied = bruhmcp(&url_as(&database, "app_user"), &["run"]);
+    query(&database, "CREATE ROLE app_admin LOGIN");
     let again = succeeds(&database.url(), &["grant"]);
     succeeds(&url_as(&database, "app_user"), &["run"]);
     Row {
         test: "roles_created_later",
         fault: "`grant`, the roles don't exist",
-        reported: format!("{}: {}", said(&outcome), printed(&outcome)),
+        reported: said(&outcome),
         after: format!(
             "{}; when the roles are created, `run` as app_user says: {}",
             state(&database),
