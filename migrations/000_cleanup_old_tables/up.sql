@@ -46,6 +46,14 @@ BEGIN
     -- Repeated for psql without --single-transaction, where the statement above has no effect.
     SET LOCAL lock_timeout = '5s';
 
+    -- The backslashes of later patterns would be lost, and with them what they refuse.
+    IF current_setting('standard_conforming_strings') <> 'on' THEN
+        RAISE EXCEPTION 'standard_conforming_strings is off'
+            USING ERRCODE = 'object_not_in_prerequisite_state',
+                  HINT    = 'Turn it on for the database or the role that migrates. '
+                            '"bruhmcp-db run" does that itself.';
+    END IF;
+
     -- Without a ledger, Diesel begins at 000 again.
     IF EXISTS (
         SELECT

@@ -69,10 +69,11 @@ CREATE TRIGGER token_audit_log_append_only
 CREATE TRIGGER token_audit_log_append_only_row
     BEFORE UPDATE ON token_audit_log
     FOR EACH ROW EXECUTE FUNCTION token_audit_log_refuse_change();
--- Such a row could never be deleted. The roles of the application can't set the column at all.
+-- Such a row could never be deleted. The roles of the application can't set the column at all. Not
+-- now(): maintenance moves rows that arrived while it waited for its lock.
 CREATE TRIGGER token_audit_log_not_from_the_future
     BEFORE INSERT ON token_audit_log
-    FOR EACH ROW WHEN (NEW.created_at > now() OR NOT isfinite(NEW.created_at))
+    FOR EACH ROW WHEN (NEW.created_at > clock_timestamp() OR NOT isfinite(NEW.created_at))
     EXECUTE FUNCTION refuse_change(
         'token_audit_log_not_from_the_future',
         'created_at is later than now, or infinite',

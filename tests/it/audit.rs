@@ -515,6 +515,30 @@ fn maintaining_loses_nothing_and_deadlocks_with_nobody() {
     assert_eq!(total, i64::try_from(WRITERS * (ROWS + ROWS / 20)).unwrap());
 }
 
+/// One that arrived in the default partition while maintenance waited for its lock.
+#[test]
+fn a_row_that_is_newer_than_the_transaction_is_moved() {
+    let database = database();
+    database
+        .psql(
+            "DO $$ BEGIN
+                 EXECUTE 'DROP TABLE token_audit_log_' || to_char(now() AT TIME ZONE 'UTC', 'YYYY_MM');
+             END $$",
+        )
+        .unwrap();
+    let conn = &mut database.connect();
+    let maintained = conn.transaction(|conn| {
+        append(
+            &mut database.connect(),
+            InstanceId::new(),
+            "refresh",
+            AuditStatus::Success,
+        );
+        as_admin(conn, TokenAudit::maintain)
+    });
+    assert_eq!(maintained.unwrap().moved, 1);
+}
+
 /// It gives up, instead of keeping everybody who reads or writes the log behind it.
 #[test]
 fn maintain_does_not_wait_long() {

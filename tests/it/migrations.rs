@@ -70,6 +70,17 @@ fn schema_rs_is_that_of_the_migrations() {
     }
 }
 
+/// The server would read other patterns, without an error.
+#[test]
+fn strings_that_lose_backslashes_are_refused() {
+    let database = empty_database();
+    let first = fs::read_to_string(&up_sql()[0]).unwrap();
+    let error = database
+        .psql(&format!("SET standard_conforming_strings = off; {first}"))
+        .unwrap_err();
+    assert!(error.contains("standard_conforming_strings"), "{error}");
+}
+
 /// Users from before 005 get the free plan, and its limit applies at once.
 #[test]
 fn plans_are_backfilled() {

@@ -49,7 +49,7 @@ const RULES: &str = "
                CASE WHEN contype IN ('p', 'u')
                     THEN format('A second row with the same `%s`.', pg_temp.columns(conrelid, conkey))
                     WHEN contype = 'f' THEN format(
-                        'A `%s` that is not in [%s](%2$s.md). When that row is deleted: %s.',
+                        'The `%s` is not in [%s](%2$s.md). When that row is deleted: %s.',
                         pg_temp.columns(conrelid, conkey), confrelid::regclass,
                         CASE confdeltype WHEN 'c' THEN 'this row is deleted too'
                              WHEN 'n' THEN 'this column becomes NULL'
