@@ -234,7 +234,6 @@ pub(crate) const SERVICES: &str = "
     VALUES ('00000000-0000-7000-8000-000000000002', 'gmail', 'Gmail', 4001, 'oauth'),
            ('00000000-0000-7000-8000-000000000003', 'figma', 'Figma', 4002, 'api_key')";
 
-/// The plan has ended: [`UserPlan::expire_due`] has something to do.
 /// The account is old and has no money.
 const UNVERIFIED: &str = "DELETE FROM subscription_transactions;
      DELETE FROM account_credits;
@@ -243,6 +242,7 @@ const UNVERIFIED: &str = "DELETE FROM subscription_transactions;
      UPDATE users SET razorpay_customer_id = NULL, updated_at = now() - interval '1 day';
      ALTER TABLE users ENABLE TRIGGER USER";
 
+/// The plan has ended: [`UserPlan::expire_due`] has something to do.
 const PLAN_ENDED: &str = "UPDATE user_plans SET expires_at = now() - interval '1 second'";
 
 /// The plan follows the subscription, which has a period.
@@ -834,9 +834,11 @@ fn unexpected(outcome: Outcome) -> Result<(), Unexpected> {
     Ok(())
 }
 
-/// A database for the pairs of one thread, with two connections that race.
+/// A database for the pairs of one thread, with two connections that race. The owner's stays open:
+/// to compile the triggers anew for each pair would take most of the time.
 struct Lane {
     database: TestDatabase,
+    owner: PgConnection,
     racers: [PgConnection; 2],
     dice: Dice,
 }
@@ -856,6 +858,7 @@ impl Lane {
             conn
         });
         Self {
+            owner: database.connect_as_owner(),
             database,
             racers,
             dice: Dice(seed),
@@ -864,7 +867,7 @@ impl Lane {
 
     /// Lets both sides run at once, several times, and returns what went wrong.
     fn race(&mut self, sides: [Side; 2], rounds: usize) -> Vec<String> {
-        let conn = &mut self.database.connect_as_owner();
+        let conn = &mut self.owner;
         let mut wrong = Vec::new();
         for _ in 0..rounds {
             conn.batch_execute(&USER_WITH_ROWS).unwrap();
@@ -957,7 +960,7 @@ fn race_all(pairs: &[[Side; 2]], rounds: usize) {
 /// The statements of every operation that writes, each with the operation's name.
 pub(crate) fn statements() -> BTreeSet<(String, &'static str)> {
     let mut lane = Lane::new(0);
-    let conn = &mut lane.database.connect_as_owner();
+    let conn = &mut lane.owner;
     let (sender, seen) = mpsc::channel();
     for operation in OPERATIONS {
         conn.batch_execute(&USER_WITH_ROWS).unwrap();
@@ -978,7 +981,7 @@ pub(crate) fn statements() -> BTreeSet<(String, &'static str)> {
 #[test]
 fn each_operation_does_what_its_name_says() {
     let mut lane = Lane::new(0);
-    let conn = &mut lane.database.connect_as_owner();
+    let conn = &mut lane.owner;
     let mut wrong = Vec::new();
     for operation in OPERATIONS {
         conn.batch_execute(&USER_WITH_ROWS).unwrap();
