@@ -217,12 +217,12 @@ fn keys_and_reports_are_read_before_the_work() {
 
 #[test]
 fn an_import_killed_twenty_times_completes() {
-    let database = archive(30_000);
+    let database = archive(12_000);
     let mut written = 0;
     for kill in 1..=20 {
         let mut child = start(&database.url(), &["import"]);
         // Longer each time: staging takes its time before the first row is written.
-        thread::sleep(Duration::from_millis(kill * 150));
+        thread::sleep(Duration::from_millis(kill * 100));
         child.kill().unwrap();
         child.wait().unwrap();
         let conn = &mut database.connect_as_owner();
