@@ -10,6 +10,7 @@ mod build;
 mod report;
 mod wire;
 
+use std::cell::RefCell;
 use std::error::Error;
 use std::fs;
 use std::path::PathBuf;
@@ -74,9 +75,9 @@ fn main() -> Result {
         ("migrations", migrations),
         ("buffers", buffers_by_size),
         ("audit-rows-per-second", audit::rate_of_inserts),
-        ("audit-inserts", audit::inserts),
         ("audit-listing", audit::listing),
         ("audit-summary", audit::summary),
+        ("audit-inserts", audit::inserts),
         ("audit-retention", audit::retention),
     ];
     // The CPU of a process is read the Linux way.
@@ -93,7 +94,11 @@ fn main() -> Result {
         steps.retain(|(name, _)| wanted.iter().any(|wanted| wanted == name));
         report.keep()?;
     }
-    let servers = Servers { server, synced };
+    let servers = Servers {
+        logs: RefCell::default(),
+        server,
+        synced,
+    };
     // Only on a terminal.
     let style = ProgressStyle::with_template("{bar:40} {pos}/{len}, {elapsed}, {eta} left")?;
     let progress = ProgressBar::new(steps.len().try_into()?).with_style(style);
@@ -109,6 +114,8 @@ fn main() -> Result {
 type Step = fn(&Servers) -> Result<Section>;
 
 struct Servers {
+    /// Those of the audit log, which are dropped before their server.
+    logs: RefCell<Vec<audit::Log>>,
     server: Server,
     /// Waits for the disk at each commit.
     synced: Server,
