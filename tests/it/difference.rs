@@ -36,7 +36,8 @@ pub(crate) fn check_generated(test: &str, path: &str, text: &str) {
     if std::env::var_os("BRUHMCP_WRITE").is_some() {
         fs::write(&path, text).unwrap();
         // Past the capture of the test's output.
-        writeln!(io::stderr(), "wrote {}", path.display()).unwrap();
+        let mut terminal = io::stderr();
+        writeln!(terminal, "wrote {}", path.display()).unwrap();
         return;
     }
     let committed = fs::read_to_string(&path).unwrap_or_default();
