@@ -133,7 +133,7 @@ fn what_was_added_by_hand_does_not_matter() {
     let database = database();
     database
         .psql(
-            "ALTER TABLE users ADD COLUMN nickname text;
+            "ALTER TABLE users ADD COLUMN spare_name text;
              CREATE TABLE support_tickets (id int);
              CREATE INDEX ON users (last_name);
              TRUNCATE __diesel_schema_migrations",

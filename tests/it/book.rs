@@ -186,5 +186,6 @@ fn the_readme_names_operations_of_each_table() {
             .into_iter()
             .filter(|it| it.contains("_") || it == "users")
     });
+    // Those of the table of README.md, and those of its diagram.
     assert_same_set(tables, entities);
 }

@@ -327,7 +327,10 @@ impl<'a> Sized<'a> {
         conn.batch_execute(&sql).unwrap();
         conn.batch_execute("VACUUM ANALYZE").unwrap();
         let empty = database.psql(EMPTY).unwrap();
-        assert!(empty.is_empty(), "add rows to ROWS of:\n{empty}");
+        assert!(
+            empty.is_empty(),
+            "add rows to ROWS in tests/it/buffers.rs, of:\n{empty}"
+        );
         Self { server, database }
     }
 

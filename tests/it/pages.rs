@@ -429,5 +429,5 @@ fn each_index_and_trigger_function_has_a_comment() {
                 AND obj_description(oid, 'pg_proc') IS NULL",
         )
         .unwrap();
-    assert_eq!(found, "", "these have no comment");
+    assert_eq!(found, "", "these have no COMMENT ON in their migration");
 }

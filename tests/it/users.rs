@@ -953,6 +953,25 @@ fn no_table_keeps_rows_of_an_anonymised_user_unless_it_is_known() {
     );
 }
 
+/// Also a column that a later migration adds.
+#[test]
+fn what_tells_of_a_person_stays_anonymised() {
+    let others = database_with_rows()
+        .psql(
+            "SELECT attname FROM pg_attribute
+              WHERE attrelid = 'users'::regclass AND attnum > 0 AND NOT attisdropped
+                AND attnum <> ALL (
+                    SELECT unnest(tgattr) FROM pg_trigger WHERE tgname = 'users_anonymised')
+              ORDER BY 1",
+        )
+        .unwrap();
+    assert_eq!(
+        others, "created_at\nupdated_at\n",
+        "if it tells of a person, let User::anonymise clear it, and drop and create the trigger \
+         users_anonymised with it; otherwise add it here"
+    );
+}
+
 #[test]
 fn pages_of_users_come_from_one_statement_that_reads_an_index() {
     let database = support::database();
@@ -1096,7 +1115,7 @@ fn the_export_has_everything_about_a_user_but_secrets() {
         assert_eq!(row.contains_key(column), !secret, "{table}.{column}");
     }
     let exported: BTreeSet<String> = export.as_object().unwrap().keys().cloned().collect();
-    assert_eq!(exported, tables);
+    assert_eq!(exported, tables, "see src/models/users/export.rs");
 
     let text = export.to_string();
     for secret in ["token_1", HASH, "0101", "aaaa", "state_1"] {

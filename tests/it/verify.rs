@@ -244,8 +244,8 @@ fn additions_that_change_nothing_are_told() {
             "index extra: CREATE INDEX extra ON users USING btree (first_name)",
         ),
         (
-            "ALTER TABLE users ADD COLUMN nickname text",
-            "column users.nickname: text",
+            "ALTER TABLE users ADD COLUMN spare_name text",
+            "column users.spare_name: text",
         ),
         (
             "ALTER TABLE users ADD CONSTRAINT extra CHECK (first_name <> 'x')",
