@@ -154,7 +154,8 @@ pub(crate) fn listing(servers: &Servers) -> Result<Section> {
         title: "The audit log of an instance",
         text: format!(
             "Buffers of `TokenAudit::list`, the newest 100 of an instance's rows, in a log of {} of \
-             six months.",
+             six months. By month it looks for the newest row of each partition: beside a default \
+             partition, PostgreSQL does not take them in order.",
             large()?
         ),
         unit: "buffers a call",
