@@ -74,8 +74,8 @@ fn migrate(url: &str) -> Result {
     Ok(())
 }
 
-/// Registers the services of a file, as the operator's job does each time it starts. A service that exists
-/// is brought in line with the file.
+/// Registers the services of a file, as the operator's job does each time it starts. A service that
+/// exists is brought in line with the file.
 fn register_services(conn: &mut PgConnection) -> Result {
     heading("Services");
     for time in ["first", "second"] {

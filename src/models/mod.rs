@@ -94,6 +94,19 @@ fn lock_user_key(conn: &mut PgConnection, id: UserId) -> QueryResult<()> {
     Ok(())
 }
 
+/// Locks an active user before an INSERT of a row that [`User::anonymise`] deletes: it waits for this
+/// lock. Returns `false` if there is no such active user.
+fn lock_active_user(conn: &mut PgConnection, id: UserId) -> QueryResult<bool> {
+    use crate::schema::users;
+    let locked = users::table
+        .find(id)
+        .filter(users::is_active)
+        .select(users::id)
+        .for_key_share()
+        .execute(conn)?;
+    Ok(locked > 0)
+}
+
 /// Returns the row that an update by a changeset returned: after an empty changeset the row that
 /// `find` reads, and `None` if the row is missing.
 fn found<T>(

@@ -16,9 +16,10 @@ use serde_json::{Value, json};
 
 pub use self::row::{Card, UserBillingDetails};
 use crate::ids::UserId;
+use crate::models::lock_active_user;
 use crate::models::users::has_length;
 use crate::prepared::Prepare;
-use crate::schema::{user_billing_details, users};
+use crate::schema::user_billing_details;
 
 impl Card {
     /// Returns the first invalid field.
@@ -203,12 +204,7 @@ impl UserBillingDetails {
             return Err(BillingError::InvalidField(field));
         }
         conn.transaction(|conn| {
-            let active = users::table
-                .find(new.user_id)
-                .filter(users::is_active)
-                .select(users::id)
-                .for_key_share();
-            if active.first::<UserId>(conn).optional()?.is_none() {
+            if !lock_active_user(conn, new.user_id)? {
                 return Err(BillingError::NoUser);
             }
             let row = diesel::insert_into(t::table)

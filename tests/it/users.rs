@@ -956,7 +956,7 @@ fn no_table_keeps_rows_of_an_anonymised_user_unless_it_is_known() {
 /// Also a column that a later migration adds.
 #[test]
 fn what_tells_of_a_person_stays_anonymised() {
-    let others = database_with_rows()
+    let others = support::database()
         .psql(
             "SELECT attname FROM pg_attribute
               WHERE attrelid = 'users'::regclass AND attnum > 0 AND NOT attisdropped
